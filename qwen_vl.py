@@ -1,0 +1,572 @@
+"""Qwen2.5-VL as a policy: text and image in, log-probabilities of completions out.
+
+Read in this order:
+  §1 special ids        which tokens stop a completion, which ones may never be sampled
+  §2 image and prompt   an image becomes patches, a chat becomes ids and M-RoPE positions
+  §3 packing            [prompt | completion 1 | … | completion G]: the prompt is paid once
+  §4 attention          a completion sees its prompt and itself, nothing else
+  §5 policy             packed row → log-probability and entropy of each completion token
+  §6 load, save, tiny   hub checkpoints, Hugging Face format, the stand-in that needs neither GPU nor hub
+
+The network itself (weights, norms, MLPs) is Hugging Face's `Qwen2_5_VLForConditionalGeneration`; only
+its two attention forwards are replaced (§4), because packing is a statement about attention.
+
+Shapes, as suffixes: L packed tokens, S scored completion tokens, P groups in a row, N image patches,
+V vocabulary, D width, H heads, K key/value heads, B rollouts, T longest completion.
+"""
+import shutil
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from types import MethodType
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+try:  # the GPU extra; PyTorch's own variable-length attention, then masked attention, stand in for it
+    from flash_attn import flash_attn_varlen_func
+except ImportError:
+    flash_attn_varlen_func = None
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:
+    varlen_attn = None
+
+PATCH, MERGE = 14, 2  # a patch is 14×14 pixels; 2×2 patches become one image token (28×28 pixels)
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, as in Qwen2.5-VL's preprocessor_config.json
+IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+SYSTEM = "You are a helpful assistant."  # Qwen's default, also Perception-R1's  [PR1 code]
+SPECIAL_TOKENS = (  # Qwen2.5's 22 added tokens, in their order (151643 … 151664 in the true vocabulary)
+    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> "
+    "<|box_end|> <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> "
+    "<|image_pad|> <|video_pad|> <tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> "
+    "<|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>"
+).split()
+
+
+# §1 ───────────────────────────────────────── special ids ─────────────────────────────────────────
+@dataclass(frozen=True)
+class SpecialIds:
+    """Token ids with a meaning, read from a checkpoint's tokenizer and config, never assumed."""
+
+    im_start: int
+    im_end: int
+    image_pad: int
+    vision_start: int
+    vision_end: int
+    pad: int
+    stops: tuple[int, ...]  # a completion ends with any of these
+    banned: tuple[int, ...]  # placeholders of images and videos: never sampled, never scored
+
+    @staticmethod
+    def read(tokenizer, config) -> "SpecialIds":
+        """Errors: ValueError naming a token that the tokenizer lacks or numbers otherwise."""
+        vocabulary = tokenizer.get_vocab()
+        names = ("im_start", "im_end", "image_pad", "video_pad", "vision_start", "vision_end", "endoftext")
+        missing = [f"<|{name}|>" for name in names if f"<|{name}|>" not in vocabulary]
+        if missing:
+            raise ValueError(f"the tokenizer lacks {', '.join(missing)}: not a Qwen2.5-VL tokenizer")
+        ids = {name: vocabulary[f"<|{name}|>"] for name in names}
+        if ids["image_pad"] != config.image_token_id:
+            raise ValueError(
+                f"<|image_pad|> is {ids['image_pad']} in the tokenizer but {config.image_token_id} in the "
+                "model's config: tokenizer and model do not belong together"
+            )
+        banned = [ids[name] for name in ("image_pad", "video_pad", "vision_start", "vision_end")]
+        banned += [vocabulary["<|vision_pad|>"]] if "<|vision_pad|>" in vocabulary else []
+        return SpecialIds(
+            ids["im_start"], ids["im_end"], ids["image_pad"], ids["vision_start"], ids["vision_end"],
+            pad=ids["endoftext"], stops=(ids["im_end"], ids["endoftext"]), banned=tuple(sorted(banned)),
+        )
+
+    def banned_mask(self, tokenizer, vocab_size: int) -> torch.Tensor:
+        """True at ids that must never be sampled: placeholders, and rows without a token. [V] bool."""
+        mask_V = torch.zeros(vocab_size, dtype=torch.bool)
+        mask_V[list(self.banned)] = True
+        mask_V[len(tokenizer):] = True  # Qwen's embedding has 151,936 rows for 151,665 tokens
+        return mask_V
+
+
+# §2 ────────────────────────────────────── image and prompt ───────────────────────────────────────
+def patchify(image) -> tuple[torch.Tensor, tuple[int, int, int]]:
+    """An RGB image → (pixels [N, 3·2·14·14], grid (1, H/14, W/14)), as Qwen2VLImageProcessor does it.
+
+    Patches are ordered so that the 2×2 that merge into one image token lie together. The image is taken
+    as a video of two equal frames (the patch embedding spans two), hence the factor 2 and the 1.
+    Errors: ValueError if a side is not a multiple of 28 (resize once, in data.py).
+    """
+    width, height = image.size
+    if width % (PATCH * MERGE) or height % (PATCH * MERGE):
+        raise ValueError(f"image is {width}×{height}; both sides must be multiples of {PATCH * MERGE}")
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255.0
+    pixels = (pixels - np.float32(IMAGE_MEAN)) / np.float32(IMAGE_STD)
+    rows, columns = height // PATCH, width // PATCH
+    # [row/2, 2, 14, column/2, 2, 14, channel] → [row/2, column/2, 2, 2, channel, 14, 14]
+    blocks = pixels.reshape(rows // MERGE, MERGE, PATCH, columns // MERGE, MERGE, PATCH, 3)
+    blocks = blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(rows * columns, 3, 1, PATCH, PATCH)
+    frames = np.repeat(blocks, 2, axis=2).reshape(rows * columns, -1)
+    return torch.from_numpy(frames), (1, rows, columns)
+
+
+def rope_positions(kinds: list, start: int = 0) -> tuple[torch.Tensor, int]:
+    """M-RoPE positions of text runs and images in order. Returns ([3, L] int64, next free position).
+
+    `kinds` holds an int (a run of so many text tokens) or a grid (t, h, w) in patches.
+    Text: all three rows count on. Image: row 0 (time) stands still, rows 1 and 2 are the token's row and
+    column, and what follows starts after the longer side.  [Qwen2-VL, arXiv 2409.12191 §2.1]
+    """
+    parts = []
+    for kind in kinds:
+        if isinstance(kind, int):
+            parts.append(torch.arange(start, start + kind).expand(3, kind))
+            start += kind
+        else:
+            rows, columns = kind[1] // MERGE, kind[2] // MERGE
+            row = torch.arange(rows).repeat_interleave(columns)
+            column = torch.arange(columns).repeat(rows)
+            parts.append(start + torch.stack([torch.zeros_like(row), row, column]))
+            start += max(rows, columns)
+    return torch.cat(parts, dim=1), start
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One chat turn, ready for the model. Image slots are already expanded in `ids`."""
+
+    ids: list[int]
+    positions_3L: torch.Tensor
+    next_position: int  # where a completion starts
+    image_slots: list[int] = field(default_factory=list)  # indices of ids that are image tokens
+    pixels_ND: torch.Tensor | None = None
+    grids: tuple = ()  # one (1, h, w) an image, in patches
+
+
+def encode_chat(tokenizer, special: SpecialIds, text: str, images=(), system: str = SYSTEM) -> Prompt:
+    """System and user turn in Qwen's chat format, up to where the assistant speaks.
+
+    Images come before the text [PR1 code]. `text` is tokenised as plain text: a literal
+    "<|image_pad|>" or "<|im_end|>" in a question stays characters and never becomes an image slot.
+    """
+    plain = partial(tokenizer.encode, add_special_tokens=False, split_special_tokens=True)
+    newline, start, end = plain("\n"), [special.im_start], [special.im_end]
+    ids = start + plain(f"system\n{system}") + end + newline + start + plain("user\n")
+    kinds, slots, pixels, grids = [], [], [], []
+    text_since = 0
+    for image in images:
+        patches_ND, grid = patchify(image)
+        count = grid[1] * grid[2] // MERGE**2
+        ids += [special.vision_start]
+        kinds += [len(ids) - text_since, grid]
+        slots += range(len(ids), len(ids) + count)
+        ids += [special.image_pad] * count
+        text_since = len(ids)
+        ids += [special.vision_end]
+        pixels.append(patches_ND)
+        grids.append(grid)
+    ids += plain(text) + end + newline + start + plain("assistant\n")
+    positions_3L, next_position = rope_positions(kinds + [len(ids) - text_since])
+    return Prompt(ids, positions_3L, next_position, slots, torch.cat(pixels) if pixels else None, tuple(grids))
+
+
+# §3 ─────────────────────────────────────────── packing ───────────────────────────────────────────
+@dataclass(frozen=True)
+class Group:
+    """A prompt, some of its completions, and the rows of the [B, T] batch that they belong to."""
+
+    prompt: Prompt
+    completions: list[list[int]]
+    rows: list[int]
+
+    @property
+    def tokens(self) -> int:
+        return len(self.prompt.ids) + sum(map(len, self.completions))
+
+
+@dataclass
+class Pack:
+    """One micro-batch: groups laid end to end in one row of L tokens. Tensors only; see `pack_groups`."""
+
+    ids_L: torch.Tensor
+    positions_3L: torch.Tensor
+    group_L: torch.Tensor  # which group a token belongs to
+    segment_L: torch.Tensor  # 0 in a prompt, i in its i-th completion
+    source_S: torch.Tensor  # where the hidden state lies that predicts scored token s
+    target_S: torch.Tensor  # the scored token
+    row_S: torch.Tensor  # its place [row, column] in the [B, T] batch
+    column_S: torch.Tensor
+    image_slots: torch.Tensor  # indices into L, in the order of the image features
+    pixels_ND: torch.Tensor | None
+    grids_I3: torch.Tensor | None
+    attention: dict = field(default_factory=dict)  # index tensors of §4, filled by `prepare_attention`
+
+    def to(self, device) -> "Pack":
+        moved = {k: v.to(device) if torch.is_tensor(v) else v for k, v in vars(self).items()}
+        moved["attention"] = {k: v.to(device) if torch.is_tensor(v) else v for k, v in self.attention.items()}
+        return Pack(**moved)
+
+
+def split_groups(groups: list[Group], budget: int) -> list[list[Group]]:
+    """Cut groups into micro-batches of at most `budget` tokens each, in order.
+
+    A group over the budget is split and repeats its prompt; one prompt + one completion over the budget
+    stands alone (nothing is ever dropped here).
+    """
+    pieces = []
+    for group in groups:
+        room, first = budget - len(group.prompt.ids), 0
+        while first < len(group.completions):
+            used, last = len(group.completions[first]), first + 1
+            while last < len(group.completions) and used + len(group.completions[last]) <= room:
+                used += len(group.completions[last])
+                last += 1
+            pieces.append(Group(group.prompt, group.completions[first:last], group.rows[first:last]))
+            first = last
+    micro_batches: list[list[Group]] = []
+    filled = 0
+    for piece in pieces:
+        if not micro_batches or filled + piece.tokens > budget:
+            micro_batches.append([])
+            filled = 0
+        micro_batches[-1].append(piece)
+        filled += piece.tokens
+    return micro_batches
+
+
+def pack_groups(groups: list[Group]) -> Pack:
+    """Lay groups end to end: [prompt | completion 1 | … | completion G] [prompt | …] …
+
+    Positions restart after the prompt for each completion. The token at place t of a completion is
+    predicted by the hidden state before it: by the prompt's last token for t = 0.
+    """
+    ids, positions, group_of, segment, source, target, row, column, slots = ([] for _ in range(9))
+    for index, group in enumerate(groups):
+        prompt, start = group.prompt, len(ids)
+        slots += [start + slot for slot in prompt.image_slots]
+        ids += prompt.ids
+        positions.append(prompt.positions_3L)
+        segment += [0] * len(prompt.ids)
+        prompt_end = len(ids) - 1
+        for number, (tokens, b) in enumerate(zip(group.completions, group.rows, strict=True), start=1):
+            source += [prompt_end, *range(len(ids), len(ids) + len(tokens) - 1)]
+            target += tokens
+            row += [b] * len(tokens)
+            column += range(len(tokens))
+            ids += tokens
+            segment += [number] * len(tokens)
+            positions.append(rope_positions([len(tokens)], prompt.next_position)[0])
+        group_of += [index] * (len(ids) - start)
+    prompts = [group.prompt for group in groups]
+    pixels = [prompt.pixels_ND for prompt in prompts if prompt.pixels_ND is not None]
+    grids = [grid for prompt in prompts for grid in prompt.grids]
+    as_tensor = partial(torch.tensor, dtype=torch.long)
+    return Pack(
+        as_tensor(ids), torch.cat(positions, dim=1), as_tensor(group_of), as_tensor(segment),
+        as_tensor(source), as_tensor(target), as_tensor(row), as_tensor(column), as_tensor(slots),
+        torch.cat(pixels) if pixels else None, as_tensor(grids) if grids else None,
+    )
+
+
+def scatter_BT(values_S: torch.Tensor, pack: Pack, like_BT: torch.Tensor) -> torch.Tensor:
+    """Scored tokens back into the padded [B, T] batch; zero elsewhere. Differentiable."""
+    return torch.zeros_like(like_BT).index_put((pack.row_S, pack.column_S), values_S)
+
+
+# §4 ────────────────────────────────────────── attention ──────────────────────────────────────────
+# A token attends to j ≤ i with group(j) = group(i) and segment(j) ∈ {0, segment(i)}: the prompt and itself.
+# Two ways to compute the same thing:
+#   mask    (CPU, reference) groups side by side in a padded batch [P, longest group], one SDPA call
+#   varlen  (CUDA) each prompt and each completion is a sequence of queries; a completion's keys are
+#           gathered as prompt + completion, causal aligned at the bottom right, one call a layer
+def prepare_attention(pack: Pack, kind: str) -> Pack:
+    """Fill `pack.attention` once for all layers. kind: "mask" or "varlen"."""
+    pack.attention = {"mask": mask_layout, "varlen": varlen_layout}[kind](pack) | {"kind": kind}
+    return pack
+
+
+def mask_layout(pack: Pack) -> dict:
+    """`gather_PL`: token index of each padded place (0 where empty); `mask_P1LL`: who sees whom."""
+    lengths = torch.bincount(pack.group_L)
+    longest, starts = int(lengths.max()), lengths.cumsum(0) - lengths
+    place_L = torch.arange(longest)
+    filled_PL = place_L < lengths[:, None]
+    gather_PL = torch.where(filled_PL, starts[:, None] + place_L, 0)
+    segment_PL = torch.where(filled_PL, pack.segment_L[gather_PL], -1)
+    key, query = segment_PL[:, None, :], segment_PL[:, :, None]
+    causal_LL = place_L[:, None] >= place_L[None, :]
+    return {
+        "gather_PL": gather_PL,
+        "mask_P1LL": (causal_LL & ((key == 0) | (key == query)))[:, None],  # empty places see each other
+        "scatter_L": torch.nonzero(filled_PL.flatten()).squeeze(1),
+    }
+
+
+def varlen_layout(pack: Pack) -> dict:
+    """Queries stay in place; `key_index` lists the keys of each sequence: own prompt, then itself."""
+    border_L = torch.ones(len(pack.ids_L), dtype=torch.bool)
+    border_L[1:] = (pack.group_L.diff() != 0) | (pack.segment_L.diff() != 0)
+    starts = torch.nonzero(border_L).squeeze(1)
+    ends = torch.cat([starts[1:], torch.tensor([len(pack.ids_L)])])
+    keys, key_lengths, prompt = [], [], None
+    for start, end in zip(starts.tolist(), ends.tolist()):
+        own = torch.arange(start, end)
+        if pack.segment_L[start] == 0:
+            prompt = own
+        else:
+            own = torch.cat([prompt, own])
+        keys.append(own)
+        key_lengths.append(len(own))
+    zero = torch.zeros(1, dtype=torch.int32)
+    return {
+        "key_index": torch.cat(keys),
+        "cu_q": torch.cat([zero, (ends - starts).cumsum(0).int()]),
+        "cu_k": torch.cat([zero, torch.tensor(key_lengths).cumsum(0).int()]),
+        "max_q": int((ends - starts).max()),
+        "max_k": max(key_lengths),
+    }
+
+
+def varlen_attention(q_LHd, k_LKd, v_LKd, cu_q, cu_k, max_q: int, max_k: int, *, causal: bool):
+    """Attention over sequences laid end to end (CUDA). flash-attn if installed, else PyTorch's own."""
+    if flash_attn_varlen_func is not None:
+        return flash_attn_varlen_func(q_LHd, k_LKd, v_LKd, cu_q, cu_k, max_q, max_k, causal=causal)
+    repeats = q_LHd.shape[1] // k_LKd.shape[1]
+    if repeats > 1:  # torch 2.11 has no enable_gqa here; the gathered keys are small
+        k_LKd, v_LKd = (x.repeat_interleave(repeats, dim=1) for x in (k_LKd, v_LKd))
+    window = (-1, 0) if causal else (-1, -1)
+    return varlen_attn(q_LHd, k_LKd, v_LKd, cu_q, cu_k, max_q, max_k, window_size=window)
+
+
+def shared_prefix_attention(q_LHd, k_LKd, v_LKd, layout: dict) -> torch.Tensor:
+    """softmax(q·kᵀ/√d + mask)·v over a packed row. Returns [L, H, d]."""
+    if layout["kind"] == "varlen":
+        index, names = layout["key_index"], ("cu_q", "cu_k", "max_q", "max_k")
+        return varlen_attention(q_LHd, k_LKd[index], v_LKd[index], *(layout[n] for n in names), causal=True)
+    side_by_side = [x[layout["gather_PL"]].transpose(1, 2) for x in (q_LHd, k_LKd, v_LKd)]  # [P, H, L, d]
+    out = F.scaled_dot_product_attention(*side_by_side, attn_mask=layout["mask_P1LL"], enable_gqa=True)
+    return out.transpose(1, 2).flatten(0, 1)[layout["scatter_L"]]
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding: x·cos + rotate_half(x)·sin. x [..., H, d]; cos, sin [..., 1, d]."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def decoder_attention(self, hidden_states, position_embeddings, layout: dict, **_):
+    """Replaces `Qwen2_5_VLAttention.forward` for packed rows; hidden_states [1, L, D]."""
+    hidden_LD = hidden_states[0]
+    q, k, v = (proj(hidden_LD).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+    cos, sin = (x[0][:, None] for x in position_embeddings)  # [L, 1, d]
+    out_LHd = shared_prefix_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, layout)
+    return self.o_proj(out_LHd.flatten(1))[None], None
+
+
+def vision_attention(self, hidden_states, cu_seqlens, position_embeddings, **_):
+    """Replaces `Qwen2_5_VLVisionAttention.forward`: all windows (or images) of a layer at once.
+
+    hidden_states [N, D]; cu_seqlens: borders of the windows. Hugging Face loops over them in Python.
+    """
+    q, k, v = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)).unbind(1)  # [N, H, d]
+    cos, sin = (x[:, None].float() for x in position_embeddings)
+    q, k = (rotate(x.float(), cos, sin).to(v.dtype) for x in (q, k))
+    lengths = cu_seqlens.diff()
+    if q.is_cuda and (flash_attn_varlen_func or varlen_attn):
+        longest, borders = int(lengths.max()), cu_seqlens.int()
+        out = varlen_attention(q, k, v, borders, borders, longest, longest, causal=False)
+    else:
+        out = torch.empty_like(q)
+        for length in lengths.unique().tolist():  # windows of one size make one batch
+            starts = cu_seqlens[:-1][lengths == length]
+            index = starts[:, None] + torch.arange(length, device=q.device)  # [windows, length]
+            batch = F.scaled_dot_product_attention(*(x[index].transpose(1, 2) for x in (q, k, v)))
+            out = out.index_put((index.flatten(),), batch.transpose(1, 2).flatten(0, 1))
+    return self.proj(out.flatten(1))
+
+
+# §5 ──────────────────────────────────────────── policy ───────────────────────────────────────────
+def token_logprobs(hidden_SD, lm_head, target_S, banned_V, temperature: float, chunk: int = 1024):
+    """log π(target | …) and the entropy of π, each [S] fp32, without ever holding [S, V] logits.
+
+    π is the distribution that is sampled from: same temperature, same banned ids. Each chunk is computed
+    again in the backward pass, so memory is one chunk of logits: chunk · V · 4 bytes.
+    """
+
+    def one_chunk(hidden, target):
+        logits = lm_head(hidden).float() / temperature
+        logp = logits.masked_fill(banned_V, float("-inf")).log_softmax(dim=-1)
+        with torch.no_grad():  # H = −Σ p·log p, for the logs only
+            entropy = -(logp.exp() * logp.masked_fill(banned_V, 0.0)).sum(-1)
+        return logp.gather(-1, target[:, None]).squeeze(-1), entropy
+
+    chunks = zip(hidden_SD.split(chunk), target_S.split(chunk))
+    parts = [checkpoint(one_chunk, hidden, target, use_reentrant=False) for hidden, target in chunks]
+    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+class Policy(nn.Module):
+    """Wraps the Hugging Face model so that one `forward` does all that touches weights.
+
+    That makes it the FSDP root: vision tower, decoder and chunked lm_head run inside, log-probabilities
+    come out, and the loss is computed outside in fp32.
+    """
+
+    def __init__(self, model, banned_V: torch.Tensor, *, checkpointing: bool = False):
+        super().__init__()
+        self.model = model
+        self.register_buffer("banned_V", banned_V, persistent=False)
+        for block in self.vision.blocks:
+            block.attn.forward = MethodType(vision_attention, block.attn)
+        for layer in self.decoder.layers:
+            layer.self_attn.forward = MethodType(decoder_attention, layer.self_attn)
+        if checkpointing:  # inside the modules' forward, hence inside FSDP's hooks: no extra gathers
+            for layer in [*self.decoder.layers, *self.vision.blocks]:
+                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+    @property
+    def vision(self):
+        return self.model.model.visual
+
+    @property
+    def decoder(self):
+        return self.model.model.language_model
+
+    def forward(self, pack: Pack, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
+        """(logp_S, entropy_S) of the pack's scored tokens, fp32. `pack.attention` must be filled."""
+        decoder = self.decoder
+        hidden_LD = decoder.embed_tokens(pack.ids_L)
+        if pack.pixels_ND is not None:
+            features_ID = self.vision(pack.pixels_ND, grid_thw=pack.grids_I3).pooler_output
+            features_ID = features_ID.to(hidden_LD.dtype)
+            count = len(pack.image_slots)  # 0 in a text-only pack with a dummy image (see dummy_image)
+            hidden_LD = hidden_LD.index_copy(0, pack.image_slots, features_ID[:count])
+            hidden_LD = hidden_LD + 0.0 * features_ID.sum()
+        hidden_1LD = hidden_LD[None]
+        cos_sin = decoder.rotary_emb(hidden_1LD, pack.positions_3L[:, None])
+        for layer in decoder.layers:
+            hidden_1LD = layer(hidden_1LD, position_embeddings=cos_sin, layout=pack.attention)
+        hidden_SD = decoder.norm(hidden_1LD[0, pack.source_S])
+        return token_logprobs(hidden_SD, self.model.lm_head, pack.target_S, self.banned_V, temperature)
+
+
+def add_dummy_image(pack: Pack) -> Pack:
+    """A 28×28 blank that touches no token: keeps FSDP's collectives equal when only other ranks see images."""
+    width = 3 * 2 * PATCH * PATCH
+    pack.pixels_ND = torch.zeros(MERGE * MERGE, width)
+    pack.grids_I3 = torch.tensor([[1, MERGE, MERGE]])
+    return pack
+
+
+# §6 ────────────────────────────────────── load, save, tiny ───────────────────────────────────────
+QWEN_SPLIT = (  # Qwen2.5's pre-tokenizer: words, single digits, punctuation, white space
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+TINY_CORPUS = """You are a helpful assistant. system user assistant Output the bounding box of the in the image.
+Output all the bounding boxes of the Please output bbox coordinates and names of OCR this image.
+red green blue yellow purple orange cyan magenta white black gray circle square triangle cross star diamond
+circles squares triangles crosses stars diamonds How many are there Which What is color shape the answer
+Put your final answer within boxed option letter think answer plus minus times"""
+TINY_FRAGMENTS = ('[{"bbox_2d": [', '{"bbox_2d": [', '[{"point_2d": [', '{"point_2d": [', ", ",
+                  '], "label": "', '"}, ', '"}]', "\\boxed{", "<think>", "</think>", "<answer>", "</answer>")
+
+
+def tiny_tokenizer():
+    """A byte-level BPE of a few hundred ids with Qwen's pre-tokenizer and special tokens.
+
+    Digits stay single as in Qwen2.5. Frequent pieces of the answer format are one token each, so that a
+    box costs a dozen tokens instead of three dozen and a CPU can sample thousands of them.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    core = Tokenizer(models.BPE())
+    core.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])
+    core.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core.train_from_iterator(
+        TINY_CORPUS.splitlines() * 2,
+        trainers.BpeTrainer(vocab_size=640, initial_alphabet=alphabet, min_frequency=2, show_progress=False),
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in TINY_FRAGMENTS])
+    tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS])
+    return tokenizer
+
+
+def tiny_model(tokenizer, *, tied: bool = True, seed: int = 0, hidden: int = 128, layers: int = 4):
+    """A ~1 M-parameter `Qwen2_5_VLForConditionalGeneration` for teaching and tests, seeded.
+
+    Initializer range 0.06: with Qwen's 0.02 a model this small sits on a long plateau first.
+    """
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    ids = tokenizer.get_vocab()
+    config = Qwen2_5_VLConfig(
+        text_config=dict(
+            vocab_size=-(-len(tokenizer) // 64) * 64 + 64,  # some rows without a token, as in the true model
+            hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
+            num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-6, initializer_range=0.06,
+            max_position_embeddings=4096, tie_word_embeddings=tied,
+            rope_parameters=dict(rope_type="default", rope_theta=10_000.0, mrope_section=[4, 6, 6]),
+            bos_token_id=ids["<|endoftext|>"], eos_token_id=ids["<|im_end|>"],
+        ),
+        vision_config=dict(
+            depth=3, hidden_size=96, intermediate_size=192, num_heads=4, out_hidden_size=hidden,
+            fullatt_block_indexes=[2], window_size=112, initializer_range=0.06,
+        ),
+        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=tied,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return Qwen2_5_VLForConditionalGeneration(config).float()
+
+
+def load(name: str, *, weights: bool = True, seed: int = 0):
+    """(model in fp32, tokenizer) of "tiny", "tiny-untied", a hub id or a local directory.
+
+    weights=False builds the same modules without reading or touching the weights' memory: what ranks
+    other than 0 need, since rank 0 broadcasts. Weights are read from safetensors only.
+    Errors: ValueError if the checkpoint is not a Qwen2.5-VL.
+    """
+    from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+    from transformers.initialization import no_init_weights
+
+    if name in ("tiny", "tiny-untied"):
+        tokenizer = tiny_tokenizer()
+        return tiny_model(tokenizer, tied=name == "tiny", seed=seed), tokenizer
+    config = AutoConfig.from_pretrained(name)
+    if config.model_type != "qwen2_5_vl":
+        raise ValueError(f"{name} is a {config.model_type}, not a qwen2_5_vl: give a Qwen2.5-VL checkpoint")
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    if not weights:
+        with no_init_weights():
+            return Qwen2_5_VLForConditionalGeneration(config).float(), tokenizer
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
+    return model, tokenizer
+
+
+def save(folder: Path, model, tokenizer, state_dict: dict, source: str, dtype=torch.float32) -> None:
+    """Write a Hugging Face checkpoint that `from_pretrained` and vLLM load.
+
+    state_dict: full tensors under the model's own names; `save_pretrained` turns them into the hub's.
+    The image processor's and chat template's files are copied from `source` if it is a directory.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    state_dict = {name: tensor.to(dtype) for name, tensor in state_dict.items()}
+    model.save_pretrained(folder, state_dict=state_dict)
+    tokenizer.save_pretrained(folder)
+    for name in ("preprocessor_config.json", "chat_template.json", "chat_template.jinja", "generation_config.json"):
+        if (Path(source) / name).is_file() and not (folder / name).exists():
+            shutil.copy(Path(source) / name, folder / name)
+
+
+def has_varlen() -> bool:
+    return flash_attn_varlen_func is not None or varlen_attn is not None

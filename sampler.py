@@ -1,0 +1,294 @@
+"""Group sampling: G completions a prompt, the prompt computed once.
+
+Read in this order:
+  §1 noise      keyed uniforms: a rollout depends on (seed, step, sample, completion, token), nothing else
+  §2 weights    a plain copy of the policy in compute dtype, allocated once, refreshed after each step
+  §3 prefill    vision tower and prompt, once per prompt → the prompt's keys and values
+  §4 decode     one token a row and round; all rows of a group read the same prompt keys
+  §5 sample     temperature, banned ids, inverse CDF, stop ids; finished rows make room
+
+Decoding issues no collectives: ranks finish at different lengths, and a collective there would hang.
+
+Shapes: P prompts, G completions a prompt, L longest prompt, T completion tokens, V vocabulary, D width,
+H query heads, K key/value heads, R = H/K queries that share a key head, d head width.
+"""
+import hashlib
+from dataclasses import dataclass
+from types import MethodType, SimpleNamespace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from qwen_vl import MERGE, PATCH, Prompt, SpecialIds, rotate, vision_attention
+
+
+# §1 ──────────────────────────────────────────── noise ────────────────────────────────────────────
+def keyed_uniforms(seed: int, step: int, sample_id: str, group: range, length: int) -> torch.Tensor:
+    """Uniforms in [0, 1) for completions g in `group` of one sample. Returns [G, T] float64.
+
+    A pure function of its arguments: the same rollout comes out on any rank, in any batch, after a resume.
+    """
+    sample_key = int.from_bytes(hashlib.sha256(sample_id.encode()).digest()[:8], "little")
+    rows = [np.random.default_rng([seed, step, sample_key, g]).random(length) for g in group]
+    return torch.from_numpy(np.stack(rows))
+
+
+def inverse_cdf(probabilities_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
+    """The first id whose cumulative probability exceeds u. Returns ids [B]; never one of probability 0."""
+    cdf_BV = probabilities_BV.double().cumsum(-1)
+    threshold_B1 = uniform_B[:, None] * cdf_BV[:, -1:]  # the sum is 1 only up to rounding
+    id_B = torch.searchsorted(cdf_BV, threshold_B1, right=True).squeeze(1).clamp(max=cdf_BV.shape[1] - 1)
+    chosen_B = probabilities_BV.gather(1, id_B[:, None]).squeeze(1)
+    return torch.where(chosen_B > 0, id_B, probabilities_BV.argmax(-1))  # a parallel sum may wobble
+
+
+@dataclass
+class Rollouts:
+    """P·G completions, row p·G + g. A completion ends with its stop id unless it was truncated."""
+
+    tokens: list[list[int]]
+    logps: list[list[float]]  # log-probability of each token as it was sampled
+    truncated: list[bool]  # cut at the length limit
+
+
+# §2 ─────────────────────────────────────────── weights ───────────────────────────────────────────
+class Sampler:
+    """Owns the weight copy; `refresh` fills it, `generate` samples from it.
+
+    config: the model's Hugging Face config; banned_V: ids that are never sampled, [V] bool.
+    """
+
+    def __init__(self, model, special: SpecialIds, banned_V, *, device="cpu", dtype=torch.float32, kv_gb=4.0):
+        self.special, self.device, self.dtype = special, torch.device(device), dtype
+        self.banned_V, self.kv_bytes = banned_V.to(device), kv_gb * 2**30
+        self.stops = torch.tensor(special.stops, device=device)
+        text = model.config.text_config
+        self.heads, self.kv_heads, self.eps = text.num_attention_heads, text.num_key_value_heads, text.rms_norm_eps
+        decoder, vision = model.model.language_model, model.model.visual
+        self.rotary = type(decoder.rotary_emb)(text).to(device)
+        self.vision = type(vision)(vision.config).to(device, dtype).eval().requires_grad_(False)
+        for block in self.vision.blocks:
+            block.attn.forward = MethodType(vision_attention, block.attn)
+        # `targets` maps each of the policy's parameters to its place here. Query, key and value lie in one
+        # matrix, gate and up in another: a decoding step is bound by reading weights, so fewer, larger reads.
+        self.targets = {f"model.model.visual.{n}": p.data for n, p in self.vision.named_parameters()}
+        self.layers = [self._allocate_layer(i, layer) for i, layer in enumerate(decoder.layers)]
+        self.norm = self._allocate("model.model.language_model.norm.weight", [decoder.norm.weight])
+        self.embed = self._allocate("model.model.language_model.embed_tokens.weight", [decoder.embed_tokens.weight])
+        tied = model.lm_head.weight is decoder.embed_tokens.weight
+        self.head = self.embed if tied else self._allocate("model.lm_head.weight", [model.lm_head.weight])
+
+    def _allocate(self, names, parameters) -> torch.Tensor:
+        """One tensor for several parameters stacked along their first dimension."""
+        names = [names] if isinstance(names, str) else names
+        rows = [parameter.shape[0] for parameter in parameters]
+        fused = torch.empty(sum(rows), *parameters[0].shape[1:], device=self.device, dtype=self.dtype)
+        self.targets.update(zip(names, fused.split(rows)))
+        return fused
+
+    def _allocate_layer(self, index: int, layer) -> SimpleNamespace:
+        prefix = f"model.model.language_model.layers.{index}."
+        named = dict(layer.named_parameters())
+
+        def fuse(*names):
+            return self._allocate([prefix + name for name in names], [named[name] for name in names])
+
+        return SimpleNamespace(
+            norm_in=fuse("input_layernorm.weight"),
+            qkv=fuse(*(f"self_attn.{x}_proj.weight" for x in "qkv")),
+            qkv_bias=fuse(*(f"self_attn.{x}_proj.bias" for x in "qkv")),
+            out=fuse("self_attn.o_proj.weight"),
+            norm_mlp=fuse("post_attention_layernorm.weight"),
+            gate_up=fuse("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+            down=fuse("mlp.down_proj.weight"),
+        )
+
+    @torch.no_grad()
+    def refresh(self, policy) -> None:
+        """Copy the policy's weights here. Gathers shards, so every rank must call it at the same time."""
+        filled = set()
+        for name, parameter in policy.named_parameters():
+            full = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+            self.targets[name].copy_(full)
+            filled.add(name)
+        if missing := self.targets.keys() - filled:
+            raise ValueError(f"the policy has no weights for {sorted(missing)[:3]}: another architecture?")
+
+    # §3 ───────────────────────────────────────── prefill ─────────────────────────────────────────
+    def run_layers(self, x, cos, sin, attend) -> torch.Tensor:
+        """All decoder layers on x [..., D]; `attend(layer, q, k, v)` sees [..., heads, d]. Before the norm."""
+        for index, w in enumerate(self.layers):
+            qkv = F.linear(self.rms(x, w.norm_in), w.qkv, w.qkv_bias).unflatten(-1, (-1, cos.shape[-1]))
+            q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=-2)
+            out = attend(index, rotate(q, cos, sin), rotate(k, cos, sin), v)
+            x = x + F.linear(out.flatten(-2), w.out)
+            gate, up = F.linear(self.rms(x, w.norm_mlp), w.gate_up).chunk(2, dim=-1)
+            x = x + F.linear(F.silu(gate) * up, w.down)
+        return x
+
+    def rms(self, x, weight):
+        x32 = x.float()
+        return weight * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+    def prefill(self, prompts: list[Prompt]):
+        """Vision tower and decoder once per prompt, right-padded to the longest.
+
+        Returns the last hidden state of each prompt [P, D] and, a layer, keys and values [P, K, L, d].
+        Padding lies behind, so causal attention never sees it; decoding masks it.
+        """
+        longest = max(len(prompt.ids) for prompt in prompts)
+        ids_PL = torch.full((len(prompts), longest), self.special.pad)
+        positions_3PL = torch.zeros(3, len(prompts), longest, dtype=torch.long)
+        for p, prompt in enumerate(prompts):
+            ids_PL[p, : len(prompt.ids)] = torch.tensor(prompt.ids)
+            positions_3PL[:, p, : len(prompt.ids)] = prompt.positions_3L
+        x_PLD = F.embedding(ids_PL.to(self.device), self.embed)
+        with_images = [(p, prompt) for p, prompt in enumerate(prompts) if prompt.pixels_ND is not None]
+        if with_images:
+            flat = torch.tensor([p * longest + slot for p, prompt in with_images for slot in prompt.image_slots])
+            features_ID = self.image_features([prompt for _, prompt in with_images])
+            x_PLD.view(-1, x_PLD.shape[-1])[flat.to(self.device)] = features_ID
+        cos, sin = (t[:, :, None] for t in self.rotary(x_PLD, positions_3PL.to(self.device)))
+        cache = []
+
+        def attend(_, q, k, v):
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            cache.append((k, v))
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+        x_PLD = self.run_layers(x_PLD, cos, sin, attend)
+        last_P = torch.tensor([len(prompt.ids) - 1 for prompt in prompts], device=self.device)
+        return x_PLD[torch.arange(len(prompts), device=self.device), last_P], cache
+
+    def image_features(self, prompts: list[Prompt]) -> torch.Tensor:
+        """Merged vision features of all images in order, [image tokens, D]."""
+        pixels_ND = torch.cat([prompt.pixels_ND for prompt in prompts]).to(self.device, self.dtype)
+        grids = torch.tensor([grid for prompt in prompts for grid in prompt.grids], device=self.device)
+        return self.vision(pixels_ND, grid_thw=grids).pooler_output.to(self.dtype)
+
+    # §4 ───────────────────────────────────────── decode ──────────────────────────────────────────
+    def decode(self, ids_PG, position_P, wave: SimpleNamespace, t: int) -> torch.Tensor:
+        """One token of every row through the decoder; its keys and values join the cache at place t.
+
+        Attention of a row runs over [its group's prompt | its own tokens]: one softmax over both, the
+        prompt's keys read once a group instead of once a row. Returns hidden states [P, G, D].
+        """
+        x_PGD = F.embedding(ids_PG, self.embed)
+        cos, sin = (c[:, :, None] for c in self.rotary(x_PGD, position_P.expand(3, -1)[:, :, None]))
+        repeats = self.heads // self.kv_heads
+
+        def attend(layer, q, k, v):  # q [P, G, H, d]; k, v [P, G, K, d]
+            keys_PKGTd, values_PKGTd = wave.own[layer]
+            keys_PKGTd[:, :, :, t], values_PKGTd[:, :, :, t] = k.transpose(1, 2), v.transpose(1, 2)
+            keys_PKGTd, values_PKGTd = keys_PKGTd[..., : t + 1, :], values_PKGTd[..., : t + 1, :]
+            keys_PKLd, values_PKLd = wave.prompt[layer]
+            q_PKGRd = q.unflatten(2, (self.kv_heads, repeats)).transpose(1, 2)
+            to_prompt = q_PKGRd.flatten(2, 3) @ keys_PKLd.mT + wave.padding_P11L  # [P, K, G·R, L]
+            to_own = (q_PKGRd @ keys_PKGTd.mT).flatten(2, 3)  # [P, K, G·R, t+1]
+            scores = torch.cat([to_prompt, to_own], dim=-1).float() * q.shape[-1] ** -0.5
+            weights = scores.softmax(-1).to(q.dtype)
+            weights_prompt, weights_own = weights.split([keys_PKLd.shape[2], t + 1], dim=-1)
+            out = (weights_prompt @ values_PKLd).view_as(q_PKGRd)
+            out = out + weights_own.view(*q_PKGRd.shape[:-1], t + 1) @ values_PKGTd
+            return out.transpose(1, 2).flatten(2, 3)
+
+        return self.run_layers(x_PGD, cos, sin, attend)
+
+    def start_wave(self, prompts: list[Prompt], group: int, length: int) -> SimpleNamespace:
+        """Prefill, and room for `length` tokens of each of the P·G rows."""
+        hidden_PD, cache = self.prefill(prompts)
+        lengths_P = torch.tensor([len(prompt.ids) for prompt in prompts], device=self.device)
+        place_L = torch.arange(cache[0][0].shape[2], device=self.device)
+        padding_PL = torch.zeros(len(prompts), len(place_L), device=self.device, dtype=self.dtype)
+        padding_PL.masked_fill_(place_L >= lengths_P[:, None], float("-inf"))
+        shape = (len(prompts), self.kv_heads, group, length, cache[0][0].shape[-1])
+        empty = [[torch.empty(shape, device=self.device, dtype=self.dtype) for _ in "kv"] for _ in cache]
+        rows_PG = torch.arange(len(prompts) * group, device=self.device).view(len(prompts), group)
+        next_P = torch.tensor([prompt.next_position for prompt in prompts], device=self.device)
+        return SimpleNamespace(
+            hidden_PGD=hidden_PD[:, None].expand(-1, group, -1), prompt=cache, own=empty, rows_PG=rows_PG,
+            padding_P11L=padding_PL[:, None, None], next_P=next_P, alive_PG=torch.ones_like(rows_PG).bool(),
+        )
+
+    @staticmethod
+    def compact(wave: SimpleNamespace) -> None:
+        """Drop groups without a living row, then as many columns of G as the fullest group can spare."""
+        keep_P = wave.alive_PG.any(1).nonzero().squeeze(1)
+        alive_PG = wave.alive_PG[keep_P]
+        columns_PG = alive_PG.int().argsort(dim=1, descending=True, stable=True)[:, : int(alive_PG.sum(1).max())]
+        pick = torch.arange(len(keep_P), device=keep_P.device)[:, None]
+        wave.alive_PG, wave.rows_PG = alive_PG[pick, columns_PG], wave.rows_PG[keep_P][pick, columns_PG]
+        wave.ids_PG = wave.ids_PG[keep_P][pick, columns_PG]
+        wave.padding_P11L, wave.next_P = wave.padding_P11L[keep_P], wave.next_P[keep_P]
+        wave.prompt = [[t[keep_P] for t in pair] for pair in wave.prompt]
+        wave.own = [[t[keep_P].transpose(1, 2)[pick, columns_PG].transpose(1, 2) for t in pair] for pair in wave.own]
+
+    # §5 ───────────────────────────────────────── sample ──────────────────────────────────────────
+    def choose(self, hidden_PGD, uniform_PG, temperature: float):
+        """Token and its log-probability for each row, from the distribution that training scores."""
+        hidden_BD = self.rms(hidden_PGD, self.norm).flatten(0, 1)
+        logits_BV = F.linear(hidden_BD, self.head).float() / temperature
+        logp_BV = logits_BV.masked_fill(self.banned_V, float("-inf")).log_softmax(-1)
+        if uniform_PG is None:
+            ids_B = logp_BV.argmax(-1)
+        else:
+            ids_B = inverse_cdf(logp_BV.exp(), uniform_PG.flatten())
+        return ids_B.view(hidden_PGD.shape[:2]), logp_BV.gather(1, ids_B[:, None]).view(hidden_PGD.shape[:2])
+
+    @torch.no_grad()
+    def generate(self, prompts: list[Prompt], noise_PGT, max_tokens: int, *, temperature=1.0) -> Rollouts:
+        """Sample completions of every prompt; noise_PGT [P, G, ≥ max_tokens] from `keyed_uniforms`.
+
+        noise_PGT = None decodes greedily, one completion a prompt. Prompts run in waves that fit the
+        key/value budget.
+        """
+        group = 1 if noise_PGT is None else noise_PGT.shape[1]
+        result = Rollouts([], [], [])
+        for first, last in self.waves(prompts, group, max_tokens):
+            noise = None if noise_PGT is None else noise_PGT[first:last].to(self.device)
+            self.run_wave(prompts[first:last], noise, group, max_tokens, temperature, result)
+        return result
+
+    def waves(self, prompts, group: int, max_tokens: int) -> list[tuple[int, int]]:
+        """Cut the prompts so that a wave's keys and values stay below the budget (one prompt at least)."""
+        per_token = 2 * len(self.layers) * self.kv_heads * self.layers[0].qkv_bias.shape[0]
+        per_token = per_token // (self.heads + 2 * self.kv_heads) * self.embed.element_size()
+        cuts, longest = [0], 0
+        for index, prompt in enumerate(prompts):
+            longest = max(longest, len(prompt.ids))
+            rows = index + 1 - cuts[-1]
+            if rows > 1 and rows * (longest + group * max_tokens) * per_token > self.kv_bytes:
+                cuts.append(index)
+                longest = len(prompt.ids)
+        return list(zip(cuts, [*cuts[1:], len(prompts)]))
+
+    def run_wave(self, prompts, noise_PGT, group, max_tokens, temperature, result: Rollouts) -> None:
+        wave = self.start_wave(prompts, group, max_tokens)
+        rows = len(prompts) * group
+        tokens_BT = torch.full((rows, max_tokens), self.special.pad, device=self.device)
+        logp_BT = torch.zeros(rows, max_tokens, device=self.device)
+        length_B = torch.full((rows,), max_tokens, device=self.device)
+        uniform_BT = None if noise_PGT is None else noise_PGT.flatten(0, 1)
+        hidden_PGD, t = wave.hidden_PGD, 0
+        while True:
+            uniform_PG = None if uniform_BT is None else uniform_BT[wave.rows_PG, t]
+            wave.ids_PG, logp_PG = self.choose(hidden_PGD, uniform_PG, temperature)
+            living = wave.rows_PG[wave.alive_PG]
+            tokens_BT[living, t] = wave.ids_PG[wave.alive_PG]
+            logp_BT[living, t] = logp_PG[wave.alive_PG]
+            stopped_PG = wave.alive_PG & torch.isin(wave.ids_PG, self.stops)
+            length_B[wave.rows_PG[stopped_PG]] = t + 1
+            wave.alive_PG = wave.alive_PG & ~stopped_PG
+            living = int(wave.alive_PG.sum())  # the round's one wait for the device
+            t += 1
+            if not living or t == max_tokens:
+                break
+            if living <= wave.alive_PG.numel() // 2:
+                self.compact(wave)
+            hidden_PGD = self.decode(wave.ids_PG, wave.next_P + t - 1, wave, t - 1)
+        ends = torch.isin(tokens_BT, self.stops).any(1).tolist()
+        for row, (length, ended) in enumerate(zip(length_B.tolist(), ends)):
+            result.tokens.append(tokens_BT[row, :length].tolist())
+            result.logps.append(logp_BT[row, :length].tolist())
+            result.truncated.append(not ended)

@@ -1,0 +1,129 @@
+"""Stage 1, the cold start: supervised fine-tuning on prompt → response, before any reinforcement.
+
+  python sft_coldstart.py                                    the tiny stand-in learns the answer's form
+  torchrun --nproc_per_node=8 sft_coldstart.py --preset ovr-coldstart --data traces.jsonl
+
+[OVR §3.1] tunes the language model alone (--train llm) on text-only reasoning traces; --train all also
+tunes vision tower and merger, which the tiny stand-in needs since it starts from random weights.
+
+A sample is a packed group with one completion: the prompt is masked from the loss, positions restart with
+each sample, and no sample sees another (qwen_vl.py §3, §4). Text-only and image samples mix freely.
+"""
+import dataclasses
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import grpo_vl
+import qwen_vl
+import rewards
+from grpo_vl import option
+from qwen_vl import Group
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every option of the cold start."""
+
+    preset: str = option("", "a named set of differences from these defaults (PRESETS)")
+    model: str = option("Qwen/Qwen2.5-VL-7B-Instruct", "hub id, local directory, tiny or tiny-untied")
+    data: list = option(["synthetic:counting?size=644x476&objects=2-10"], "FILE.jsonl[:weight] or synthetic:TASK?…")
+    fields: str = option("", "names of fields in the data, e.g. question=problem,response=solution")
+    out: str = option("runs/coldstart", "run folder")
+    train: str = option("llm", "llm: freeze vision tower and merger [OVR §3.1]; all", ("llm", "all"))
+    system_prompt: str = option(qwen_vl.SYSTEM, "system turn")
+    think: bool = option(False, "prompts and reference answers with <think>…</think><answer>…</answer>")
+    min_pixels: int = option(56 * 56, "images are resized once to at least this area")
+    max_pixels: int = option(1_000_000, "and at most this one")
+    max_prompt: int = option(2048, "longest prompt in tokens; longer ones are an error")
+    max_tokens: int = option(16384, "longest response in tokens; longer ones are an error [OVR §4.1: 64k]")
+    batch: int = option(640, "samples an optimizer step, all ranks together [OVR §4.1: 640]")
+    steps: int = option(960, "optimizer steps [OVR Fig. 3a: about 960 in 5 epochs]")
+    seconds: float = option(0.0, "stop after so many seconds of training; 0: after --steps")
+    lr: float = option(2e-4, "AdamW learning rate [OVR §4.1: 2e-4]")
+    schedule: str = option("cosine", "after warm-up [OVR: not given]", ("constant", "linear", "cosine"))
+    warmup: int = option(50, "steps of linear warm-up [OVR: not given]")
+    beta2: float = option(0.999, "AdamW β₂")
+    weight_decay: float = option(0.0, "AdamW weight decay")
+    max_norm: float = option(1.0, "gradient norm is clipped to this")
+    micro_tokens: int = option(16384, "tokens of a packed micro-batch")
+    checkpointing: bool = option(True, "compute activations again in the backward pass")
+    offload: bool = option(False, "keep sharded weights and optimizer in host memory")
+    timeout: int = option(3600, "seconds a rank waits for the others")
+    kv_gb: float = option(8.0, "memory for keys and values while evaluating, GiB a rank")
+    seed: int = option(0, "of data order and tiny weights")
+    save_every: int = option(200, "steps between checkpoints")
+    keep: int = option(2, "checkpoints kept")
+    resume: str = option("auto", "continue from the newest checkpoint in --out", ("auto", "never"))
+    eval_every: int = option(0, "steps between evaluations on held-out samples; 0 is off")
+    eval_data: list = option([], "held-out data; default: the held-out split of --data")
+    eval_samples: int = option(200, "held-out samples")
+    eval_tokens: int = option(768, "longest completion when evaluating")
+
+    def __post_init__(self):
+        grpo_vl.check_choices(self)
+
+
+PRESETS = {
+    "tiny": dict(
+        model="tiny", data=["synthetic:grounding?size=84x84&objects=1-3"], train="all", batch=32, steps=700,
+        lr=1e-3, max_pixels=84 * 84, checkpointing=False, micro_tokens=8192, max_tokens=256, eval_tokens=24,
+    ),
+}
+
+
+def response_tokens(sample, tokenizer, special, config: Config) -> list[int]:
+    """The response to learn, with its stop token: the data's own, else the task's reference answer."""
+    text = sample.response
+    if text is None:
+        text = rewards.reference(sample.task, sample.answer, sample.question, think=config.think)
+    tokens = [*tokenizer.encode(text, add_special_tokens=False), special.im_end]
+    if len(tokens) > config.max_tokens:
+        raise ValueError(f"sample {sample.id}: its response has {len(tokens)} tokens, --max-tokens is {config.max_tokens}")
+    return tokens
+
+
+def sft_packs(run, config: Config) -> tuple[list[qwen_vl.Pack], int]:
+    """This rank's share of the next batch in packed rows; and the target tokens of all ranks."""
+    ranks, groups = run.processes, []
+    for draw in range(run.cursor + ranks.rank, run.cursor + config.batch, ranks.world):
+        sample = run.data[draw]
+        prompt = grpo_vl.make_prompt(sample, run.tokenizer, run.special, config)
+        groups.append(Group(prompt, [response_tokens(sample, run.tokenizer, run.special, config)], [len(groups)]))
+    run.cursor += config.batch
+    targets = sum(ranks.gather(sum(len(group.completions[0]) for group in groups)))
+    packs = [qwen_vl.pack_groups(part) for part in qwen_vl.split_groups(groups, config.micro_tokens)]
+    return grpo_vl.equal_packs(packs, run.special, ranks), targets
+
+
+def sft_step(run, step: int) -> dict:
+    """−Σ log π(response token | prompt, response so far) / all response tokens of the global batch."""
+    packs, targets = sft_packs(run, run.config)
+    total = torch.zeros((), device=run.processes.device)
+    for pack in packs:
+        logp_S, _ = run.policy(pack)
+        loss = -logp_S.sum() / targets
+        (loss * run.processes.world).backward()  # FSDP averages over ranks; the norm already counts them all
+        total += loss.detach()
+    grad_norm = grpo_vl.optimizer_step(run, step)
+    loss = sum(run.processes.gather(total.item()))
+    return {"step": step, "loss": loss, "tokens": targets, "grad_norm": grad_norm,
+            "lr": grpo_vl.learning_rate(run.config, step), "cursor": run.cursor}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    config = grpo_vl.parse_config(Config, sys.argv[1:] if arguments is None else arguments, PRESETS, __doc__)
+    processes = grpo_vl.start_processes(config.timeout)
+    run = grpo_vl.prepare(config, processes, config.model, freeze_vision=config.train == "llm")
+    grpo_vl.train(run, sft_step, seconds=config.seconds, eval_tokens=config.eval_tokens)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

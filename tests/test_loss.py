@@ -1,0 +1,235 @@
+"""Advantages and loss: hand-worked constants, naive loops, finite differences, invariances."""
+import math
+
+import pytest
+import torch
+
+from grpo_vl import group_advantages, kl_estimate, policy_loss
+
+
+def rows(*values):
+    """Ragged rows → padded tensor and mask."""
+    longest = max(map(len, values))
+    padded = torch.tensor([[*row, *[0.0] * (longest - len(row))] for row in values])
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in values]).bool()
+    return padded, mask
+
+
+# ── advantages ──
+@pytest.mark.parametrize(
+    "options, expected",
+    [
+        # mean 0.5, deviations ±0.5; population std 0.5, sample std √0.5
+        (dict(std="population", eps=0.0), [1.0, -1.0]),
+        (dict(std="sample", eps=0.0), [0.70710678, -0.70710678]),
+        (dict(std="sample", eps=1e-4), [0.5 / 0.70720678, -0.5 / 0.70720678]),
+        (dict(scale="none"), [0.5, -0.5]),
+        # the other's reward is the baseline: 1 − 0 and 0 − 1
+        (dict(scale="none", baseline="leave_one_out"), [1.0, -1.0]),
+    ],
+)
+def test_advantages_of_one_and_zero(options, expected):
+    got = group_advantages(torch.tensor([[1.0, 0.0]]), **options)
+    torch.testing.assert_close(got, torch.tensor([expected]), atol=1e-6, rtol=0)
+
+
+def test_batch_scale_uses_the_std_of_all_raw_rewards():
+    # groups [1, 0] and [3, 3]: raw rewards have mean 1.75, squares 0.5625+3.0625+1.5625+1.5625 = 6.75
+    # sample variance 6.75/3 = 2.25, std 1.5; group means are subtracted: ±0.5 / 1.5 = ±1/3
+    got = group_advantages(torch.tensor([[1.0, 0.0], [3.0, 3.0]]), scale="batch", eps=0.0)
+    torch.testing.assert_close(got, torch.tensor([[1 / 3, -1 / 3], [0.0, 0.0]]))
+
+
+def test_leave_one_out_of_three():
+    # rewards 3, 0, 0: baselines 0, 1.5, 1.5
+    got = group_advantages(torch.tensor([[3.0, 0.0, 0.0]]), scale="none", baseline="leave_one_out")
+    torch.testing.assert_close(got, torch.tensor([[3.0, -1.5, -1.5]]))
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("baseline", ["mean", "leave_one_out"])
+def test_equal_rewards_give_zero_even_with_float_noise(scale, baseline):
+    noisy = torch.tensor([[0.7, 0.7, 0.7 + 6e-8, 0.7], [0.0, 0.0, 0.0, 0.0]])
+    assert group_advantages(noisy, scale=scale, baseline=baseline, eps=0.0).abs().max() == 0
+
+
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+@pytest.mark.parametrize("std", ["sample", "population"])
+def test_a_group_of_one_is_defined(scale, std):
+    assert group_advantages(torch.tensor([[2.0]]), scale=scale, std=std).tolist() == [[0.0]]
+
+
+@pytest.mark.parametrize("wrong", [dict(scale="row"), dict(std="n"), dict(baseline="median")])
+def test_advantages_refuse_unknown_names(wrong):
+    with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
+        group_advantages(torch.zeros(1, 2), **wrong)
+
+
+# ── loss ──
+# Ratios [[1.5, 1.0], [0.5]], A = [1, −1], ε = 0.2:
+# row 1: min(1.5, 1.2)·1 = 1.2 and 1.0; row 2: min(−0.5, −0.8) = −0.8
+def worked_example():
+    ratio, mask = rows([1.5, 1.0], [0.5])
+    logp = torch.where(mask, ratio.clamp(min=1e-9).log(), 0.0)
+    return logp, torch.zeros_like(logp), torch.tensor([1.0, -1.0]), mask
+
+
+@pytest.mark.parametrize(
+    "options, objective",
+    [
+        (dict(loss="grpo"), ((1.2 + 1.0) / 2 - 0.8) / 2),  # 0.15
+        (dict(loss="dapo"), (1.2 + 1.0 - 0.8) / 3),  # 0.46667
+        (dict(loss="dr_grpo"), (1.2 + 1.0 - 0.8) / (2 * 2)),  # 0.7 a sequence, over T = 2
+        (dict(loss="dr_grpo", norm=2 * 10), (1.2 + 1.0 - 0.8) / 20),  # configured length 10
+        (dict(loss="grpo", norm=4), (1.1 - 0.8) / 4),
+        # clip-higher 0.6: 1.5 is not clipped any more
+        (dict(loss="dapo", clip_high=0.6), (1.5 + 1.0 - 0.8) / 3),
+        # clip-lower 0.6: 0.5 is not clipped any more
+        (dict(loss="dapo", clip_low=0.6), (1.2 + 1.0 - 0.5) / 3),
+        # sequence ratio: √1.5 = 1.2247 → 1.2, twice; 0.5 → −0.8
+        (dict(loss="grpo", ratio="sequence"), (1.2 - 0.8) / 2),
+    ],
+)
+def test_objective_of_the_worked_example(options, objective):
+    loss, _ = policy_loss(*worked_example(), **options)
+    assert loss.item() == pytest.approx(-objective, abs=1e-6)
+
+
+def test_clip_fractions_of_the_worked_example():
+    _, stats = policy_loss(*worked_example())
+    # 1.5 > 1.2 with A > 0: one of three tokens above; 0.5 < 0.8 with A < 0: one below; mean ratio 1
+    assert stats["clip_high"].tolist() == [1, 3]
+    assert stats["clip_low"].tolist() == [1, 3]
+    assert stats["ratio"].tolist() == pytest.approx([3.0, 3.0])
+
+
+@pytest.mark.parametrize("kind, value", [("k2", 0.240227), ("k3", 0.193147)])
+def test_kl_at_log_two(kind, value):
+    # d = ln 2: k2 = d²/2 = 0.240227; k3 = e^−d + d − 1 = 0.5 + 0.693147 − 1
+    assert kl_estimate(torch.tensor(math.log(2)), kind).item() == pytest.approx(value, abs=1e-6)
+    logp, mask = rows([math.log(2)] * 3, [math.log(2)])
+    zeros = torch.zeros_like(logp)
+    loss, stats = policy_loss(logp, logp, torch.zeros(2), mask, beta=0.04, kl=kind, ref_logp_BT=zeros)
+    assert loss.item() == pytest.approx(0.04 * value, abs=1e-7)
+    assert stats["kl"].tolist() == pytest.approx([4 * value, 4], abs=1e-5)
+
+
+def test_k1_in_the_loss_is_refused():
+    logp, mask = rows([0.1])
+    with pytest.raises(ValueError, match="k2 or k3"):
+        policy_loss(logp, logp, torch.zeros(1), mask, beta=0.1, kl="k1", ref_logp_BT=logp)
+
+
+def test_truncated_importance_weight():
+    # old − sampler = ln 3 → weight min(3, 2) = 2; ln 0.5 → 0.5. On policy, A = 1: −(2 + 0.5)/2
+    logp, mask = rows([0.0, 0.0])
+    sampler = torch.tensor([[-math.log(3), math.log(2)]])
+    loss, _ = policy_loss(logp, logp, torch.ones(1), mask, sampler_logp_BT=sampler, tis_cap=2.0)
+    assert loss.item() == pytest.approx(-1.25, abs=1e-6)
+
+
+def test_loss_is_zero_on_policy_but_its_gradient_is_not():
+    # rewards [1, 0] → A = ±0.7071; ratio 1 everywhere: L = −Σ A/2 = 0, dL/dlogp = −A/(B·|o|)
+    logp = torch.tensor([[-1.0, -2.0], [-3.0, 0.0]], requires_grad=True)
+    mask = torch.tensor([[True, True], [True, False]])
+    advantages = group_advantages(torch.tensor([[1.0, 0.0]]), eps=0.0)[0]
+    loss, _ = policy_loss(logp, logp.detach(), advantages, mask)
+    loss.backward()
+    assert loss.item() == pytest.approx(0.0, abs=1e-7)
+    a = 0.70710678
+    expected = torch.tensor([[-a / 4, -a / 4], [a / 2, 0.0]])
+    torch.testing.assert_close(logp.grad, expected)
+
+
+def naive_objective(logp, old, advantages, lengths, loss, ratio, low, high, beta, kl, ref):
+    """The papers' sums as plain loops over Python floats."""
+    per_row = []
+    for i, length in enumerate(lengths):
+        total = 0.0
+        log_ratios = [float(logp[i][t] - old[i][t]) for t in range(length)]
+        for t in range(length):
+            r = math.exp(log_ratios[t] if ratio == "token" else sum(log_ratios) / length)
+            clipped = max(1 - low, min(1 + high, r))
+            d = float(logp[i][t] - ref[i][t])
+            penalty = d * d / 2 if kl == "k2" else math.exp(-d) + d - 1
+            total += min(r * advantages[i], clipped * advantages[i]) - beta * penalty
+        per_row.append(total)
+    if loss == "grpo":
+        return sum(total / length for total, length in zip(per_row, lengths)) / len(lengths)
+    if loss == "dapo":
+        return sum(per_row) / sum(lengths)
+    return sum(per_row) / (len(lengths) * len(logp[0]))
+
+
+@pytest.mark.parametrize("loss", ["grpo", "dapo", "dr_grpo"])
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+@pytest.mark.parametrize("kl", ["k2", "k3"])
+def test_loss_equals_a_naive_loop(loss, ratio, kl):
+    torch.manual_seed(1)
+    lengths, shape = [5, 3, 1, 4], (4, 5)
+    logp, old, ref = (-torch.rand(shape, dtype=torch.float64) for _ in range(3))
+    mask = torch.arange(5) < torch.tensor(lengths)[:, None]
+    advantages = torch.tensor([0.7, -1.2, 0.3, -0.4], dtype=torch.float64)
+    options = dict(loss=loss, ratio=ratio, clip_low=0.1, clip_high=0.3, beta=0.05, kl=kl)
+    got, _ = policy_loss(logp, old, advantages, mask, ref_logp_BT=ref, **options)
+    want = naive_objective(logp, old, advantages.tolist(), lengths, loss, ratio, 0.1, 0.3, 0.05, kl, ref)
+    assert got.item() == pytest.approx(-want, abs=1e-12)
+
+
+@pytest.mark.parametrize("loss", ["grpo", "dapo", "dr_grpo"])
+@pytest.mark.parametrize("ratio", ["token", "sequence"])
+@pytest.mark.parametrize("kl", ["k2", "k3"])
+def test_gradient_by_finite_differences(loss, ratio, kl):
+    torch.manual_seed(2)
+    shape = (3, 4)
+    logp, old, ref = (-torch.rand(shape, dtype=torch.float64) for _ in range(3))
+    mask = torch.arange(4) < torch.tensor([4, 2, 3])[:, None]
+    advantages = torch.tensor([0.9, -1.1, 0.2], dtype=torch.float64)
+
+    def value(x):
+        options = dict(loss=loss, ratio=ratio, beta=0.1, kl=kl, ref_logp_BT=ref)
+        return policy_loss(x, old, advantages, mask, **options)[0]
+
+    assert torch.autograd.gradcheck(value, logp.requires_grad_(), eps=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("loss", ["grpo", "dapo", "dr_grpo"])
+def test_micro_batches_add_up(loss):
+    torch.manual_seed(3)
+    logp, old = -torch.rand(6, 5), -torch.rand(6, 5)
+    mask = torch.arange(5) < torch.tensor([5, 1, 3, 2, 5, 4])[:, None]
+    advantages = torch.randn(6)
+    norm = {"grpo": 6, "dapo": 20, "dr_grpo": 30}[loss]  # 5+1+3+2+5+4 = 20 tokens
+    whole, _ = policy_loss(logp, old, advantages, mask, loss=loss, norm=norm)
+    default, _ = policy_loss(logp, old, advantages, mask, loss=loss)
+    parts = [policy_loss(logp[i:j], old[i:j], advantages[i:j], mask[i:j], loss=loss, norm=norm)[0]
+             for i, j in ((0, 1), (1, 4), (4, 6))]
+    torch.testing.assert_close(sum(parts), whole)
+    torch.testing.assert_close(default, whole)
+
+
+def test_padding_does_not_matter():
+    logp, old, advantages, mask = worked_example()
+    wide = [torch.nn.functional.pad(x, (0, 3), value=value) for x, value in ((logp, 5.0), (old, -7.0), (mask, False))]
+    wide[0][1, 1], wide[1][1, 1] = float("nan"), float("inf")  # garbage in the padding
+    for loss in ("grpo", "dapo"):
+        narrow, _ = policy_loss(logp, old, advantages, mask, loss=loss)
+        padded, stats = policy_loss(wide[0], wide[1], advantages, wide[2], loss=loss)
+        torch.testing.assert_close(padded, narrow)
+        assert stats["ratio"][1] == 3
+
+
+def test_everything_masked_is_zero_not_nan():
+    logp = torch.zeros(2, 3, requires_grad=True)
+    for loss in ("grpo", "dapo", "dr_grpo"):
+        value, _ = policy_loss(logp, logp.detach(), torch.ones(2), torch.zeros(2, 3), loss=loss)
+        assert value.item() == 0.0
+
+
+def test_errors_show_both_shapes():
+    with pytest.raises(ValueError, match=r"\(2, 3\).*\(2, 4\)"):
+        policy_loss(torch.zeros(2, 3), torch.zeros(2, 4), torch.zeros(2), torch.ones(2, 3))
+    with pytest.raises(ValueError, match="ref_logp_BT"):
+        policy_loss(torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1), torch.ones(1, 1), beta=0.1)
+    with pytest.raises(ValueError, match="mean"):
+        policy_loss(torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1), torch.ones(1, 1), loss="mean")
