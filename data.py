@@ -89,6 +89,8 @@ def map_marks(answer, move):
 
 def scale(answer, from_size, to_size):
     """Move a point, a box or a whole answer from a frame of (W, H) to another one."""
+    if tuple(from_size) == tuple(to_size):
+        return answer
     factors = [to / old for to, old in zip(to_size, from_size, strict=True)] * 2
     return map_marks(answer, lambda mark: [v * factor for v, factor in zip(mark, factors)])
 
@@ -97,17 +99,6 @@ scale_points = scale_boxes = scale
 
 
 # ---- §2 images -----------------------------------------------------------------------------
-
-
-def find_image(path, root, *, allow_outside=False):
-    """The file of an image path that stands in data; by default it may not lead out of `root`."""
-    found = (root / path).resolve()
-    if not allow_outside and not found.is_relative_to(root.resolve()):
-        raise DataError(f"image {path!r} is outside {root}: name its folder by ?folder=DIR, or "
-                        "trust the file by ?allow_outside=1")
-    if not found.is_file():
-        raise DataError(f"no image {path!r} in {root}: add it, or set ?folder=DIR")
-    return found
 
 
 def load_image(source):
@@ -125,13 +116,12 @@ def load_image(source):
             image = ImageOps.exif_transpose(image)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning, OSError, SyntaxError,
             ValueError) as error:  # SyntaxError: Pillow's word for a broken PNG chunk
-        name = "of encoded bytes" if isinstance(source, bytes) else source
-        raise DataError(f"image {name} is unusable ({error}): replace or remove it") from error
+        raise DataError(f"image {str(source)[:99]} is unusable ({error}): replace it") from error
     if image.mode.startswith("I"):  # 16 bits: convert() would clip them to an all-white picture
-        grey = np.asarray(image).astype(np.int64)
-        grey = grey // 257 if grey.max() > 255 else grey
+        grey = np.asarray(image, dtype=np.int64)
+        grey = grey // (257 if grey.max() > 255 else 1)
         image = Image.fromarray(grey.clip(0, 255).astype(np.uint8))
-    if image.mode in ("LA", "PA", "RGBA") or "transparency" in image.info:
+    if image.has_transparency_data:
         layer = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
     return image.convert("RGB")
@@ -185,15 +175,10 @@ def read_coco(path):
 
 
 def pick(row, names):
-    """The first filled field of "a|b", or None; "{a}.jpg" is a name made of the field a."""
-    filled = None
-    for name in names.split("|"):
-        key = re.sub(r".*{(\w+)}.*", r"\1", name)
-        value = row.get(key)
-        if value is not None and key != name:
-            value = name.replace(f"{{{key}}}", str(value))
-        filled = value if filled in (None, "", []) and value is not None else filled
-    return filled
+    """The first filled field of "a|b", else the first that is there at all, else None."""
+    values = [row[name] for name in names.split("|") if row.get(name) is not None]
+    filled = [value for value in values if value != "" and value != []]
+    return (filled or values or [None])[0]
 
 
 def plain_rows(row, form):
@@ -270,8 +255,8 @@ FORMATS = {
                       rows=sentence_rows),
     "refcoco-vlmr1": Format("grounding", "problem", "solution"),
     "refcoco-pr1": Format("grounding", "problem", "normalized_solution|solution", frame="1000"),
-    # the hub's parquet with images stored under their hash; Perception-R1's JSON and JSONL
-    "pixmo-count": Format("counting", "label", "points|count", "image|{image_sha256}.jpg"),
+    # the hub's parquet, each image stored as a file named by its hash; Perception-R1's JSON and JSONL
+    "pixmo-count": Format("counting", "label", "points|count", "image|image_sha256"),
     "pixmo-pr1": Format("counting", "label|question|problem", "clicks|ground_truth|solution",
                         "image|image_path", frame="1000"),
     "fox": Format("ocr", id="image", rows=fox_rows),
@@ -346,67 +331,59 @@ class FileSource:
     `faults` lists what is wrong as "file:line: sentence"; those rows are left out.
     """
 
-    def __init__(self, path, form, *, split="train", seed=None, **limits):
-        self.path, self.form, self.limits, self.split = Path(path), form, limits, split
-        self.root = self.path.parent / form.folder
-        self.rows, self.faults, self.taken = [], [], {}  # [(where, row)], sentences, {id: where}
+    def __init__(self, path, form, **limits):
+        self.path, self.form, self.limits = Path(path), form, limits
+        self.rows, self.faults, taken = [], [], {}
         try:
             for number, (where, raw) in enumerate(form.read(self.path), 1):
                 try:
-                    self.add(where, raw, f"{self.path.stem}-{number}")
-                except DataError as error:
-                    self.faults.append(f"{where}: {error}")
+                    for row in self.check(raw, f"{self.path.stem}-{number}"):
+                        if taken.setdefault(row["id"], where) != where:
+                            raise DataError(f"id {row['id']!r} is taken by {taken[row['id']]}")
+                        self.rows.append((where, row))
+                except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+                    what = "" if isinstance(error, DataError) else "not a row of this format: "
+                    self.faults.append(f"{where}: {what}{error}")
         except (KeyError, OSError, RecursionError, TypeError, ValueError) as error:
             raise DataError(f"{path}: not readable in this format: {error}") from error
         if not self.rows and not self.faults:
             raise DataError(f"{path}: there are no samples in this file")
 
-    def add(self, where, raw, name):
-        """Check the samples of one row in all that can be known without opening an image."""
-        try:
-            raw = json.loads(raw) if isinstance(raw, bytes) else raw
-            rows = self.form.rows(raw, self.form)
-        except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-            raise DataError(f"not a row of this format: {error}") from error
+    def check(self, raw, name):
+        """The samples of one row, in all that can be known without opening an image."""
+        rows = self.form.rows(json.loads(raw) if isinstance(raw, bytes) else raw, self.form)
         for part, row in enumerate(rows):
+            task, images = row["task"], row["image"] or []
             name = name if row["id"] is None else str(row["id"])
-            self.check(row)
             row["id"] = f"{name}-{part}" if len(rows) > 1 else name
-            if self.taken.setdefault(row["id"], where) != where:
-                raise DataError(f"id {row['id']!r} is taken by {self.taken[row['id']]}")
-            if row["answer"] != [] or row["task"] != "detection" or self.split != "train":
-                self.rows.append((where, row))  # an empty scene has no detection to learn from
-
-    def check(self, row):
-        """Bring a row's fields into shape; DataError names the one that cannot be."""
-        task, images = row["task"], row["image"]
-        if task not in TASKS:
-            raise DataError(f"task {task!r} is none of {', '.join(TASKS)}: name it in the row, or "
-                            "for the whole file by ?task=…")
-        images = images if isinstance(images, list) else [images] if images else []
-        row["image"] = [(i.get("bytes") or i.get("path")) if isinstance(i, dict) else i
-                        for i in images]
-        if not images and task in ("grounding", "counting", "detection", "ocr"):
-            raise DataError(f"{task} needs an image: is the field named otherwise? (?image=NAME)")
-        for key, kinds in (("question", str), ("response", str | None), ("system", str | None)):
-            if not isinstance(row[key], kinds):
-                raise DataError(f"{key} must be text, not {row[key]!r}: is the field named "
-                                f"otherwise? (?{key}=NAME)")
-        try:
+            row["image"] = images if isinstance(images, list) else [images]
+            for image in row["image"]:
+                self.find(image)
+            if task not in TASKS:
+                raise DataError(f"task {task!r} is none of {', '.join(TASKS)}: name it in the row, "
+                                "or for the whole file by ?task=…")
+            if not images and task in ("grounding", "counting", "detection", "ocr"):
+                raise DataError(f"{task} needs an image: is its field named otherwise?")
+            for key in ("question", "response", "system"):
+                if not isinstance(row[key], str) and (row[key] is not None or key == "question"):
+                    raise DataError(f"{key} is not text: {row[key]!r}: is it named otherwise?")
             row["answer"] = read_answer(task, row["answer"])
-        except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
-            short = str(row["answer"])[:60]
-            raise DataError(f"answer {short!r} does not fit {task}: {error}") from error
-        for image in row["image"]:
-            self.file(image)
+        return rows
 
-    def file(self, image):
-        """What to open: encoded bytes, or the file of a path."""
+    def find(self, image):
+        """What to open: the bytes of an image, or its file, which may not leave the folder."""
+        if isinstance(image, dict):  # as parquet stores it
+            image = image.get("bytes") or image.get("path")
         if isinstance(image, bytes):
             return image
-        if not isinstance(image, str):
-            raise DataError(f"an image must be a path or encoded bytes, not {image!r}")
-        return find_image(image, self.root, allow_outside=bool(self.form.allow_outside))
+        root = (self.path.parent / self.form.folder).resolve()
+        found = (root / image).resolve()
+        if not self.form.allow_outside and not found.is_relative_to(root):
+            raise DataError(f"image {image!r} is outside {root}: name its folder by ?folder=DIR, or "
+                            "trust the file by ?allow_outside=1")
+        if not found.is_file():
+            raise DataError(f"no image {image!r} in {root}: add it, or set ?folder=DIR")
+        return found
 
     def __len__(self):
         return len(self.rows)
@@ -414,7 +391,7 @@ class FileSource:
     def __getitem__(self, item):
         where, row = self.rows[item]
         try:
-            images = [load_image(self.file(image)) for image in row["image"]]
+            images = [load_image(self.find(image)) for image in row["image"]]
             return make_sample(row, images, frame=self.form.frame, **self.limits)
         except DataError as error:
             raise DataError(f"{where}: {error}") from error
@@ -424,15 +401,15 @@ class FileSource:
 
 COLOURS = {"red": (220, 40, 40), "green": (30, 150, 60), "blue": (40, 80, 220),
            "yellow": (240, 195, 20), "purple": (150, 50, 180), "black": (30, 30, 30)}
-SHAPES = {  # outlines in a unit square; the circle needs none
+SHAPES = {  # outlines on a grid of 0 … 100; the circle needs none
     "circle": (),
-    "square": ((0, 0), (1, 0), (1, 1), (0, 1)),
-    "triangle": ((0.5, 0), (1, 1), (0, 1)),
-    "cross": ((0.33, 0), (0.67, 0), (0.67, 0.33), (1, 0.33), (1, 0.67), (0.67, 0.67),
-              (0.67, 1), (0.33, 1), (0.33, 0.67), (0, 0.67), (0, 0.33), (0.33, 0.33)),
-    "star": ((0.5, 0), (0.62, 0.36), (1, 0.38), (0.7, 0.61), (0.81, 1), (0.5, 0.78), (0.19, 1),
-             (0.3, 0.61), (0, 0.38), (0.38, 0.36)),
-    "diamond": ((0.5, 0), (1, 0.5), (0.5, 1), (0, 0.5)),
+    "square": ((0, 0), (100, 0), (100, 100), (0, 100)),
+    "triangle": ((50, 0), (100, 100), (0, 100)),
+    "cross": ((33, 0), (67, 0), (67, 33), (100, 33), (100, 67), (67, 67), (67, 100), (33, 100),
+              (33, 67), (0, 67), (0, 33), (33, 33)),
+    "star": ((50, 0), (62, 36), (100, 38), (70, 61), (81, 100), (50, 78), (19, 100), (30, 61),
+             (0, 38), (38, 36)),
+    "diamond": ((50, 0), (100, 50), (50, 100), (0, 50)),
 }
 WORDS = ("river stone lamp green seven winter paper cloud train music apple silver north garden "
          "window bread tiger ocean letter candle bridge moon forest market").split()
@@ -454,7 +431,7 @@ def paint_shapes(image, things, reach, rng):
             free = all(x > right + 1 or x + side < left - 1 or y > bottom + 1 or y + side < top - 1
                        for left, top, right, bottom in boxes)
         last = side - 1  # Pillow draws the outline's own pixels too: 0 … last are `side` pixels
-        outline = [(x + round(u * last), y + round(v * last)) for u, v in SHAPES[shape]]
+        outline = [(x + round(u * last / 100), y + round(v * last / 100)) for u, v in SHAPES[shape]]
         if outline:
             pen.polygon(outline, COLOURS[colour])
         else:
@@ -516,13 +493,11 @@ class Synthetic:
     max_pixels: int = field(default=MAX_PIXELS, repr=False)
 
     def __post_init__(self):
-        ranges = [self.objects or (0, 0), self.distractors, self.reach]
-        if self.task not in TASKS:
-            raise DataError(f"synthetic:{self.task}: the tasks are {', '.join(TASKS)}")
-        if not all(0 <= low <= high for low, high in ranges) or self.reach[1] > 1:
-            raise DataError(f"synthetic: a range must go from low to high, reach up to 1: {ranges}")
-        if min(self.size) < 28 or self.shapes * self.colours < 2:
-            raise DataError("synthetic: sides of 28 pixels and two labels are the least")
+        ranges = self.objects or (0, 0), self.distractors, self.reach
+        if (self.task not in TASKS or not all(0 <= low <= high for low, high in ranges)
+                or self.reach[1] > 1 or min(self.size) < 28 or self.shapes * self.colours < 2):
+            raise DataError(f"task in {TASKS}, ranges from low to high, reach up to 1, sides from 28 "
+                            f"and at least two labels are needed, not {self}")
 
     def __len__(self):
         return self.count
@@ -617,44 +592,37 @@ class Mixture:
 
     def __getitem__(self, draw):
         block, slot = divmod(draw, len(self.block))
-        names = self.block[self.shuffled(len(self.sources), block, len(self.block))]
+        names = self.shuffled(len(self.sources), block, self.block)
         name = int(names[slot])
-        earlier = block * np.sum(names == name) + np.sum(names[:slot] == name)
         source = self.sources[name]
+        earlier = block * np.sum(self.block == name) + np.sum(names[:slot] == name)
         again, place = divmod(int(earlier), len(source))
         return source[int(self.shuffled(name, again, len(source))[place])]
 
-    def shuffled(self, stream, again, length):
-        """0 … length - 1 in the order of one pass; kept until the stream's next pass begins."""
+    def shuffled(self, stream, again, items):
+        """Items (n: 0 … n - 1) in the order of one pass, kept until the stream's next pass."""
         if self.orders.get(stream, (None,))[0] != again:
-            order = np.random.default_rng((self.seed, stream, again)).permutation(length)
-            self.orders[stream] = again, order
+            rng = np.random.default_rng((self.seed, stream, again))
+            self.orders[stream] = again, rng.permutation(items)
         return self.orders[stream][1]
 
 
-def open_source(spec, fields, **common):
+def open_source(spec, fields, seed, split, **limits):
     """(source, weight or None) of `format:target?option=value&…:weight`."""
     body, weight = re.fullmatch(r"(.*?)(?::(\d*\.?\d+))?", spec).groups()
     body, _, query = body.partition("?")
     name, colon, target = body.partition(":")
-    name, target = (name, target) if colon else ("jsonl", body)
     options = dict(parse_qsl(query))
-    try:
-        if name == "synthetic":
-            for key, text in options.items():  # "84x84", "1-4", "0.5" or "heldout"
-                parts = [float(part) if "." in part else int(part) for part in re.split("[x-]", text)]
-                pair = key in ("size", "objects", "distractors", "reach")
-                options[key] = (parts[0], parts[-1]) if pair else parts[0]
-            source = Synthetic(target, **(common | options))
-        elif name in FORMATS:
-            source = FileSource(target, replace(FORMATS[name], **(fields | options)), **common)
-        else:
-            raise DataError(f"format {name!r} is none of {', '.join(FORMATS)}, synthetic")
-    except DataError as error:
-        raise DataError(f"{error} (in {spec})") from error
-    except (TypeError, ValueError) as error:
-        raise DataError(f"{spec}: {error}") from error
-    return source, float(weight) if weight else None
+    if name != "synthetic":
+        if colon and name not in FORMATS:
+            raise DataError(f"{spec}: {name!r} is none of {', '.join(FORMATS)}, synthetic")
+        form = replace(FORMATS[name if colon else "jsonl"], **(fields | options))
+        return FileSource(target if colon else body, form, **limits), weight
+    for key, text in options.items():  # "84x84", "1-4" or "0.5"
+        parts = [float(part) if "." in part else int(part) for part in re.split("[x-]", text)]
+        pair = key in ("size", "objects", "distractors", "reach")
+        options[key] = (parts[0], parts[-1]) if pair else parts[0]
+    return Synthetic(target, **({"seed": seed, "split": split} | limits | options)), weight
 
 
 def open_data(specs, *, seed=0, split="train", min_pixels=MIN_PIXELS, max_pixels=MAX_PIXELS,
@@ -665,15 +633,20 @@ def open_data(specs, *, seed=0, split="train", min_pixels=MIN_PIXELS, max_pixels
     """
     if isinstance(fields, str):
         fields = dict(pair.split("=", 1) for pair in fields.split(","))
-    common = {"seed": seed, "split": split, "min_pixels": min_pixels, "max_pixels": max_pixels}
-    opened = [open_source(spec, fields or {}, **common) for spec in specs]
-    sources, weights = [source for source, _ in opened], [weight for _, weight in opened]
-    if not specs or (None in weights and any(weights)):
-        raise DataError(f"give a weight to each of {specs} or to none")
-    mix = Mixture(sources, None if None in weights else weights, seed=seed)
+    opened = []
+    for spec in specs:
+        try:
+            opened.append(open_source(spec, fields or {}, seed, split,
+                                      min_pixels=min_pixels, max_pixels=max_pixels))
+        except (TypeError, ValueError) as error:
+            raise DataError(f"in {spec!r}: {error}") from error
+    sources, weights = zip(*opened, strict=True) if opened else ((), ())
+    if not all(weights) and any(weights) or not sources:
+        raise DataError(f"give a weight to each of {specs} or to none of them")
+    mix = Mixture(sources, [float(weight) for weight in weights if weight], seed=seed)
     if len(mix.faults) > skip_bad or not len(mix):
-        raise DataError(f"{len(mix.faults)} bad rows: correct them, or allow so many by "
-                        "--skip-bad:\n" + "\n".join(mix.faults[:10]))
+        raise DataError(f"{len(mix.faults)} bad rows; correct them or allow so many by --skip-bad:"
+                        + "".join(f"\n{fault}" for fault in mix.faults[:10]))
     return mix
 
 
@@ -699,21 +672,20 @@ def draw(image, *, predicted=(), true=(), caption=""):
     are enlarged, and `caption` is printed below.
     """
     zoom = max(1, 448 // max(image.size))
-    big = image.resize((image.width * zoom, image.height * zoom), Image.Resampling.NEAREST)
-    pen, face = ImageDraw.Draw(big), ImageFont.load_default(14)
-    for answer, colour in ((true, "#00a040"), (predicted, "#ff2020")):
+    width, height = image.width * zoom, image.height * zoom
+    unit = max(width, height) // 224 + 1  # lines and letters grow with the picture
+    lines = textwrap.wrap(caption, max(8, width // (5 * unit)))
+    sheet = Image.new("RGB", (width, height + 9 * unit * len(lines)), "white")
+    sheet.paste(image.resize((width, height), Image.Resampling.NEAREST))
+    pen, face = ImageDraw.Draw(sheet), ImageFont.load_default(7 * unit)
+    for answer, colour, line in ((true, "#00a040", 2 * unit), (predicted, "#ff2020", unit)):
         marks = []
         map_marks(answer, marks.append)
         for mark in marks:
-            if all(map(math.isfinite, mark)):  # and far-off ones end at the border
-                x1, y1, *end = (round(min(max(v, -9), s + 9) * zoom)
-                                for v, s in zip(mark, image.size * 2))
-                x2, y2 = end or (x1, y1)
-                pad = 0 if end else 4
-                pen.ellipse((x1 - 4, y1 - 4, x1 + 4, y1 + 4), colour) if not end else pen.rectangle(
-                    (min(x1, x2), min(y1, y2), max(x1, x2), max(y1, y2)), outline=colour, width=3)
-    lines = textwrap.wrap(caption, max(8, big.width // 8))
-    sheet = Image.new("RGB", (big.width, big.height + 18 * len(lines)), "white")
-    sheet.paste(big)
-    ImageDraw.Draw(sheet).multiline_text((2, big.height), "\n".join(lines), "black", face)
+            if all(map(math.isfinite, mark)):  # far-off ones end at the border
+                ends = [min(max(v, -9), side + 9) * zoom for v, side in zip(mark, image.size * 2)]
+                (x1, x2), (y1, y2) = sorted((ends[0], ends[-2])), sorted((ends[1], ends[-1]))
+                grow = 2 * line if len(mark) == 2 else 0
+                pen.rectangle((x1 - grow, y1 - grow, x2 + grow, y2 + grow), None, colour, line)
+    pen.multiline_text((unit, height), "\n".join(lines), "black", face)
     return sheet
