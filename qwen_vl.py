@@ -14,11 +14,11 @@ its two attention forwards are replaced (§4), because packing is a statement ab
 Shapes, as suffixes: L packed tokens, S scored completion tokens, P groups in a row, N image patches,
 V vocabulary, D width, H heads, K key/value heads, B rollouts, T longest completion.
 """
-import shutil
+import math
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from types import MethodType
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ SPECIAL_TOKENS = (  # Qwen2.5's 22 added tokens, in their order (151643 … 1516
 ).split()
 
 
-# §1 ───────────────────────────────────────── special ids ─────────────────────────────────────────
+# §1 ────────────────────────────────────── special ids ───────────────────────────────────────
 @dataclass(frozen=True)
 class SpecialIds:
     """Token ids with a meaning, read from a checkpoint's tokenizer and config, never assumed."""
@@ -59,35 +59,35 @@ class SpecialIds:
     vision_end: int
     pad: int
     stops: tuple[int, ...]  # a completion ends with any of these
-    banned: tuple[int, ...]  # placeholders of images and videos: never sampled, never scored
+    banned_V: torch.Tensor  # True where an id is never sampled and never scored, [V] bool
 
     @staticmethod
     def read(tokenizer, config) -> "SpecialIds":
         """Errors: ValueError naming a token that the tokenizer lacks or numbers otherwise."""
+        names = ("im_start", "im_end", "image_pad", "vision_start", "vision_end", "endoftext")
         vocabulary = tokenizer.get_vocab()
-        names = ("im_start", "im_end", "image_pad", "video_pad", "vision_start", "vision_end", "endoftext")
         missing = [f"<|{name}|>" for name in names if f"<|{name}|>" not in vocabulary]
         if missing:
-            raise ValueError(f"the tokenizer lacks {', '.join(missing)}: not a Qwen2.5-VL tokenizer")
-        ids = {name: vocabulary[f"<|{name}|>"] for name in names}
-        if ids["image_pad"] != config.image_token_id:
+            raise ValueError(f"the tokenizer lacks {', '.join(missing)}: no Qwen2.5-VL tokenizer")
+        ids = [vocabulary[f"<|{name}|>"] for name in names]
+        if vocabulary["<|image_pad|>"] != config.image_token_id:
             raise ValueError(
-                f"<|image_pad|> is {ids['image_pad']} in the tokenizer but {config.image_token_id} in the "
-                "model's config: tokenizer and model do not belong together"
+                f"<|image_pad|> is {vocabulary['<|image_pad|>']} in the tokenizer and "
+                f"{config.image_token_id} in the model's config: they do not belong together"
             )
-        banned = [ids[name] for name in ("image_pad", "video_pad", "vision_start", "vision_end")]
-        banned += [vocabulary["<|vision_pad|>"]] if "<|vision_pad|>" in vocabulary else []
-        return SpecialIds(
-            ids["im_start"], ids["im_end"], ids["image_pad"], ids["vision_start"], ids["vision_end"],
-            pad=ids["endoftext"], stops=(ids["im_end"], ids["endoftext"]), banned=tuple(sorted(banned)),
-        )
+        # A sampled placeholder would be taken for an image slot by the next forward pass; and
+        # Qwen's embedding has 151,936 rows for 151,665 tokens.
+        banned_V = torch.zeros(config.text_config.vocab_size, dtype=torch.bool)
+        for kind in ("image_pad", "video_pad", "vision_start", "vision_end", "vision_pad"):
+            if f"<|{kind}|>" in vocabulary:
+                banned_V[vocabulary[f"<|{kind}|>"]] = True
+        banned_V[max(vocabulary.values()) + 1 :] = True
+        return SpecialIds(*ids, stops=(ids[1], ids[-1]), banned_V=banned_V)
 
-    def banned_mask(self, tokenizer, vocab_size: int) -> torch.Tensor:
-        """True at ids that must never be sampled: placeholders, and rows without a token. [V] bool."""
-        mask_V = torch.zeros(vocab_size, dtype=torch.bool)
-        mask_V[list(self.banned)] = True
-        mask_V[len(tokenizer):] = True  # Qwen's embedding has 151,936 rows for 151,665 tokens
-        return mask_V
+
+def decode(tokenizer, special: SpecialIds, tokens: list[int]) -> str:
+    """A completion's text. Stop ids go; other special tokens stay, Qwen2-VL writes boxes in them."""
+    return tokenizer.decode([t for t in tokens if t not in special.stops], skip_special_tokens=False)
 
 
 # §2 ────────────────────────────────────── image and prompt ───────────────────────────────────────
@@ -171,18 +171,32 @@ def encode_chat(tokenizer, special: SpecialIds, text: str, images=(), system: st
     return Prompt(ids, positions_3L, next_position, slots, torch.cat(pixels) if pixels else None, tuple(grids))
 
 
-# §3 ─────────────────────────────────────────── packing ───────────────────────────────────────────
-@dataclass(frozen=True)
+# §3 ──────────────────────────────────────── packing ─────────────────────────────────────────
+@dataclass
+class Completion:
+    """One rollout: what was sampled, and what it earned."""
+
+    tokens: list[int]  # with the stop token, unless truncated
+    logps: list[float] = field(default_factory=list)  # of each token, as it was sampled
+    truncated: bool = False  # cut at the length limit
+    text: str = ""
+    reward: float = 0.0
+    parts: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
 class Group:
-    """A prompt, some of its completions, and the rows of the [B, T] batch that they belong to."""
+    """A prompt and its completions; `row` is the first one's row in the padded [B, T] batch."""
 
     prompt: Prompt
-    completions: list[list[int]]
-    rows: list[int]
+    completions: list[Completion]
+    row: int = 0
+    sample: Any = None  # the data.Sample behind the prompt
+    draw: int = 0  # its place in the run's global order
 
     @property
-    def tokens(self) -> int:
-        return len(self.prompt.ids) + sum(map(len, self.completions))
+    def rewards(self) -> list[float]:
+        return [completion.reward for completion in self.completions]
 
 
 @dataclass
@@ -211,27 +225,26 @@ class Pack:
 def split_groups(groups: list[Group], budget: int) -> list[list[Group]]:
     """Cut groups into micro-batches of at most `budget` tokens each, in order.
 
-    A group over the budget is split and repeats its prompt; one prompt + one completion over the budget
-    stands alone (nothing is ever dropped here).
+    A group over the budget is split and its prompt repeated; a prompt with one completion over the
+    budget stands alone (nothing is ever dropped here).
     """
     pieces = []
     for group in groups:
-        room, first = budget - len(group.prompt.ids), 0
-        while first < len(group.completions):
-            used, last = len(group.completions[first]), first + 1
-            while last < len(group.completions) and used + len(group.completions[last]) <= room:
-                used += len(group.completions[last])
-                last += 1
-            pieces.append(Group(group.prompt, group.completions[first:last], group.rows[first:last]))
-            first = last
-    micro_batches: list[list[Group]] = []
-    filled = 0
+        first, used = 0, len(group.prompt.ids)
+        for i, completion in enumerate(group.completions):
+            if i > first and used + len(completion.tokens) > budget:
+                pieces.append(Group(group.prompt, group.completions[first:i], group.row + first))
+                first, used = i, len(group.prompt.ids)
+            used += len(completion.tokens)
+        pieces.append(Group(group.prompt, group.completions[first:], group.row + first))
+    micro_batches, filled = [], math.inf
     for piece in pieces:
-        if not micro_batches or filled + piece.tokens > budget:
+        tokens = len(piece.prompt.ids) + sum(len(c.tokens) for c in piece.completions)
+        if filled + tokens > budget:
             micro_batches.append([])
             filled = 0
         micro_batches[-1].append(piece)
-        filled += piece.tokens
+        filled += tokens
     return micro_batches
 
 
@@ -246,32 +259,42 @@ def pack_groups(groups: list[Group]) -> Pack:
         prompt, start = group.prompt, len(ids)
         slots += [start + slot for slot in prompt.image_slots]
         ids += prompt.ids
-        positions.append(prompt.positions_3L)
         segment += [0] * len(prompt.ids)
+        positions.append(prompt.positions_3L)
         prompt_end = len(ids) - 1
-        for number, (tokens, b) in enumerate(zip(group.completions, group.rows, strict=True), start=1):
-            source += [prompt_end, *range(len(ids), len(ids) + len(tokens) - 1)]
+        for number, completion in enumerate(group.completions):
+            tokens, length = completion.tokens, len(completion.tokens)
+            source += [prompt_end, *range(len(ids), len(ids) + length - 1)]
             target += tokens
-            row += [b] * len(tokens)
-            column += range(len(tokens))
+            row += [group.row + number] * length
+            column += range(length)
             ids += tokens
-            segment += [number] * len(tokens)
-            positions.append(rope_positions([len(tokens)], prompt.next_position)[0])
+            segment += [number + 1] * length
+            positions.append(rope_positions([length], prompt.next_position)[0])
         group_of += [index] * (len(ids) - start)
-    prompts = [group.prompt for group in groups]
-    pixels = [prompt.pixels_ND for prompt in prompts if prompt.pixels_ND is not None]
-    grids = [grid for prompt in prompts for grid in prompt.grids]
-    as_tensor = partial(torch.tensor, dtype=torch.long)
+    with_image = [group.prompt for group in groups if group.prompt.pixels_ND is not None]
+    tensors = [torch.tensor(x).long() for x in (group_of, segment, source, target, row, column, slots)]
     return Pack(
-        as_tensor(ids), torch.cat(positions, dim=1), as_tensor(group_of), as_tensor(segment),
-        as_tensor(source), as_tensor(target), as_tensor(row), as_tensor(column), as_tensor(slots),
-        torch.cat(pixels) if pixels else None, as_tensor(grids) if grids else None,
+        torch.tensor(ids), torch.cat(positions, dim=1), *tensors,
+        torch.cat([prompt.pixels_ND for prompt in with_image]) if with_image else None,
+        torch.tensor([g for p in with_image for g in p.grids]) if with_image else None,
     )
 
 
-def scatter_BT(values_S: torch.Tensor, pack: Pack, like_BT: torch.Tensor) -> torch.Tensor:
-    """Scored tokens back into the padded [B, T] batch; zero elsewhere. Differentiable."""
-    return torch.zeros_like(like_BT).index_put((pack.row_S, pack.column_S), values_S)
+def filler_pack(special: SpecialIds) -> Pack:
+    """A row that scores no token, for a rank with nothing left to do while others go on."""
+    return pack_groups([Group(Prompt([special.im_start], torch.zeros(3, 1).long(), 1), [])])
+
+
+def add_dummy_image(pack: Pack) -> None:
+    """A 28×28 blank that touches no token, for a text-only row while other ranks see images."""
+    pack.pixels_ND = torch.zeros(MERGE * MERGE, 3 * 2 * PATCH * PATCH)
+    pack.grids_I3 = torch.tensor([[1, MERGE, MERGE]])
+
+
+def scatter_BT(values_S: torch.Tensor, pack: Pack, shape: tuple[int, int]) -> torch.Tensor:
+    """Scored tokens back into their places of the padded [B, T] batch, zero elsewhere."""
+    return values_S.new_zeros(shape).index_put((pack.row_S, pack.column_S), values_S)
 
 
 # §4 ────────────────────────────────────────── attention ──────────────────────────────────────────
@@ -280,10 +303,13 @@ def scatter_BT(values_S: torch.Tensor, pack: Pack, like_BT: torch.Tensor) -> tor
 #   mask    (CPU, reference) groups side by side in a padded batch [P, longest group], one SDPA call
 #   varlen  (CUDA) each prompt and each completion is a sequence of queries; a completion's keys are
 #           gathered as prompt + completion, causal aligned at the bottom right, one call a layer
-def prepare_attention(pack: Pack, kind: str) -> Pack:
-    """Fill `pack.attention` once for all layers. kind: "mask" or "varlen"."""
-    pack.attention = {"mask": mask_layout, "varlen": varlen_layout}[kind](pack) | {"kind": kind}
-    return pack
+def prepare_attention(pack: Pack, device: torch.device) -> Pack:
+    """Fill `pack.attention`, once for all layers, and move the row to the device."""
+    if device.type == "cuda" and (flash_attn_varlen_func or varlen_attn):
+        pack.attention = varlen_layout(pack)
+    else:
+        pack.attention = mask_layout(pack)
+    return pack.to(device)
 
 
 def mask_layout(pack: Pack) -> dict:
@@ -341,7 +367,7 @@ def varlen_attention(q_LHd, k_LKd, v_LKd, cu_q, cu_k, max_q: int, max_k: int, *,
 
 def shared_prefix_attention(q_LHd, k_LKd, v_LKd, layout: dict) -> torch.Tensor:
     """softmax(q·kᵀ/√d + mask)·v over a packed row. Returns [L, H, d]."""
-    if layout["kind"] == "varlen":
+    if "key_index" in layout:
         index, names = layout["key_index"], ("cu_q", "cu_k", "max_q", "max_k")
         return varlen_attention(q_LHd, k_LKd[index], v_LKd[index], *(layout[n] for n in names), causal=True)
     side_by_side = [x[layout["gather_PL"]].transpose(1, 2) for x in (q_LHd, k_LKd, v_LKd)]  # [P, H, L, d]
@@ -451,14 +477,6 @@ class Policy(nn.Module):
         return token_logprobs(hidden_SD, self.model.lm_head, pack.target_S, self.banned_V, temperature)
 
 
-def add_dummy_image(pack: Pack) -> Pack:
-    """A 28×28 blank that touches no token: keeps FSDP's collectives equal when only other ranks see images."""
-    width = 3 * 2 * PATCH * PATCH
-    pack.pixels_ND = torch.zeros(MERGE * MERGE, width)
-    pack.grids_I3 = torch.tensor([[1, MERGE, MERGE]])
-    return pack
-
-
 # §6 ────────────────────────────────────── load, save, tiny ───────────────────────────────────────
 QWEN_SPLIT = (  # Qwen2.5's pre-tokenizer: words, single digits, punctuation, white space
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -551,22 +569,3 @@ def load(name: str, *, weights: bool = True, seed: int = 0):
             return Qwen2_5_VLForConditionalGeneration(config).float(), tokenizer
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
     return model, tokenizer
-
-
-def save(folder: Path, model, tokenizer, state_dict: dict, source: str, dtype=torch.float32) -> None:
-    """Write a Hugging Face checkpoint that `from_pretrained` and vLLM load.
-
-    state_dict: full tensors under the model's own names; `save_pretrained` turns them into the hub's.
-    The image processor's and chat template's files are copied from `source` if it is a directory.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    state_dict = {name: tensor.to(dtype) for name, tensor in state_dict.items()}
-    model.save_pretrained(folder, state_dict=state_dict)
-    tokenizer.save_pretrained(folder)
-    for name in ("preprocessor_config.json", "chat_template.json", "chat_template.jinja", "generation_config.json"):
-        if (Path(source) / name).is_file() and not (folder / name).exists():
-            shutil.copy(Path(source) / name, folder / name)
-
-
-def has_varlen() -> bool:
-    return flash_attn_varlen_func is not None or varlen_attn is not None

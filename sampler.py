@@ -6,6 +6,7 @@ Read in this order:
   §3 prefill    vision tower and prompt, once per prompt → the prompt's keys and values
   §4 decode     one token a row and round; all rows of a group read the same prompt keys
   §5 sample     temperature, banned ids, inverse CDF, stop ids; finished rows make room
+  §6 disk       the other places that gathered weights go: checkpoints and Hugging Face's format
 
 Decoding issues no collectives: ranks finish at different lengths, and a collective there would hang.
 
@@ -13,24 +14,29 @@ Shapes: P prompts, G completions a prompt, L longest prompt, T completion tokens
 H query heads, K key/value heads, R = H/K queries that share a key head, d head width.
 """
 import hashlib
-from dataclasses import dataclass
+import json
+import shutil
+from pathlib import Path
 from types import MethodType, SimpleNamespace
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+from torch.distributed.checkpoint import state_dict as dist_state
 
-from qwen_vl import MERGE, PATCH, Prompt, SpecialIds, rotate, vision_attention
+from qwen_vl import Completion, Prompt, SpecialIds, rotate, vision_attention
 
 
 # §1 ──────────────────────────────────────────── noise ────────────────────────────────────────────
-def keyed_uniforms(seed: int, step: int, sample_id: str, group: range, length: int) -> torch.Tensor:
-    """Uniforms in [0, 1) for completions g in `group` of one sample. Returns [G, T] float64.
+def keyed_uniforms(seed: int, step: int, sample_id: str, group: int, length: int) -> torch.Tensor:
+    """Uniforms in [0, 1) for the G completions of one sample. Returns [G, T] float64.
 
     A pure function of its arguments: the same rollout comes out on any rank, in any batch, after a resume.
     """
     sample_key = int.from_bytes(hashlib.sha256(sample_id.encode()).digest()[:8], "little")
-    rows = [np.random.default_rng([seed, step, sample_key, g]).random(length) for g in group]
+    rows = [np.random.default_rng([seed, step, sample_key, g]).random(length) for g in range(group)]
     return torch.from_numpy(np.stack(rows))
 
 
@@ -43,25 +49,17 @@ def inverse_cdf(probabilities_BV: torch.Tensor, uniform_B: torch.Tensor) -> torc
     return torch.where(chosen_B > 0, id_B, probabilities_BV.argmax(-1))  # a parallel sum may wobble
 
 
-@dataclass
-class Rollouts:
-    """P·G completions, row p·G + g. A completion ends with its stop id unless it was truncated."""
-
-    tokens: list[list[int]]
-    logps: list[list[float]]  # log-probability of each token as it was sampled
-    truncated: list[bool]  # cut at the length limit
-
-
 # §2 ─────────────────────────────────────────── weights ───────────────────────────────────────────
 class Sampler:
     """Owns the weight copy; `refresh` fills it, `generate` samples from it.
 
-    config: the model's Hugging Face config; banned_V: ids that are never sampled, [V] bool.
+    model: a Hugging Face Qwen2.5-VL whose shapes count; device, dtype: where and how to sample;
+    kv_gb: memory for keys and values, GiB.
     """
 
-    def __init__(self, model, special: SpecialIds, banned_V, *, device="cpu", dtype=torch.float32, kv_gb=4.0):
+    def __init__(self, model, special: SpecialIds, *, device="cpu", dtype=torch.float32, kv_gb=8.0):
         self.special, self.device, self.dtype = special, torch.device(device), dtype
-        self.banned_V, self.kv_bytes = banned_V.to(device), kv_gb * 2**30
+        self.banned_V, self.kv_bytes = special.banned_V.to(device), kv_gb * 2**30
         self.stops = torch.tensor(special.stops, device=device)
         text = model.config.text_config
         self.heads, self.kv_heads, self.eps = text.num_attention_heads, text.num_key_value_heads, text.rms_norm_eps
@@ -237,18 +235,21 @@ class Sampler:
         return ids_B.view(hidden_PGD.shape[:2]), logp_BV.gather(1, ids_B[:, None]).view(hidden_PGD.shape[:2])
 
     @torch.no_grad()
-    def generate(self, prompts: list[Prompt], noise_PGT, max_tokens: int, *, temperature=1.0) -> Rollouts:
-        """Sample completions of every prompt; noise_PGT [P, G, ≥ max_tokens] from `keyed_uniforms`.
+    def generate(
+        self, prompts: list[Prompt], noise: list[torch.Tensor] | None, max_tokens: int, temperature=1.0
+    ) -> list[list[Completion]]:
+        """G completions of each prompt. noise: [G, ≥ max_tokens] a prompt, from `keyed_uniforms`.
 
-        noise_PGT = None decodes greedily, one completion a prompt. Prompts run in waves that fit the
+        Without noise decoding is greedy, one completion a prompt. Prompts run in waves that fit the
         key/value budget.
         """
-        group = 1 if noise_PGT is None else noise_PGT.shape[1]
-        result = Rollouts([], [], [])
+        group = 1 if noise is None or not noise else len(noise[0])
+        out = []
         for first, last in self.waves(prompts, group, max_tokens):
-            noise = None if noise_PGT is None else noise_PGT[first:last].to(self.device)
-            self.run_wave(prompts[first:last], noise, group, max_tokens, temperature, result)
-        return result
+            uniform_PGT = None if noise is None else torch.stack(noise[first:last]).to(self.device)
+            rows = self.run_wave(prompts[first:last], uniform_PGT, group, max_tokens, temperature)
+            out += [rows[i : i + group] for i in range(0, len(rows), group)]
+        return out
 
     def waves(self, prompts, group: int, max_tokens: int) -> list[tuple[int, int]]:
         """Cut the prompts so that a wave's keys and values stay below the budget (one prompt at least)."""
@@ -261,15 +262,15 @@ class Sampler:
             if rows > 1 and rows * (longest + group * max_tokens) * per_token > self.kv_bytes:
                 cuts.append(index)
                 longest = len(prompt.ids)
-        return list(zip(cuts, [*cuts[1:], len(prompts)]))
+        return list(zip(cuts, [*cuts[1:], len(prompts)])) if prompts else []
 
-    def run_wave(self, prompts, noise_PGT, group, max_tokens, temperature, result: Rollouts) -> None:
+    def run_wave(self, prompts, uniform_PGT, group, max_tokens, temperature) -> list[Completion]:
         wave = self.start_wave(prompts, group, max_tokens)
         rows = len(prompts) * group
         tokens_BT = torch.full((rows, max_tokens), self.special.pad, device=self.device)
         logp_BT = torch.zeros(rows, max_tokens, device=self.device)
         length_B = torch.full((rows,), max_tokens, device=self.device)
-        uniform_BT = None if noise_PGT is None else noise_PGT.flatten(0, 1)
+        uniform_BT = None if uniform_PGT is None else uniform_PGT.flatten(0, 1)
         hidden_PGD, t = wave.hidden_PGD, 0
         while True:
             uniform_PG = None if uniform_BT is None else uniform_BT[wave.rows_PG, t]
@@ -287,8 +288,59 @@ class Sampler:
             if living <= wave.alive_PG.numel() // 2:
                 self.compact(wave)
             hidden_PGD = self.decode(wave.ids_PG, wave.next_P + t - 1, wave, t - 1)
-        ends = torch.isin(tokens_BT, self.stops).any(1).tolist()
-        for row, (length, ended) in enumerate(zip(length_B.tolist(), ends)):
-            result.tokens.append(tokens_BT[row, :length].tolist())
-            result.logps.append(logp_BT[row, :length].tolist())
-            result.truncated.append(not ended)
+        rows = zip(tokens_BT.tolist(), logp_BT.tolist(), length_B.tolist())
+        return [
+            Completion(tokens[:n], logps[:n], truncated=tokens[n - 1] not in self.special.stops)
+            for tokens, logps, n in rows
+        ]
+
+
+# §6 ─────────────────────────────────────── weights on disk ───────────────────────────────────────
+def export(folder: Path, policy, tokenizer, source: str) -> None:
+    """Write the sharded policy as a Hugging Face checkpoint; every rank calls it, rank 0 writes.
+
+    bf16 on GPUs, fp32 on CPU. The image processor's and the chat template's files come along from
+    `source`, so that `from_pretrained` and vLLM load the folder.
+    """
+    options = dist_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    full = dist_state.get_model_state_dict(policy, options=options)
+    if dist.get_rank() == 0:
+        dtype = torch.bfloat16 if policy.banned_V.is_cuda else torch.float32
+        state = {name.removeprefix("model."): tensor.to(dtype) for name, tensor in full.items()}
+        policy.model.save_pretrained(folder, state_dict=state)
+        tokenizer.save_pretrained(folder)
+        for name in ("preprocessor_config.json", "chat_template.json", "chat_template.jinja"):
+            if (Path(source) / name).is_file() and not (folder / name).exists():
+                shutil.copy(Path(source) / name, folder / name)
+    dist.barrier()
+
+
+def find_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoint-N folders, oldest first."""
+    found = [p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
+
+
+def save_checkpoint(folder: Path, policy, optimizer, state: dict, keep: int) -> None:
+    """Sharded weights and AdamW state. One rename makes it appear: it is whole or not there."""
+    final = folder / f"checkpoint-{state['step']}"
+    partial_folder = final.with_suffix(".partial")
+    model, optim = dist_state.get_state_dict(policy, optimizer)
+    dcp.save({"model": model, "optimizer": optim}, checkpoint_id=partial_folder)
+    if dist.get_rank() == 0:
+        (partial_folder / "state.json").write_text(json.dumps(state))
+        shutil.rmtree(final, ignore_errors=True)
+        partial_folder.rename(final)
+        for old in find_checkpoints(folder)[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def load_checkpoint(path: Path, policy, optimizer) -> dict:
+    """Restore weights and AdamW state, whatever the number of ranks that saved them."""
+    model, optim = dist_state.get_state_dict(policy, optimizer)
+    saved = {"model": model, "optimizer": optim}
+    dcp.load(saved, checkpoint_id=path)
+    dist_state.set_state_dict(
+        policy, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
+    return json.loads((path / "state.json").read_text())

@@ -9,34 +9,28 @@ tunes vision tower and merger, which the tiny stand-in needs since it starts fro
 A sample is a packed group with one completion: the prompt is masked from the loss, positions restart with
 each sample, and no sample sees another (qwen_vl.py §3, §4). Text-only and image samples mix freely.
 """
-import dataclasses
-import json
-import sys
-import time
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 import grpo_vl
 import qwen_vl
 import rewards
 from grpo_vl import option
-from qwen_vl import Group
+from qwen_vl import Completion, Group
 
 
 @dataclass(frozen=True)
 class Config:
     """Every option of the cold start."""
 
-    preset: str = option("", "a named set of differences from these defaults (PRESETS)")
     model: str = option("Qwen/Qwen2.5-VL-7B-Instruct", "hub id, local directory, tiny or tiny-untied")
-    data: list = option(["synthetic:counting?size=644x476&objects=2-10"], "FILE.jsonl[:weight] or synthetic:TASK?…")
+    data: list[str] = option(["synthetic:counting?size=644x476&objects=2-10"], "FILE.jsonl[:weight] or synthetic:TASK?…")
     fields: str = option("", "names of fields in the data, e.g. question=problem,response=solution")
     out: str = option("runs/coldstart", "run folder")
-    train: str = option("llm", "llm: freeze vision tower and merger [OVR §3.1]; all", ("llm", "all"))
+    train: Literal["llm", "all"] = option("llm", "llm: vision tower and merger stay [OVR §3.1]")
     system_prompt: str = option(qwen_vl.SYSTEM, "system turn")
     think: bool = option(False, "prompts and reference answers with <think>…</think><answer>…</answer>")
     min_pixels: int = option(56 * 56, "images are resized once to at least this area")
@@ -47,7 +41,7 @@ class Config:
     steps: int = option(960, "optimizer steps [OVR Fig. 3a: about 960 in 5 epochs]")
     seconds: float = option(0.0, "stop after so many seconds of training; 0: after --steps")
     lr: float = option(2e-4, "AdamW learning rate [OVR §4.1: 2e-4]")
-    schedule: str = option("cosine", "after warm-up [OVR: not given]", ("constant", "linear", "cosine"))
+    schedule: Literal["constant", "linear", "cosine"] = option("cosine", "[OVR: not given]")
     warmup: int = option(50, "steps of linear warm-up [OVR: not given]")
     beta2: float = option(0.999, "AdamW β₂")
     weight_decay: float = option(0.0, "AdamW weight decay")
@@ -60,68 +54,65 @@ class Config:
     seed: int = option(0, "of data order and tiny weights")
     save_every: int = option(200, "steps between checkpoints")
     keep: int = option(2, "checkpoints kept")
-    resume: str = option("auto", "continue from the newest checkpoint in --out", ("auto", "never"))
+    resume: Literal["auto", "never"] = option("auto", "from the newest checkpoint in --out")
     eval_every: int = option(0, "steps between evaluations on held-out samples; 0 is off")
-    eval_data: list = option([], "held-out data; default: the held-out split of --data")
+    eval_data: list[str] = option([], "held-out data; default: the held-out split of --data")
     eval_samples: int = option(200, "held-out samples")
     eval_tokens: int = option(768, "longest completion when evaluating")
 
     def __post_init__(self):
-        grpo_vl.check_choices(self)
+        grpo_vl.check_options(self)
 
 
 PRESETS = {
     "tiny": dict(
-        model="tiny", data=["synthetic:grounding?size=84x84&objects=1-3"], train="all", batch=32, steps=700,
-        lr=1e-3, max_pixels=84 * 84, checkpointing=False, micro_tokens=8192, max_tokens=256, eval_tokens=24,
+        model="tiny", data=["synthetic:grounding?size=56x56&distractors=0-2&reach=0.3-0.5"], train="all", batch=32,
+        steps=300, schedule="constant",
+        lr=1e-3, checkpointing=False, micro_tokens=8192, max_tokens=256, eval_tokens=24,
     ),
 }
 
 
-def response_tokens(sample, tokenizer, special, config: Config) -> list[int]:
-    """The response to learn, with its stop token: the data's own, else the task's reference answer."""
+def response_tokens(run, sample) -> list[int]:
+    """The response to learn, with its stop token: the data's own, else the reference answer."""
     text = sample.response
     if text is None:
-        text = rewards.reference(sample.task, sample.answer, sample.question, think=config.think)
-    tokens = [*tokenizer.encode(text, add_special_tokens=False), special.im_end]
-    if len(tokens) > config.max_tokens:
-        raise ValueError(f"sample {sample.id}: its response has {len(tokens)} tokens, --max-tokens is {config.max_tokens}")
+        text = rewards.reference(sample.task, sample.answer, sample.question, think=run.config.think)
+    tokens = [*run.tokenizer.encode(text, add_special_tokens=False), run.special.im_end]
+    if len(tokens) > run.config.max_tokens:
+        raise ValueError(
+            f"sample {sample.id}: its response has {len(tokens)} tokens, --max-tokens is "
+            f"{run.config.max_tokens}; raise it or drop the sample"
+        )
     return tokens
 
 
-def sft_packs(run, config: Config) -> tuple[list[qwen_vl.Pack], int]:
-    """This rank's share of the next batch in packed rows; and the target tokens of all ranks."""
-    ranks, groups = run.processes, []
+def sft_step(run, step: int) -> dict:
+    """−Σ log π(response token | prompt, response so far) / all response tokens of the batch."""
+    config, ranks, groups = run.config, run.processes, []
     for draw in range(run.cursor + ranks.rank, run.cursor + config.batch, ranks.world):
         sample = run.data[draw]
-        prompt = grpo_vl.make_prompt(sample, run.tokenizer, run.special, config)
-        groups.append(Group(prompt, [response_tokens(sample, run.tokenizer, run.special, config)], [len(groups)]))
+        response = Completion(response_tokens(run, sample))
+        groups.append(Group(grpo_vl.make_prompt(run, sample), [response], row=len(groups)))
     run.cursor += config.batch
-    targets = sum(ranks.gather(sum(len(group.completions[0]) for group in groups)))
-    packs = [qwen_vl.pack_groups(part) for part in qwen_vl.split_groups(groups, config.micro_tokens)]
-    return grpo_vl.equal_packs(packs, run.special, ranks), targets
-
-
-def sft_step(run, step: int) -> dict:
-    """−Σ log π(response token | prompt, response so far) / all response tokens of the global batch."""
-    packs, targets = sft_packs(run, run.config)
-    total = torch.zeros((), device=run.processes.device)
-    for pack in packs:
+    targets = sum(ranks.gather(sum(len(group.completions[0].tokens) for group in groups)))
+    total = 0.0
+    for pack in grpo_vl.pack_for_ranks(run, groups):
         logp_S, _ = run.policy(pack)
         loss = -logp_S.sum() / targets
-        (loss * run.processes.world).backward()  # FSDP averages over ranks; the norm already counts them all
-        total += loss.detach()
+        (loss * ranks.world).backward()  # FSDP averages over ranks; targets counts them all
+        total += loss.item()
     grad_norm = grpo_vl.optimizer_step(run, step)
-    loss = sum(run.processes.gather(total.item()))
-    return {"step": step, "loss": loss, "tokens": targets, "grad_norm": grad_norm,
-            "lr": grpo_vl.learning_rate(run.config, step), "cursor": run.cursor}
+    return {"step": step, "loss": sum(ranks.gather(total)), "tokens": targets,
+            "grad_norm": grad_norm, "lr": grpo_vl.learning_rate(config, step), "cursor": run.cursor}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    config = grpo_vl.parse_config(Config, sys.argv[1:] if arguments is None else arguments, PRESETS, __doc__)
+    fallback = "" if torch.cuda.is_available() else "tiny"
+    config = grpo_vl.parse_config(Config, arguments, PRESETS, __doc__, fallback)
     processes = grpo_vl.start_processes(config.timeout)
     run = grpo_vl.prepare(config, processes, config.model, freeze_vision=config.train == "llm")
-    grpo_vl.train(run, sft_step, seconds=config.seconds, eval_tokens=config.eval_tokens)
+    grpo_vl.train(run, sft_step, eval_tokens=config.eval_tokens, seconds=config.seconds)
     dist.destroy_process_group()
 
 

@@ -1,0 +1,479 @@
+"""data.py: sizes and frames, every reader on a small file in its true format, bad input, scenes."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data
+from data import DataError, Synthetic, check, load_image, open_data, smart_resize
+
+HERE = Path(__file__).parent / "fixtures" / "data"
+SMALL = {"min_pixels": 28 * 28, "max_pixels": 28 * 28 * 64}
+# a.png is 100 x 50 with a red block over columns 20 … 59 and rows 10 … 39. smart_resize of 50 x 100
+# is round(50/28) = 2 and round(100/28) = 4 patches: 112 x 56, so x by 1.12 and y by 1.12.
+RED = [22.4, 11.2, 67.2, 44.8]
+
+
+def one(spec, index=0, **options):
+    return open_data([spec.replace("@", f"{HERE}/")], **(SMALL | options)).at(index)
+
+
+def write(folder, *rows, name="rows.jsonl"):
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    (folder / name).write_text("\n".join(lines), encoding="utf-8")
+    return str(folder / name)
+
+
+# ---- sizes and frames ----
+
+
+def test_smart_resize_worked_by_hand():
+    assert smart_resize(84, 84) == (84, 84)
+    assert smart_resize(100, 200) == (112, 196)  # 3.57 -> 4 and 7.14 -> 7 patches
+    assert smart_resize(70, 70) == (56, 56)  # 2.5 goes to the even 2
+    assert smart_resize(1, 1) == (56, 56)  # up to the least area, 56 * 56
+    assert smart_resize(10, 2000) == (28, 1988)  # a thin image keeps one patch; 71.43 -> 71
+    # 1080 x 1920 in 1280 patches: divided by sqrt(2073600 / 1003520) = 1.43747,
+    # 751.3 / 28 = 26.8 -> 26 and 1335.7 / 28 = 47.7 -> 47 patches
+    assert smart_resize(1080, 1920) == (728, 1316)
+    with pytest.raises(DataError, match="200 : 1"):
+        smart_resize(1, 10_000)
+
+
+def test_scaling_moves_answers_and_comes_back():
+    assert data.scale_points([[10, 20], [0, 5]], (100, 50), (200, 200)) == [[20, 80], [0, 20]]
+    assert data.scale_boxes([[1, 2, 3, 4]], (10, 10), (20, 30)) == [[2, 6, 6, 12]]
+    items = [{"bbox_2d": [1, 2, 3, 4], "label": "cat"}]
+    assert data.scale(items, (10, 10), (20, 30)) == [{"bbox_2d": [2, 6, 6, 12], "label": "cat"}]
+    assert data.scale([], (10, 10), (20, 30)) == []
+    assert data.scale(7, (1, 1), (2, 2)) == 7
+    assert data.scale([5, 6, 7, 8], (84, 84), (84, 84)) == [5, 6, 7, 8]
+    box = [13.25, 7.5, 640.0, 479.0]
+    there = data.scale(box, (641, 480), (644, 476))
+    assert data.scale(there, (644, 476), (641, 480)) == pytest.approx(box, abs=1e-9)
+
+
+def test_the_resized_block_lies_where_its_answer_says():
+    sample = one("@own.jsonl")
+    red = np.asarray(sample.images[0])[..., 1] < 128
+    rows, columns = np.flatnonzero(red.any(1)), np.flatnonzero(red.any(0))
+    seen = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+    assert sample.answer == pytest.approx(RED)
+    assert seen == pytest.approx(RED, abs=1)
+    assert sample.image_size == (112, 56) and sample.original_sizes == ((100, 50),)
+    assert data.scale(sample.answer, (112, 56), (100, 50)) == pytest.approx([20, 10, 60, 40])
+
+
+# ---- formats ----
+
+
+def test_own_jsonl_with_many_images_and_with_none():
+    box, points, text = (one("@own.jsonl", i) for i in range(3))
+    assert (box.id, box.task, box.question) == ("g", "grounding", "red block")
+    assert [image.size for image in points.images] == [(112, 56), (56, 28)]
+    assert points.answer == [pytest.approx([44.8, 28.0])] and points.id == "own-2"
+    assert text.images == () and text.image_size is None and text.answer == "6"
+    assert text.question == "2*3 <|image_pad|>"  # text: the encoder keeps it from being a slot
+
+
+def test_refcoco_in_both_scales_is_one_box():
+    assert one("refcoco-vlmr1:@refcoco_vlmr1.json").answer == pytest.approx(RED)
+    for index in (0, 1):  # 0 … 1000 as a list and as the text of one
+        assert one("refcoco-pr1:@refcoco_pr1.json", index).answer == pytest.approx(RED)
+    sample = one("refcoco-pr1:@refcoco_pr1.json", 1)
+    assert (sample.task, sample.question, sample.id) == ("grounding", "the block", "refcoco_pr1-2")
+
+
+def test_refcoco_parquet_has_a_sample_a_sentence(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows = [{"ref_id": 8, "image_path": "a.png", "bbox": [20.0, 10.0, 60.0, 40.0],
+             "captions": ["red block", "the one"], "sent_ids": [1, 2], "split": "train"}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "r.parquet")
+    mix = open_data([f"refcoco:{tmp_path}/r.parquet?folder={HERE}"], **SMALL)
+    assert [(mix.at(i).id, mix.at(i).question) for i in range(len(mix))] == [
+        ("8-0", "red block"), ("8-1", "the one")]
+    assert mix.at(1).answer == pytest.approx(RED)
+
+
+def test_images_inside_parquet_and_pixmo_points(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    png = {"bytes": (HERE / "a.png").read_bytes(), "path": None}
+    rows = [{"image": png, "image_url": "http://x", "image_sha256": "f0", "count": 1,
+             "points": [{"x": 50.0, "y": 25.0}], "label": "block"},
+            {"image": png, "image_url": "http://x", "image_sha256": "f0", "count": 4,
+             "points": [], "label": "dots"}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "p.parquet")
+    mix = open_data([f"pixmo-count:{tmp_path}/p.parquet"], **SMALL)
+    assert mix.at(0).answer == [pytest.approx([56, 28])] and mix.at(1).answer == 4
+    table = pyarrow.Table.from_pylist([{k: v for k, v in rows[0].items() if k != "image"}])
+    parquet.write_table(table, tmp_path / "q.parquet")
+    (tmp_path / "f0").write_bytes(png["bytes"])  # downloaded under its hash
+    assert open_data([f"pixmo-count:{tmp_path}/q.parquet"], **SMALL).at(0).images
+
+
+def test_parquet_without_pyarrow_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    (tmp_path / "r.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match="pip install pyarrow"):
+        open_data([f"refcoco:{tmp_path}/r.parquet"])
+
+
+def test_pixmo_counts_of_perception_r1():
+    assert one("pixmo-pr1:@pixmo_val.jsonl").answer == 3
+    train = one("pixmo-pr1:@pixmo_train.json")  # clicks (400, 500), (100, 900) of 1000 in 112 x 56
+    assert train.answer == [pytest.approx([44.8, 28.0]), pytest.approx([11.2, 50.4])]
+    assert train.question == "blocks"
+
+
+def test_fox_page():
+    sample = one("fox:@en_page_ocr.json")
+    assert (sample.answer, sample.question, sample.task) == ("Hi there", "", "ocr")
+    assert sample.id == "en_1.png" and sample.response is None and sample.image_size == (56, 28)
+
+
+def test_coco_boxes_labels_crowds_and_empty_images():
+    mix = open_data([f"coco:{HERE}/instances_val.json"], **SMALL)
+    full, empty = mix.at(0), mix.at(1)
+    assert full.id == "139" and full.question == "person, toothbrush"
+    assert [item["label"] for item in full.answer] == ["person", "toothbrush"]
+    assert full.answer[0]["bbox_2d"] == pytest.approx(RED)
+    assert full.answer[1]["bbox_2d"] == pytest.approx([0, 0, 6.16, 4.48])
+    assert empty.id == "7" and empty.answer == []
+
+
+def test_maths_benchmarks():
+    math500 = one("math500:@math500.jsonl")
+    assert (math500.id, math500.answer, math500.images) == ("test/algebra/1.json", "2", ())
+    lettered, value, pictured = (one("mathvision:@mathvision.jsonl", i) for i in range(3))
+    assert (lettered.task, lettered.answer) == ("choice", "A")
+    assert lettered.question == "Which side is longer?\nA. width\nB. height"
+    assert (value.task, value.answer, value.question) == ("math", "1", "How many blocks?")
+    assert (pictured.task, pictured.question) == ("choice", "Which one?")
+    verse = open_data([f"mathverse:{HERE}/mathverse.json"], **SMALL)
+    assert [verse.at(i).id for i in range(len(verse))] == ["5", "10"]  # vision-only rows
+    assert (verse.at(0).task, verse.at(0).answer) == ("choice", "C")
+    assert (verse.at(1).task, verse.at(1).answer) == ("math", "12")
+    assert verse.at(0).question
+
+
+def test_reasoning_traces_in_three_spellings():
+    named, chat, shared = (one("traces:@traces.jsonl", i) for i in range(3))
+    assert (named.question, named.response) == ("1+1?", "<think>easy</think>2")
+    assert (named.answer, named.system) == ("", None)
+    assert (chat.question, chat.response, chat.system) == ("2+2?", "4", "Be brief.")
+    assert chat.answer == "4" and (shared.question, shared.response) == ("3+3?", "6")
+
+
+def test_any_other_file_by_naming_its_fields(tmp_path):
+    path = write(tmp_path, {"problem": "1+2?", "solution": "3"})
+    for mix in (open_data([path + "?task=math"], fields="question=problem,answer=solution"),
+                open_data([path + "?task=math&question=problem&answer=solution"])):
+        assert (mix.at(0).question, mix.at(0).answer) == ("1+2?", "3")
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (28, 28)).save(tmp_path / "pictures" / "b.png")
+    row = {"task": "counting", "image": "b.png", "question": "dots", "answer": [[500, 250]]}
+    path = write(tmp_path, row)
+    mix = open_data([path + "?folder=pictures&frame=1000"], **SMALL)
+    assert mix.at(0).answer == [[14.0, 7.0]]
+
+
+# ---- bad input ----
+
+
+@pytest.mark.parametrize("row, words", [
+    ('{"task": "math"', "not a row"),
+    ("[1, 2]", "not a row"),
+    ("[" * 100_000, "not a row"),
+    ({"task": "poetry", "question": "q", "answer": "a"}, "'poetry' is none of"),
+    ({"question": "q", "answer": "a"}, "task None is none of"),
+    ({"task": "math", "question": 3, "answer": "a"}, "question is not text"),
+    ({"task": "math", "question": "q"}, "it is missing"),
+    ({"task": "choice", "question": "q", "answer": "maybe"}, "one letter"),
+    ({"task": "grounding", "question": "q", "answer": [1, 2, 3, 4]}, "needs an image"),
+    ({"task": "grounding", "image": "no.png", "question": "q", "answer": [1, 2, 3, 4]}, "no image"),
+    ({"task": "grounding", "image": "a.png", "question": "q", "answer": [1, 2, 3]}, "does not fit"),
+    ({"task": "grounding", "image": "a.png", "question": "q", "answer": [1, 2, 1, 9]}, "no area"),
+    ({"task": "counting", "image": "a.png", "question": "q", "answer": [[1]]}, "does not fit"),
+    ({"task": "detection", "image": "a.png", "question": "q", "answer": [{"box": 1}]}, "bbox_2d"),
+    ({"task": "ocr", "image": 5, "question": "q", "answer": "a"}, "not a row"),
+    ({"task": "ocr", "image": "../secret.png", "question": "q", "answer": "a"}, "no image"),
+    ({"task": "ocr", "image": "/etc/passwd", "question": "q", "answer": "a"}, "no image"),
+    ({"task": "ocr", "image": "a" * 5000, "question": "q", "answer": "a"}, "too long"),
+    ({"task": "ocr", "image": "a\0.png", "question": "q", "answer": "a"}, "null"),
+    ({"task": "math", "question": "q", "answer": "a", "id": "good"}, "is taken by"),
+])
+def test_a_bad_row_is_named_by_file_and_line(tmp_path, row, words):
+    Image.new("RGB", (56, 56)).save(tmp_path / "a.png")
+    good = {"task": "math", "question": "q", "answer": "a", "id": "good"}
+    path = write(tmp_path, good, "", row)
+    (fault,) = check([path])
+    assert fault.startswith(f"{path}:3: ") and words in fault
+    with pytest.raises(DataError, match="1 bad rows"):
+        open_data([path])
+    mix = open_data([path], skip_bad=1)
+    assert len(mix) == 1 and mix.faults == [fault]
+
+
+def test_a_link_out_of_the_folder_needs_trust(tmp_path):
+    (tmp_path / "in").mkdir()
+    Image.new("RGB", (56, 56)).save(tmp_path / "out.png")
+    (tmp_path / "in" / "link.png").symlink_to(tmp_path / "out.png")
+    row = {"task": "ocr", "image": "link.png", "question": "", "answer": "a"}
+    path = write(tmp_path / "in", row)
+    assert "no image" in check([path])[0]
+    assert check([path + "?allow_outside=1"]) == []
+    assert check([path + "?folder=.."])[0].count("no image") == 1
+
+
+@pytest.mark.parametrize("name, words", [
+    ("none.jsonl", "No such file"), ("empty.jsonl", "no samples"), ("refs.p", "pickle can run"),
+    ("dict.json", "coco:FILE"), ("half.json", "Expecting"), ("coco:dict.json", "'categories'"),
+    ("synthetic:poetry", "no task"), ("synthetic:ocr?size=oo", "oo"), ("tfds:x", "none of jsonl"),
+    ("synthetic:ocr?sise=28x28", "sise"), ("synthetic:counting?objects=5-2", "objects=5-2"),
+    ("math500:empty.jsonl?colour=red", "colour"), ("synthetic:counting?objects=999", "do not fit"),
+])
+def test_what_cannot_be_opened_says_why(tmp_path, monkeypatch, name, words):
+    files = {"empty.jsonl": "\n", "refs.p": "x", "dict.json": "{}", "half.json": "["}
+    for file, text in files.items():
+        (tmp_path / file).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=words):
+        open_data([name])
+
+
+def test_coordinates_outside_the_image_are_a_fault():
+    spec = f"refcoco-vlmr1:{HERE}/refcoco_pr1.json"  # the other scale: [200, 200, 600, 800]
+    (fault,) = check([spec], **SMALL)  # its first row is [0, 0, 1, 1], which is not to be told
+    assert "refcoco_pr1.json: row 2: " in fault and "frame=1000" in fault and "(100, 50)" in fault
+
+
+def image_file(folder, mode, suffix="png", size=(40, 20), **options):
+    path = folder / f"{mode.replace(';', '')}.{suffix}"
+    Image.new(mode, size).save(path, **options)
+    return path
+
+
+def test_unusual_images_become_upright_rgb(tmp_path):
+    for mode in ("CMYK.jpg", "L.png", "1.png", "P.gif", "I;16.png"):
+        image = load_image(image_file(tmp_path, *mode.split(".")))
+        assert (image.mode, image.size) == ("RGB", (40, 20))
+    sixteen = np.full((4, 4), 257 * 100, np.uint16)
+    Image.fromarray(sixteen).save(tmp_path / "16.png")
+    assert load_image(tmp_path / "16.png").getpixel((0, 0)) == (100, 100, 100)
+    clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    clear.save(tmp_path / "clear.png")
+    assert load_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+    palette = Image.new("P", (4, 4), 1)
+    palette.putpalette([9, 9, 9, 0, 0, 200])
+    palette.save(tmp_path / "p.png")
+    assert load_image(tmp_path / "p.png").getpixel((0, 0)) == (0, 0, 200)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned a quarter to the right when shown
+    lying = Image.new("RGB", (40, 20), "white")
+    lying.paste((255, 0, 0), (0, 0, 8, 20))
+    lying.save(tmp_path / "lying.png", exif=exif)
+    upright = load_image(tmp_path / "lying.png")
+    assert upright.size == (20, 40) and upright.getpixel((10, 2)) == (255, 0, 0)
+
+
+def test_unreadable_images_are_refused_in_words(tmp_path):
+    good = image_file(tmp_path, "RGB", "png", (64, 64)).read_bytes()
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8))
+    noise.save(tmp_path / "n.jpg")
+    bomb = good[:16] + (60_000).to_bytes(4, "big") * 2 + good[24:]  # a header of 3.6 Gpixel
+    wide = good[:16] + (10_000).to_bytes(4, "big") * 2 + good[24:]  # 100 Mpixel: Pillow only warns
+    cut = (tmp_path / "n.jpg").read_bytes()[:900]
+    cases = {"text": b"hello", "empty": b"", "cut.png": good[:60], "bomb": bomb, "wide": wide,
+             "cut.jpg": cut, "chunk": good[:40] + b"!!" + good[42:]}
+    for name, content in cases.items():
+        (tmp_path / name).write_bytes(content)
+        for source in (tmp_path / name, content):
+            with pytest.raises(DataError, match="unusable"):
+                load_image(source)
+    with pytest.raises(DataError, match="mode F"):
+        load_image(image_file(tmp_path, "F", "tiff"))
+
+
+def test_extreme_sizes_and_broken_files_are_found_by_check(tmp_path):
+    Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
+    Image.new("RGB", (10_000, 1)).save(tmp_path / "line.png")
+    (tmp_path / "bad.png").write_bytes(b"no")
+    rows = [{"task": "ocr", "image": f"{name}.png", "question": "", "answer": "a"}
+            for name in ("dot", "line", "bad")]
+    path = write(tmp_path, *rows)
+    assert open_data([path]).at(0).image_size == (56, 56)
+    thin, bad = check([path])
+    assert thin.startswith(f"{path}:2: ") and "200 : 1" in thin
+    assert bad.startswith(f"{path}:3: ") and "unusable" in bad
+
+
+# ---- the drawn world ----
+
+
+@pytest.mark.parametrize("size", [(56, 56), (84, 84), (448, 336)])
+@pytest.mark.parametrize("clutter", [0.0, 1.0])
+def test_boxes_are_tight_around_the_drawn_pixels(size, clutter):
+    scenes = Synthetic("detection", size=size, clutter=clutter)
+    for i in range(40):
+        sample = scenes[i]
+        pixels = np.asarray(sample.images[0])
+        named = np.zeros(pixels.shape[:2], bool)
+        for colour in data.COLOURS.values():
+            named |= (pixels == colour).all(-1)
+        for item in sample.answer:
+            x1, y1, x2, y2 = item["bbox_2d"]
+            inside = named[y1:y2, x1:x2]
+            assert inside[0].any() and inside[-1].any()
+            assert inside[:, 0].any() and inside[:, -1].any()
+            named[y1:y2, x1:x2] = False
+        assert not named.any()  # nothing of any shape lies outside of its box
+
+
+def boxes_of(scene, colour):
+    """Boxes of connected areas of one colour, by flood fill: an independent look at the picture."""
+    from scipy import ndimage
+
+    pixels = np.asarray(scene)
+    labels, _ = ndimage.label((pixels == data.COLOURS[colour]).all(-1), np.ones((3, 3)))
+    return [[c.start, r.start, c.stop, r.stop] for r, c in ndimage.find_objects(labels)]
+
+
+def test_grounding_has_one_target_and_counting_has_them_all():
+    for i in range(60):
+        sample = Synthetic("grounding", distractors=(0, 4))[i]
+        colour, shape = sample.question.split()
+        assert sample.answer in boxes_of(sample.images[0], colour) and shape in data.SHAPES
+    one_shape = Synthetic("counting", shapes=1, objects=(0, 5), distractors=(0, 3))
+    seen = set()
+    for i in range(60):  # circles only: all areas of the colour are asked for
+        sample = one_shape[i]
+        found = boxes_of(sample.images[0], sample.question.split()[0])
+        centres = sorted([(x1 + x2) / 2, (y1 + y2) / 2] for x1, y1, x2, y2 in found)
+        assert sorted(sample.answer) == centres and sample.question.endswith(" circles")
+        seen.add(len(sample.answer))
+    assert seen == {0, 1, 2, 3, 4, 5}
+
+
+def test_choice_letters_point_at_the_count():
+    scenes = Synthetic("choice", shapes=1, objects=(0, 4))
+    letters = set()
+    for i in range(60):
+        sample = scenes[i]
+        question, *options = sample.question.split("\n")
+        found = boxes_of(sample.images[0], question.split()[2])
+        said = {line[0]: int(line[3:]) for line in options}
+        assert list(said) == ["A", "B", "C", "D"] and said[sample.answer] == len(found)
+        letters.add(sample.answer)
+    assert letters == {"A", "B", "C", "D"}
+
+
+def test_printed_words_and_sums():
+    page = Synthetic("ocr", size=(448, 336), objects=(3, 3))[0]
+    assert len(page.answer.split("\n")) == 3
+    assert set(page.answer.split()) <= set(data.WORDS)
+    assert (np.asarray(page.images[0]) < 100).any()
+    for i in range(20):
+        sample = Synthetic("math", text=1, objects=(2, 3))[i]
+        assert sample.images == ()
+        first, *rest = sample.question.removeprefix("What is ").removesuffix("?").split()
+        total = int(first)
+        for sign, number in zip(rest[::2], rest[1::2]):
+            total += int(number) if sign == "+" else -int(number)
+        assert str(total) == sample.answer
+    printed = Synthetic("math")[0]
+    assert printed.images and int(printed.answer) is not None
+
+
+@pytest.mark.parametrize("task", data.TASKS)
+@pytest.mark.parametrize("size", [(56, 56), (1920, 1080), (300, 60)])
+def test_every_task_at_every_size(task, size):
+    sample = Synthetic(task, size=size, clutter=0.5)[3]
+    assert sample.original_sizes == (size,)
+    assert all(side % 28 == 0 for side in sample.image_size)
+    low, high = sample.image_size[0] / size[0], sample.image_size[1] / size[1]
+    assert 0.6 < low < 2 and 0.6 < high < 2
+
+
+def test_scenes_are_functions_of_seed_split_options_and_index():
+    def look(**options):
+        sample = Synthetic("grounding", **options)[7]
+        return sample.question, tuple(sample.answer), sample.images[0].tobytes()
+
+    same = look(), look(count=9), look(split="train")
+    assert same[0] == same[1] == same[2]
+    others = look(seed=1), look(split="heldout"), look(distractors=(1, 4)), look(clutter=0.1)
+    assert len({look(), *others}) == 5
+    with pytest.raises(IndexError):
+        Synthetic("ocr", count=3)[3]
+
+
+def test_train_and_heldout_share_no_scene():
+    def scenes(split):
+        return {Synthetic("counting", split=split)[i].images[0].tobytes() for i in range(150)}
+
+    train, heldout = scenes("train"), scenes("heldout")
+    assert len(train) == len(heldout) == 150 and not train & heldout
+    mix = open_data(["synthetic:counting?count=5"], split="heldout", seed=3)
+    assert mix.at(0).id == "synthetic-counting-heldout-0" and len(mix) == 5
+    assert mix.at(0).images[0] == Synthetic("counting", split="heldout", seed=3)[0].images[0]
+
+
+# ---- mixing ----
+
+
+def ids(mix, draws):
+    return [mix[k].id for k in draws]
+
+
+def test_a_pass_draws_each_sample_once_and_the_next_in_another_order():
+    mix = open_data(["synthetic:math?text=1&count=7", "synthetic:choice?count=5"], seed=5)
+    passes = [ids(mix, range(12 * p, 12 * p + 12)) for p in range(3)]
+    assert len(mix) == 12 and all(len(set(drawn)) == 12 for drawn in passes)
+    assert sorted(passes[0]) == sorted(passes[1]) and passes[0] != passes[1] != passes[2]
+
+
+def test_a_draw_depends_on_seed_and_cursor_alone():
+    specs = ["synthetic:math?text=1&count=7:0.3", "synthetic:math?text=1&seed=1&count=5:0.7"]
+    mix = open_data(specs, seed=5)
+    straight = ids(mix, range(300))
+    again = open_data(specs, seed=5)
+    assert [again[k].id for k in (299, 0, 150)] == [straight[299], straight[0], straight[150]]
+    assert ids(open_data(specs, seed=6), range(300)) != straight
+
+
+def test_weights_set_the_shares_exactly_in_a_thousand_draws():
+    mix = open_data(["synthetic:math?text=1&count=30:0.7", f"math500:{HERE}/math500.jsonl:0.3"])
+    drawn = ids(mix, range(1000))
+    assert drawn.count("test/algebra/1.json") == 300
+    # 700 draws of 30 samples are 23 whole passes and ten samples of the next one
+    counts = sorted(drawn.count(f"synthetic-math-train-{i}") for i in range(30))
+    assert counts == [23] * 20 + [24] * 10
+    with pytest.raises(DataError, match="under 1/1000"):
+        open_data(["synthetic:math:0.9999", "synthetic:ocr:0.0001"])
+    with pytest.raises(DataError, match="to each"):
+        open_data(["synthetic:math:0.5", "synthetic:ocr"])
+
+
+# ---- pictures ----
+
+
+def test_draw_marks_boxes_and_points_and_survives_nonsense():
+    image = Image.new("RGB", (84, 84), "white")
+    said, true = [[10, 10, 40, 40]], [20, 20, 60, 60]
+    sheet = data.draw(image, predicted=said, true=true, caption="red block")
+    assert sheet.width == 420 and sheet.height > 420  # five-fold, and a line of text
+    assert sheet.getpixel((5 * 10, 5 * 20)) == (255, 0, 192)  # left edge of the predicted box
+    assert sheet.getpixel((5 * 60, 5 * 50)) == (0, 208, 255)  # right edge of the true one
+    sheet = data.draw(image, predicted=[[42, 42]])
+    assert sheet.size == (420, 420) and sheet.getpixel((210 - 2 * 2, 210)) == (255, 0, 192)
+    odd = [[float("nan"), 1, 2, 3], [float("inf"), 5], [9, 9, -1e300, 10**400], "text", 7, None]
+    data.draw(image, predicted=odd, true=[{"bbox_2d": [1, 2, 3, 4], "label": "x"}])
+    assert image.getcolors() == [(84 * 84, (255, 255, 255))]  # the sample's own image is untouched

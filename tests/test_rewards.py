@@ -1,0 +1,851 @@
+"""rewards.py: worked constants, naive loops in plain Python, attacks with the score they get."""
+
+import itertools
+import json
+import math
+import os
+import random
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import rewards
+from rewards import correct, parse_boxes, parse_points, prompt, reference, score
+
+SCRIPT = Path(rewards.__file__)
+THINKING = "<think>Let me look.</think><answer>{}</answer>"
+
+
+def boxes(*items):
+    return json.dumps([{"bbox_2d": list(box), "label": label} for *box, label in items])
+
+
+def points(*items):
+    return json.dumps([{"point_2d": list(point), "label": "x"} for point in items])
+
+
+def tokens(*items, stop="<|im_end|>"):
+    blocks = "".join(f"<|box_start|>({a},{b}),({c},{d})<|box_end|>" for a, b, c, d in items)
+    return f"<|object_ref_start|>the cat<|object_ref_end|>{blocks}{stop}"
+
+
+def total(*args, **options):
+    return pytest.approx(score(*args, **options).total, abs=1e-9)
+
+
+# ---- prompts and references ----
+
+
+def test_prompts_are_the_papers():
+    assert prompt("grounding", "cat") == "Output the bounding box of the cat in the image."
+    assert prompt("counting", "cats") == "Output all the bounding boxes of the cats"
+    assert prompt("ocr") == "OCR this image."
+    listed = prompt("detection")
+    assert listed.startswith("Please output bbox coordinates and names of person, bicycle, car, ")
+    assert listed.endswith(", hair drier, toothbrush.")
+    assert prompt("math", "1+{1}?").startswith("1+{1}?\n")  # braces in a question are text
+    assert prompt("grounding", "cat", think=True).startswith(
+        "Output the bounding box of the cat in"
+    )
+    assert "<answer> </answer>" in prompt("grounding", "cat", think=True)
+
+
+def test_coco_names_and_ids():
+    names = dict(zip(rewards.COCO_IDS, rewards.COCO_NAMES, strict=True))
+    assert len(names) == 80
+    # from COCO's own list of categories, around each gap
+    known = {1: "person", 11: "fire hydrant", 13: "stop sign", 25: "giraffe", 27: "backpack"}
+    known |= {28: "umbrella", 31: "handbag", 44: "bottle", 46: "wine glass", 65: "bed"}
+    known |= {67: "dining table", 70: "toilet", 72: "tv", 82: "refrigerator", 84: "book"}
+    assert {number: names[number] for number in known} == known
+    assert names[90] == "toothbrush"
+
+
+OBJECTS = [
+    {"bbox_2d": [0, 0, 10, 10], "label": "cat"},
+    {"bbox_2d": [20, 20, 30, 30], "label": "dog"},
+]
+
+
+@pytest.mark.parametrize(
+    ("task", "answer", "full"),
+    [
+        ("grounding", [1, 2, 30, 40], 2),  # format + IoU
+        ("counting", [[1, 2], [30, 40]], 1),
+        ("counting", [], 1),
+        ("counting", 3, 1),
+        ("detection", OBJECTS, 3),
+        ("detection", [], 3),
+        ("ocr", "two  words", 1),
+        ("math", r"\frac{1}{2}", 1),
+        ("choice", "C", 1),
+    ],
+)
+def test_reference_earns_the_full_reward(task, answer, full):
+    said = reference(task, answer, "cat")
+    assert score(task, said, answer, [100, 100]).total == full
+    assert correct(task, said, answer, [100, 100]) == 1
+    thought = reference(task, answer, "cat", think=True)
+    extra = task not in ("math", "choice")  # where the format weighs nothing
+    assert score(task, thought, answer, [100, 100], think=True).total == full + extra
+    assert correct(task, thought, answer, [100, 100], think=True) == 1
+
+
+# ---- grounding ----
+
+
+@pytest.mark.parametrize(
+    ("said", "form", "iou"),
+    [
+        # the true box is [0, 0, 10, 20], of area 200
+        ("[0, 0, 10, 10]", 1, 0.5),  # 100 of 200
+        ("[0, 0, 10, 20]", 1, 1),
+        (boxes((0, 10, 10, 30, "cat")), 1, 1 / 3),  # 100 of 200 + 200 - 100
+        ("```json\n" + boxes((0, 0, 10, 10, "cat")) + "\n```", 1, 0.5),
+        ("<answer>[0, 0, 10, 10]</answer>", 1, 0.5),
+        ("The cat is at [0, 0, 10, 10].", 0, 0.5),  # a box, but not the form
+        ("(0, 0, 10, 10)", 0, 0.5),
+        ("(0,0),(10,10)", 0, 0.5),
+        ("[0.0, 0.0, 10.0, 10.0]", 1, 0.5),
+        ("[0, 0, 10, 10] or [0, 0, 10, 20]", 0, 0.5),  # the first one counts
+        ('[{"label": "[9, 9, 9, 9]", "bbox_2d": [0, 0, 10, 10]', 0, 0.5),  # cut short
+        (points((5, 5)), 0, 0),
+        ("I see no cat.", 0, 0),
+        ("", 0, 0),
+    ],
+)
+def test_grounding(said, form, iou):
+    result = score("grounding", said, [0, 0, 10, 20], [28, 28])
+    assert result.parts == pytest.approx({"format": form, "iou": iou})
+    assert result.total == pytest.approx(form + iou)
+
+
+def test_grounding_options():
+    answer = [0, 0, 10, 20]
+    assert total("grounding", "[0, 0, 10, 10]", answer, iou_power=2) == 1.25  # 1 + 0.5²
+    assert total("grounding", "[0, 0, 10, 10]", answer, format_weight=0.2) == 0.7
+    assert total("grounding", "[0, 0, 10, 10]", answer, truncated=True) == 0.5
+    assert total("grounding", "[0, 0, 10, 10]", "[0, 0, 10, 20]") == 1.5  # a string of JSON
+
+
+def test_grounding_reads_box_tokens():
+    # (0,0),(500,1000) of 1000 in a 20 x 20 image is [0, 0, 10, 20]
+    assert total("grounding", tokens((0, 0, 500, 1000)), [0, 0, 10, 20], [20, 20]) == 2
+    assert total("grounding", tokens((0, 0, 500, 1000), stop=""), [0, 0, 10, 20], [20, 20]) == 2
+    assert (
+        total("grounding", tokens((0, 0, 10, 10)), [0, 0, 10, 20]) == 1.5
+    )  # without a size: as is
+    # the released pattern took anything that begins with "<"
+    assert total("grounding", "<garbage", [0, 0, 10, 20]) == 0
+
+
+def test_grounding_of_a_box_without_area_is_0_not_an_error():
+    assert score("grounding", "[5, 5, 5, 5]", [5, 5, 5, 5]).parts == {"format": 1, "iou": 0}
+
+
+def test_correct_grounding_is_above_one_half():
+    assert correct("grounding", "[0, 0, 10, 10]", [0, 0, 10, 20]) == 0  # exactly 0.5
+    assert correct("grounding", "[0, 0, 10, 11]", [0, 0, 10, 20]) == 1
+
+
+# ---- counting ----
+
+
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        # true points (0, 0) and (30, 40) in an image of 30 x 40: its diagonal is 50
+        (points((0, 0), (30, 40)), 1),
+        (points((30, 40), (0, 0)), 1),  # any order
+        (points((0, 0)), 1 / 2),
+        (points((0, 0), (30, 40), (1, 1)), 2 / 3),
+        (points((3, 4), (30, 40)), 0.95),  # distances 5 and 0: mean 2.5, 1 - 2.5/50
+        (boxes((-3, -4, 3, 4, "x"), (28, 38, 32, 42, "x")), 1),  # by their centres
+        (boxes((3, 4, -3, -4, "x"), (28, 38, 32, 42, "x")), 1),  # inverted has the same centre
+        (points((0, 0), (3000, 4000)), 0),  # distances 0 and 4950: below 0 as released
+        ("[]", 0),
+        ("2", 0),  # points are asked for
+        ("[0, 0, 30, 40]", 0),  # a bare box is grounding's
+        ("There are: " + points((0, 0), (30, 40)), 0),
+        ('[{"point_2d": [0, 0]}, {"point_2d": [30]}]', 0),  # one bad item fails the gate
+    ],
+)
+def test_counting(said, expected):
+    result = score("counting", said, [[0, 0], [30, 40]], [30, 40])
+    assert result.total == pytest.approx(expected)
+    assert set(result.parts) == {"format", "count", "distance"}
+
+
+def test_counting_options():
+    swapped, true = points((30, 40), (0, 0)), [[0, 0], [30, 40]]
+    # in order, both are 50 away: 1 - 50/50
+    assert total("counting", swapped, true, [30, 40], matching="order") == 0
+    # without a size the diagonal is 1000·√2
+    near = points((3, 4), (30, 40))
+    assert total("counting", near, true) == pytest.approx(1 - 2.5 / 1414.2135624)
+    assert total("counting", swapped, true, [30, 40], truncated=True) == 0
+    assert total("counting", "[]", []) == 1
+    assert total("counting", "4", 5) == pytest.approx(0.8)  # the data has a number only
+    assert total("counting", points((1, 1), (2, 2)), 4) == 0.5
+
+
+def test_correct_count():
+    assert correct("counting", points((9, 9), (1, 1)), [[0, 0], [5, 5]]) == 1
+    assert correct("counting", points((9, 9)), [[0, 0], [5, 5]]) == 0
+    assert correct("counting", "2", [[0, 0], [5, 5]]) == 1
+    assert correct("counting", tokens((1, 1, 2, 2), (3, 3, 4, 4), stop=""), 2) == 1
+    assert correct("counting", "no idea", 2) == 0
+
+
+def released_counting(predicted, true):
+    """Plain Python: the best of all assignments of box centres to clicks, in the 0-1000 frame."""
+    centres = [((a + c) / 2, (b + d) / 2) for a, b, c, d in predicted]
+    few, many = sorted([centres, true], key=len)
+    best = min(
+        sum(math.dist(p, q) for p, q in zip(few, chosen, strict=True))
+        for chosen in itertools.permutations(many, len(few))
+    )
+    return len(few) / len(many) * (1 - best / len(few) / (1000 * math.sqrt(2)))
+
+
+def test_counting_equals_the_released_code():
+    dice = random.Random(1)
+    for _ in range(60):
+        said = [
+            (x, y, x + dice.randrange(200), y + dice.randrange(200))
+            for x, y in (
+                (dice.randrange(800), dice.randrange(800)) for _ in range(dice.randint(1, 5))
+            )
+        ]
+        true = [[dice.randrange(1000), dice.randrange(1000)] for _ in range(dice.randint(1, 5))]
+        expected = released_counting(said, true)
+        got = score("counting", tokens(*said), true, [1000, 1000]).total
+        assert got == pytest.approx(expected, abs=1e-5)
+
+
+# ---- detection ----
+
+HALF = (0, 0, 10, 5, "cat")  # IoU with the true cat is 50/100: not above 0.5
+
+
+@pytest.mark.parametrize(
+    ("said", "expected", "form", "f1", "same", "iou", "penalty"),
+    [
+        # worked in the docstring: 0.25 + 0.75·2/3 + 1 + 1 − 0.5·1/2
+        (boxes((0, 0, 10, 10, "cat")), 2.5, 1, 2 / 3, 1, 1, 1 / 2),
+        (boxes((20, 20, 30, 30, "dog"), (0, 0, 10, 10, "cat")), 3, 1, 1, 1, 1, 0),
+        # a wrong name still matches: 0.25 + 0.75 + 1/2 + 1
+        (boxes((0, 0, 10, 10, "dog"), (20, 20, 30, 30, "dog")), 2.5, 1, 1, 0.5, 1, 0),
+        # the second one said is free: 0.25 + 0.75·2/4 + 1 + 1 − 0.5·(1/2 + 1/2)
+        (boxes((0, 0, 10, 10, "cat"), (0, 0, 10, 10, "cat")), 2.125, 1, 0.5, 1, 1, 1),
+        # an IoU of 0.5 is no match; without one, the format alone counts
+        (boxes(HALF), 0.25, 1, 0, 0, 0, 0),
+        # one item in two is unknown: 0.125 + 0.75·2/3 + 1 + 1 − 0.25
+        (boxes((0, 0, 10, 10, "cat"), (0, 0, 9, 9, "unicorn")), 2.375, 0.5, 2 / 3, 1, 1, 0.5),
+        # IoU 80/100 and 1: 0.25 + 0.75 + 1 + 0.9
+        (boxes((0, 0, 10, 8, "cat"), (20, 20, 30, 30, "dog")), 2.9, 1, 1, 1, 0.9, 0),
+        ("[]", 0, 0, 0, 0, 0, 0),
+        ("no objects", 0, 0, 0, 0, 0, 0),
+    ],
+)
+def test_detection(said, expected, form, f1, same, iou, penalty):
+    result = score("detection", said, OBJECTS, [56, 56])
+    parts = {"format": form, "f1": f1, "class": same, "iou": iou, "penalty": penalty}
+    assert result.parts == pytest.approx(parts)
+    assert result.total == pytest.approx(expected)
+
+
+def test_detection_options():
+    one = boxes((0, 0, 10, 10, "cat"))  # 0.25, 0.75·2/3, 1, 1, −0.5·1/2
+    assert total("detection", one, OBJECTS, penalty=0) == 2.75
+    rows = {  # Table 6 of the paper, each row with one component more
+        ("format",): 0.25,
+        ("format", "iou"): 1.25,
+        ("format", "iou", "class"): 2.25,
+        ("format", "iou", "class", "f1"): 2.75,
+        ("format", "iou", "class", "f1", "penalty"): 2.5,
+    }
+    for components, expected in rows.items():
+        assert total("detection", one, OBJECTS, components=list(components)) == expected
+    assert total("detection", one, OBJECTS, penalty=9) == 0  # −2 is clamped
+    swapped = boxes((20, 20, 30, 30, "dog"), (0, 0, 10, 10, "cat"))
+    assert total("detection", swapped, OBJECTS, matching="order") == 0.25
+    assert total("detection", swapped, OBJECTS, matching="detr") == 3
+
+
+def test_detection_accepts_the_released_answers():
+    # ids 17 and 18 are cat and dog
+    solution = {"target_id": [17, 18], "target_box": [[0, 0, 10, 10], [20, 20, 30, 30]]}
+    assert total("detection", boxes((0, 0, 10, 10, "cat")), solution) == 2.5
+    assert total("detection", boxes((0, 0, 10, 10, "cat")), json.dumps(solution)) == 2.5
+    toothbrush = {"target_id": [90], "target_box": [[0, 0, 10, 10]]}  # overflowed as released
+    said = boxes((0, 0, 10, 10, "toothbrush"))
+    assert total("detection", said, toothbrush, matching="detr") == 3
+
+
+def test_detection_with_nothing_to_find():
+    assert total("detection", "[]", []) == 3  # by accident 0 as released
+    assert total("detection", boxes((0, 0, 10, 10, "cat")), []) == 0.25  # as released
+    assert total("detection", "none", []) == 0
+
+
+def test_labels_are_coco_names_or_any():
+    own = [{"bbox_2d": [0, 0, 10, 10], "label": "red circle"}]
+    said = boxes((0, 0, 10, 10, "red circle"))
+    assert total("detection", said, own) == 3
+    assert total("detection", said, own, matching="detr") == 0  # the release knows COCO's only
+
+
+def released_detection(said, true, penalty):
+    """Plain Python, step by step as the release does it, all assignments; well-formed items."""
+
+    def area(box):
+        return (box[2] - box[0]) * (box[3] - box[1])
+
+    def overlaps(a, b):
+        inner = max(0, min(a[2], b[2]) - max(a[0], b[0])) * max(
+            0, min(a[3], b[3]) - max(a[1], b[1])
+        )
+        union = area(a) + area(b) - inner
+        hull = area((min(a[0], b[0]), min(a[1], b[1]), max(a[2], b[2]), max(a[3], b[3])))
+        return inner / union, inner / union - (hull - union) / hull
+
+    def cost(p, t):
+        a, b = p[:4], t[:4]
+        centre_size = [(b[0] + b[2] - a[0] - a[2]) / 2, (b[1] + b[3] - a[1] - a[3]) / 2]
+        centre_size += [b[2] - b[0] - a[2] + a[0], b[3] - b[1] - a[3] + a[1]]
+        probability = (math.e if p[4] == t[4] else 1) / (math.e + 89)
+        return 5 * sum(map(abs, centre_size)) - probability - 2 * overlaps(a, b)[1]
+
+    valid = [p for p in said if p[4] in rewards.COCO_NAMES]
+    if not valid:
+        return 0.0
+    form = len(valid) / len(said)
+    small, large = min(len(valid), len(true)), max(len(valid), len(true))
+    ways = itertools.permutations(range(large), small)
+    ways = ([(i, k) if small == len(valid) else (k, i) for i, k in enumerate(way)] for way in ways)
+    best = min(ways, key=lambda way: sum(cost(valid[i], true[k]) for i, k in way))
+    ious = [(overlaps(valid[i][:4], true[k][:4])[0], valid[i][4] == true[k][4]) for i, k in best]
+    kept = [pair for pair in ious if pair[0] > 0.5]
+    if not kept:
+        return 0.25 * form
+    precision, recall = len(kept) / len(valid), len(kept) / len(true)
+    f1 = 2 * precision * recall / (precision + recall + 1e-8)
+    named = sum(same for _, same in kept) / len(kept)
+    overlap = sum(iou for iou, _ in kept) / len(kept)
+    result = 0.25 * form + 0.75 * f1 + named + overlap
+    return min(3, max(0, result - penalty * ((1 - precision) + (1 - recall))))
+
+
+def test_detr_matching_equals_the_released_code():
+    dice, matched = random.Random(2), 0
+    for _ in range(150):
+        true, said = [], []
+        for _ in range(dice.randint(1, 5)):
+            x, y = dice.randrange(300), dice.randrange(300)
+            true.append((x, y, x + dice.randint(5, 90), y + dice.randint(5, 90), dice.choice("ab")))
+        true = [(*box, {"a": "cat", "b": "dog"}[name]) for *box, name in true]
+        for *box, name in dice.sample(true, dice.randint(0, len(true))):
+            moved = [value + dice.randint(-6, 6) for value in box]
+            moved[2:] = max(moved[2], moved[0] + 1), max(moved[3], moved[1] + 1)
+            said.append((*moved, dice.choice([name, name, "bus", "griffin"])))
+        for _ in range(dice.randint(0, 2)):
+            x, y = dice.randrange(300), dice.randrange(300)
+            said.append((x, y, x + dice.randint(1, 90), y + dice.randint(1, 90), "cat"))
+        dice.shuffle(said)
+        answer = [{"bbox_2d": list(box), "label": label} for *box, label in true]
+        for penalty in (0, 0.5):
+            expected = released_detection(said, true, penalty)
+            options = {"matching": "detr", "penalty": penalty}
+            got = score("detection", boxes(*said), answer, **options).total
+            assert got == pytest.approx(expected, abs=1e-5)
+            matched += expected > 1
+    assert matched > 100  # the cases are worth something
+
+
+# ---- OCR ----
+
+
+@pytest.mark.parametrize(
+    ("said", "true", "expected"),
+    [
+        ("sitting", "kitten", 4 / 7),
+        ("a  b\n\tc", "a b c", 1),
+        ("", "abc", 0),
+        ("", "", 0),  # as released
+        ("abcd", "ABCD", 0),
+        ("Straße", "Strasse", 5 / 7),  # ß -> ss: one replaced, one inserted
+    ],
+)
+def test_ocr(said, true, expected):
+    assert score("ocr", said, true).parts == {"similarity": pytest.approx(expected)}
+
+
+# ---- thinking ----
+
+
+@pytest.mark.parametrize(
+    ("said", "form"),
+    [
+        ("<think>a</think><answer>b</answer>", 1),
+        ("<think>a\nb</think>\n<answer>c\nd</answer>\n", 1),
+        ("<think>a</think><answer>b</answer><|im_end|>", 1),
+        ("x<think>a</think><answer>b</answer>", 0),
+        ("<think>a</think>x<answer>b</answer>", 0),
+        ("<think>a</think><answer>b</answer>x", 0),
+        ("<think>a</think><think>a</think><answer>b</answer>", 0),
+        ("<think>a</think><answer>b</answer><answer>c</answer>", 0),
+        ("<think><think>a</think></think><answer>b</answer>", 0),
+        ("<answer>b</answer><think>a</think>", 0),
+        ("<think><answer>b</answer></think>", 0),
+        ("<think>a</think><answer>b", 0),
+        ("b", 0),
+    ],
+)
+def test_think_form(said, form):
+    assert score("ocr", said, "q", think=True).parts["think"] == form
+
+
+@pytest.mark.parametrize(
+    ("task", "answer", "right"),
+    [
+        ("grounding", [0, 0, 10, 20], "[0, 0, 10, 20]"),
+        ("counting", [[1, 1]], points((1, 1))),
+        ("detection", OBJECTS, json.dumps(OBJECTS)),
+        ("ocr", "word", "word"),
+        ("math", "12", r"\boxed{12}"),
+        ("choice", "B", r"\boxed{B}"),
+    ],
+)
+@pytest.mark.parametrize("think", [False, True])
+@pytest.mark.parametrize(
+    "form", ["<think>{}</think>", "<think>{}", "<think><answer>{}</answer></think>"]
+)
+def test_thinking_is_never_the_answer(task, answer, right, think, form):
+    assert score(task, form.format(right), answer, think=think).total == 0
+    assert correct(task, form.format(right), answer, think=think) == 0
+    followed = form.format(right) + "</think><answer>nothing</answer>"
+    assert correct(task, followed, answer, think=think) < 0.5
+
+
+def test_weight_of_thinking():
+    said = THINKING.format("[0, 0, 10, 10]")
+    result = score("grounding", said, [0, 0, 10, 20], think=True)
+    assert result == rewards.Score(2.5, {"format": 1, "iou": 0.5, "think": 1})
+    assert total("grounding", said, [0, 0, 10, 20], think=True, format_weight=0.1) == 0.7
+    said = THINKING.format(r"\boxed{7}")
+    assert score("math", said, "7", think=True) == rewards.Score(1, {"correct": 1, "think": 1})
+    assert score("math", said, "7", think=True, format_weight=1).total == 2
+    assert score("math", said, "7", think=True, format_weight=1, truncated=True).total == 0
+
+
+# ---- maths ----
+
+
+def test_math_by_symbols():
+    equal = [
+        ("0.5", r"\frac{1}{2}"), (r"\frac12", "1/2"), ("1,234", "1234"), (r"\dfrac{3}{4}", "0.75"),
+        (r"2\sqrt{2}", r"\sqrt{8}"), ("(x+1)^2", "x^2+2x+1"), (r"\{2, 1\}", r"\{1,2\}"),
+        ("x = 5", "5"), ("(1, 2)", r"\left(1,2\right)"),
+        (r"12\text{ cm}", "12"), ("12.0", "12"), ("$7$", "7"),
+        (r"\text{east}", "east"), (r"\frac{2}{4}", r"$\boxed{\frac{1}{2}}$"),
+    ]  # fmt: skip
+    different = [
+        ("13", "12"), ("(2,1)", "(1,2)"), ("0.33", r"\frac{1}{3}"), ("x", "y"), ("5 or 6", "5"),
+        ("1,2,3,4,5", "5"), ("4$ or $5", "5"), (r"5\pm 1", "6"), ("4 < x < 6", "5"), ("", "5"),
+        ("abc def", "5"), (r"\frac{1}{0}", "5"),
+    ]  # fmt: skip
+    for pairs, expected in ((equal, 1), (different, 0)):
+        for said, true in pairs:
+            result = score("math", f"So it is \\boxed{{{said}}}.", true).total
+            assert result == expected, (said, true)
+
+
+def test_math_takes_the_last_box():
+    assert score("math", r"\boxed{1} no, \boxed{2}", "2").total == 1
+    assert score("math", r"\boxed{2} no, \boxed{1}", "2").total == 0
+    assert score("math", r"\boxed{2} or \boxed{", "2").total == 0
+    assert score("math", r"\boxed{\frac{1}{\sqrt{2}}} is it", r"\frac{1}{\sqrt{2}}").total == 1
+    assert score("math", "2", "2").total == 0
+    assert score("math", r"\boxed{2}", "2", truncated=True).total == 0
+    assert score("math", r"\boxed{2}", 2).total == 1  # the reference may be a number
+
+
+def test_exact_math_compares_text_only():
+    assert score("math", r"\boxed{0.5}", r"\frac{1}{2}", exact=True).total == 0
+    assert score("math", r"\boxed{ 0.5 }", "0.5", exact=True).total == 1
+
+
+def never(said, true):
+    raise AssertionError(f"{said!r} and {true!r} need no symbols")
+
+
+@pytest.mark.parametrize(
+    ("said", "true", "expected"),
+    [
+        (r"\frac{1}{2}", r"\dfrac{1}{2}", 1),
+        ("1,000", "1000", 1),
+        ("17", "18", 0),
+        ("9**9**9**9", "5", 0),
+        ("9^{9^{9^9}}", "5", 0),
+        ("10^{99999}", "5", 0),
+        ("99999!", "5", 0),
+        ("9!!!", "5", 0),
+        ("1+" * 500 + "1", "501", 0),  # longer than what is compared
+        ("9" * 5000, "5", 0),
+    ],
+)
+def test_what_is_decided_without_symbols(said, true, expected):
+    assert score("math", f"\\boxed{{{said}}}", true, compare=never).total == expected
+
+
+def test_child_past_its_deadline_is_replaced():
+    endless = r"\boxed{(9\cdot 1)^{(9\cdot 1)^{9\cdot 1}}}"  # gets past the screen
+    score("math", r"\boxed{\frac{2}{4}}", "0.5")  # start the children
+    for _ in range(3):
+        start = time.monotonic()
+        assert score("math", endless, "5").total == 0
+        assert time.monotonic() - start < 2 * 2  # 2 s, doubled for a busy machine
+    assert score("math", r"\boxed{\frac{3}{6}}", "0.5").total == 1
+
+
+def test_math_in_threads():
+    results = [None] * 8
+
+    def work(k):
+        results[k] = score("math", f"\\boxed{{\\frac{{{k}}}{{2}}}}", f"{k / 2}0").total
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(1, 8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results[1:] == [1] * 7
+
+
+def test_math_in_a_forked_process():
+    score("math", r"\boxed{\frac{2}{4}}", "0.5")
+    child = os.fork()
+    if child == 0:
+        same = score("math", r"\boxed{\frac{4}{8}}", "0.5").total
+        os._exit(0 if same == 1 else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert score("math", r"\boxed{\frac{5}{10}}", "0.5").total == 1
+
+
+# ---- choice ----
+
+
+@pytest.mark.parametrize(
+    ("said", "letters"),
+    [
+        ("B", "B"), ("(B)", "B"), ("B.", "B"), ("**B**", "B"), ("$B$", "B"), ("B. 42 cm", "B"),
+        ("B\nbecause it is longer", "B"), ("Option B", "B"), ("The answer is B.", "B"),
+        ("the correct option is (B), as A is too small", "B"), ("**Answer:** B", "B"),
+        ("Answer: the option B", "B"), (r"\boxed{B}", "B"), (r"\boxed{\text{(B)}}", "B"),
+        (r"Answer: A? No, \boxed{B}", "B"), ("Answer: B, I think", "B"), ("Answer: I", "I"),
+        ("Answer: B. The answer is B.", "B"), ("Answer: A or B", "AB"),
+        ("Answer: A, B, C, D", "ABCD"),
+        (r"\boxed{A} \boxed{B}", "AB"), (r"\boxed{A, B}", "AB"), ("Answer: A\nAnswer: B", "AB"),
+        ("A. 1\nB. 2\nC. 3", "ABC"), ("the answer is not B", ""), ("A dog and a cat", ""),
+        ("It could be B", ""), ("the answer is a triangle", ""), ("", ""), ("AB", ""),
+    ],
+)  # fmt: skip
+def test_choice(said, letters):
+    assert rewards.chosen_letters(said) == set(letters)
+    for true in "AB":
+        assert score("choice", said, true).total == (letters == true)
+    assert score("choice", said, "B", truncated=True).total == 0
+
+
+# ---- attacks ----
+
+CAT = [{"bbox_2d": [10, 10, 40, 40], "label": "cat"}]
+ATTACKS = [  # (what is tried, task, completion, true answer, the total it gets)
+    ("the whole image", "grounding", "[0, 0, 100, 100]", [10, 10, 30, 30], 1.04),  # 400/10000
+    ("a huge box", "grounding", "[-1e308, -1e308, 1e308, 1e308]", [10, 10, 30, 30], 0),
+    ("an inverted box", "grounding", "[30, 30, 10, 10]", [10, 10, 30, 30], 0),
+    ("NaN", "grounding", "[NaN, NaN, NaN, NaN]", [10, 10, 30, 30], 0),
+    ("infinity", "grounding", "[-Infinity, 0, Infinity, 9]", [10, 10, 30, 30], 0),
+    ("truth values", "grounding", "[false, false, true, true]", [0, 0, 1, 1], 0),
+    ("strings", "grounding", '["10", "10", "30", "30"]', [10, 10, 30, 30], 0),
+    (
+        "several guesses",
+        "grounding",
+        boxes((0, 0, 1, 1, "a"), (10, 10, 30, 30, "b")),
+        [10, 10, 30, 30],
+        0,
+    ),
+    ("python", "grounding", "[exit(), 10, 30, 30]", [10, 10, 30, 30], 0),
+    ("an echo", "grounding", prompt("grounding", "cat"), [10, 10, 30, 30], 0),
+    ("tags only", "grounding", "<think></think><answer></answer>", [10, 10, 30, 30], 0),
+    ("one point many times", "counting", points(*[(5, 5)] * 100), [[5, 5]], 0.01),
+    ("an infinite point", "counting", '[{"point_2d": [Infinity, 5]}]', [[5, 5]], 0),
+    ("prose around it", "counting", "Sure! " + points((5, 5)), [[5, 5]], 0),
+    # 0.25 + 0.75·2/101 + 1 + 1 − 0.5·(99/100)
+    ("a hundred copies", "detection", boxes(*[(10, 10, 40, 40, "cat")] * 100), CAT, 1.76985149),
+    # form 1/2: 0.125 + 0.75 + 1 + 1; nothing is gained by an inverted copy
+    (
+        "an inverted copy",
+        "detection",
+        boxes((10, 10, 40, 40, "cat"), (40, 40, 10, 10, "cat")),
+        CAT,
+        2.875,
+    ),
+    ("three numbers", "detection", boxes((10, 10, 40, 40, "cat"), (1, 2, 3, "cat")), CAT, 2.875),
+    ("null", "detection", '[{"bbox_2d": null, "label": "cat"}]', CAT, 0),
+    ("no label", "detection", '[{"bbox_2d": [10, 10, 40, 40]}]', CAT, 0),
+    ("a list as label", "detection", '[{"bbox_2d": [10, 10, 40, 40], "label": ["cat"]}]', CAT, 0),
+    ("an object", "detection", '{"bbox_2d": [10, 10, 40, 40], "label": "cat"}', CAT, 0),
+    ("every name", "detection", boxes(*[(10, 10, 40, 40, n) for n in ("dog", "cat")]), CAT, None),
+    ("an echo", "detection", prompt("detection"), CAT, 0),
+    ("deep nesting", "detection", "[" * 100_000 + "]" * 100_000, CAT, 0),
+    ("a long text", "ocr", "word " * 1000, "word", 4 / 4999),
+    ("a box of all", "math", r"\boxed{1,2,3,4,5,6,7,8,9}", "5", 0),
+    ("an empty box", "math", r"\boxed{}", "", 0),
+    ("a power tower", "math", r"\boxed{9**9**9**9}", "5", 0),
+    ("python", "math", r"\boxed{__import__('os').getpid()}", "5", 0),
+    ("a box in the thinking", "math", r"<think>\boxed{5}</think> five", "5", 0),
+    ("a broken box", "math", r"\boxed{5", "5", 0),
+    ("an echo", "math", prompt("math", "What is 2+3?"), "5", 0),
+    ("all letters", "choice", "A B C D", "D", 0),
+    ("every statement", "choice", "The answer is A. The answer is D.", "D", 0),
+    ("an echo", "choice", "How many?\nA. 3\nB. 4", "B", 0),
+]
+
+
+@pytest.mark.parametrize(("name", "task", "said", "answer", "expected"), ATTACKS)
+def test_attack(name, task, said, answer, expected):
+    if expected is None:
+        # Both have the same IoU; either is taken. At best 0.25 + 0.75·2/3 + 1 + 1 − 0.5·1/2 = 2.5,
+        # below the 3 of the right answer alone.
+        assert score(task, said, answer).total in (pytest.approx(1.5), pytest.approx(2.5))
+        return
+    assert score(task, said, answer).total == pytest.approx(expected, abs=1e-6)
+
+
+LONG = {
+    "digits": "1" * 1_000_000,
+    "brackets": "[" * 1_000_000,
+    "objects": '{"a":' * 100_000,
+    "boxes": boxes(*[(1, 2, 30, 40, "cat")] * 10_000),
+    "box tokens": tokens(*[(1, 2, 3, 4)] * 10_000),
+    "loose boxes": "[1,2,3,4] " * 100_000,
+    "pairs": "(1,1)," * 150_000,
+    "boxed": "\\boxed{" * 100_000,
+    "braces": "\\boxed{" + "{" * 1_000_000,
+    "thinks": "<think>" * 100_000,
+    "answers": "<think>a</think>" + "<answer>" * 100_000,
+    "spaces": "[1," + " " * 1_000_000,
+    "statements": "answer is " * 100_000,
+    "letters": "A " * 500_000,
+    "long label": boxes(*[(1, 2, 30, 40, "x" * 100_000)] * 10),
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_long_completions_take_bounded_time(name):
+    true = {
+        "grounding": [1, 2, 3, 4],
+        "counting": [[k, k] for k in range(50)],
+        "ocr": "word " * 1000,
+    }
+    true |= {"detection": [{"bbox_2d": [k, k, k + 9, k + 9], "label": "cat"} for k in range(50)]}
+    true |= {"math": "5", "choice": "A"}
+    for task, answer in true.items():
+        start = time.monotonic()
+        result = score(task, LONG[name], answer, [56, 56], think=True)
+        assert time.monotonic() - start < 2 * 2, task  # 2 s, doubled for a busy machine
+        assert math.isfinite(result.total)
+
+
+def test_ordinary_completions_are_fast():
+    long_list = boxes(*[(k, k, k + 20, k + 20, "cat") for k in range(100)])
+    thought = "<think>" + "so it goes. " * 500 + "</think><answer>{}</answer>"
+    start = time.monotonic()
+    for _ in range(20):
+        score("detection", thought.format(long_list), json.loads(long_list), [280, 280], think=True)
+    assert (time.monotonic() - start) / 20 < 0.1
+
+
+# ---- fuzz ----
+
+PIECES = [
+    *'[]{}()<>,:.-"\\$ \n',
+    "0",
+    "17",
+    "1e9",
+    "NaN",
+    "null",
+    "<think>",
+    "</think>",
+    "<answer>",
+]
+PIECES += [
+    "</answer>",
+    "```json",
+    "```",
+    "bbox_2d",
+    "point_2d",
+    "label",
+    '{"bbox_2d": [1, 2, 30, 40]',
+]
+PIECES += ['"cat"', "\\boxed{", "\\frac", "^", "**", "<|box_start|>", "<|box_end|>", "(1,2),(3,4)"]
+PIECES += [
+    "<|object_ref_start|>",
+    "<|object_ref_end|>",
+    "<|im_end|>",
+    "Answer: B",
+    "\ud800",
+    "é",
+    "\0",
+]
+TRUE = {
+    "grounding": [1, 2, 30, 40],
+    "counting": [[5, 5], [20, 20]],
+    "detection": CAT,
+    "ocr": "a word",
+    "math": "x+1",
+    "choice": "B",
+}
+TOP = {"grounding": 2, "counting": 1, "detection": 3, "ocr": 1, "math": 1, "choice": 1}
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    said=st.one_of(st.text(), st.lists(st.sampled_from(PIECES), max_size=25).map("".join)),
+    think=st.booleans(),
+    truncated=st.booleans(),
+    size=st.sampled_from([None, [56, 84]]),
+)
+def test_never_raises(said, think, truncated, size):
+    for task, answer in TRUE.items():
+        # Symbols have their own tests: here a comparison costs nothing.
+        options = {"compare": lambda *_: False} if task == "math" else {}
+        result = score(task, said, answer, size, think=think, truncated=truncated, **options)
+        assert task == "math" or 0 <= correct(task, said, answer, size, think=think) <= 1
+        assert 0 <= result.total <= TOP[task] + think
+        assert all(math.isfinite(part) for part in result.parts.values())
+    assert all(len(box) == 4 for box in parse_boxes(said, size))
+    assert all(len(point) == 2 for point in parse_points(said, size))
+
+
+# ---- pictures, mistakes of the caller, command line ----
+
+
+def test_what_pictures_draw():
+    assert parse_boxes("It is [1, 2, 3, 4] or (5,6),(7,8)") == [[1, 2, 3, 4], [5, 6, 7, 8]]
+    assert parse_boxes('[{"bbox_2d": [1, 2, 3, 4], "label": "a"}, {"bbox_2d": [5') == [[1, 2, 3, 4]]
+    assert parse_boxes("<think>[1, 2, 3, 4]</think>none") == []
+    assert parse_boxes(tokens((0, 0, 500, 1000)), (28, 56)) == [[0, 0, 14, 56]]
+    assert parse_points(points((1, 2)) + " and so on") == [[1, 2]]
+    assert parse_points(boxes((0, 0, 4, 8, "a"))) == [[2, 4]]
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "sentence"),
+    [
+        (("detecting", "", []), {}, "unknown task 'detecting'; the tasks are grounding,"),
+        (("grounding", "", [1, 2, 3]), {}, "must be [x1, y1, x2, y2], not [1, 2, 3]"),
+        (("grounding", "", [1, 2, 3, float("nan")]), {}, "must be [x1, y1, x2, y2]"),
+        (("counting", "", [[1]]), {}, "must be a list of [x, y], not"),
+        (("counting", "", 1.5), {}, "must be a whole number"),
+        (("detection", "", [{"label": "cat"}]), {}, 'must be a list of {"bbox_2d", "label"}'),
+        (("detection", "", None), {}, "not an answer in detection: None"),
+        (("ocr", None, "x"), {}, "a completion must be text, not"),
+        (("ocr", "", "x", [0, 5]), {}, "image_size must be [W, H]"),
+        (("ocr", "", "x"), {"power": 2}, "ocr has no option 'power'"),
+        (("grounding", "", [1, 2, 3, 4]), {"iou_power": 3}, "can be (1, 2), not 3"),
+        (("detection", "", []), {"components": ["iou", "size"]}, "components in detection can be"),
+        (("detection", "", []), {"penalty": -1}, "penalty in detection can be"),
+    ],
+)
+def test_mistakes_are_named(args, options, sentence):
+    with pytest.raises(ValueError) as error:
+        score(*args, **options)
+    assert sentence in str(error.value)
+
+
+def run(*arguments, lines=""):
+    command = [sys.executable, str(SCRIPT), *arguments]
+    return subprocess.run(command, input=lines, capture_output=True, text=True, timeout=60)
+
+
+def test_command_line(tmp_path):
+    rows = [
+        {"task": "grounding", "completion": "[0, 0, 10, 10]", "answer": [0, 0, 10, 20]},
+        {"task": "counting", "completion": points((3, 4)), "answer": [[0, 0]],
+         "image_size": [30, 40]},
+        {"task": "math", "completion": r"\boxed{\frac{2}{4}}", "answer": "0.5", "id": 7},
+        {"task": "grounding", "completion": "[0, 0, 10, 10]", "answer": [0, 0, 10, 20],
+         "options": {"iou_power": 2, "think": True}},
+    ]  # fmt: skip
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    done = run("score", str(path))
+    assert done.returncode == 0, done.stderr
+    replies = [json.loads(line) for line in done.stdout.splitlines()]
+    assert replies == [
+        {"reward": 1.5, "parts": {"format": 1.0, "iou": 0.5}},
+        {"reward": 0.9, "parts": {"format": 1.0, "count": 1.0, "distance": 0.9}},  # 1 − 5/50
+        {"reward": 1.0, "parts": {"correct": 1.0}},
+        {"reward": 1.25, "parts": {"format": 1.0, "iou": 0.5, "think": 0.0}},
+    ]
+
+
+def test_command_line_answers_row_by_row():
+    command = [sys.executable, str(SCRIPT), "score", "-"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as child:
+        for said, expected in (("ab", 1.0), ("a", 0.5)):
+            print(
+                json.dumps({"task": "ocr", "completion": said, "answer": "ab"}),
+                file=child.stdin,
+                flush=True,
+            )
+            assert json.loads(child.stdout.readline())["reward"] == expected
+        child.stdin.close()
+        assert child.wait(timeout=30) == 0
+
+
+@pytest.mark.parametrize(
+    ("second", "sentence"),
+    [
+        ("{not json", "Expecting property name"),
+        ("[1]", "a row must be a JSON object with task, completion and answer"),
+        ('{"task": "ocr", "completion": "a"}', "a row must be a JSON object with task, completion"),
+        ('{"task": "ocr", "completion": "a", "answer": "a", "options": {"x": 1}}', "no option 'x'"),
+        ('{"task": "grounding", "completion": "a", "answer": "a"}', "Expecting value"),
+    ],
+)
+def test_a_bad_row_names_file_and_line(tmp_path, second, sentence):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(
+        '{"task": "ocr", "completion": "a", "answer": "a"}\n' + second, encoding="utf-8"
+    )
+    done = run("score", str(path))
+    assert done.returncode == 1
+    assert len(done.stdout.splitlines()) == 1  # the good row before it
+    assert f"{path}:2: " in done.stderr and sentence in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_command_line_help_and_mistakes():
+    done = run("--help")
+    assert done.returncode == 0
+    for option in ("iou_power", "matching", "penalty", "components", "exact"):
+        assert option in done.stdout
+    assert run("score", "/nowhere.jsonl").returncode == 2
+    assert run("score", "-", "--frobnicate").returncode == 2
+
+
+def test_missing_library_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rapidfuzz.distance", None)
+    with pytest.raises(ImportError, match="pip install rapidfuzz"):
+        score("ocr", "a", "b")
