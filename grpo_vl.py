@@ -11,15 +11,13 @@
 
 [PR1] Perception-R1, arXiv 2504.07954 · [OVR] Open-Vision-Reasoner, 2507.05255
 [DSM] DeepSeekMath, 2402.03300 · [DAPO] 2503.14476 · [DRG] Dr. GRPO, 2503.20783
-[GSPO] 2507.18071 · [RLOO] 2402.14740
+[GSPO] 2507.18071 · [RLOO] 2402.14740. Suffixes are shapes: P prompts, G completions a prompt,
+B = P·G rollouts, T completion tokens (padded), S scored tokens of a packed micro-batch.
 
 DEVIATION D1: OVR trains with PPO and a critic (γ = λ = 1, so A_t = R − V(s_t)). Here the mean of
 the group stands in V's place, as in GRPO, and no critic is trained.
 DEVIATION D2: Perception-R1's grounding, counting and OCR rows come from Qwen2-VL-2B, which answers
 in 0–1000. Here Qwen2.5-VL answers every task in pixels of the resized image.
-
-Shapes, as suffixes: P prompts, G completions a prompt, B = P·G rollouts, T completion tokens
-(padded), S scored tokens of a packed micro-batch.
 """
 import argparse
 import json
@@ -28,13 +26,14 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+import tyro
 from torch.distributed.checkpoint import state_dict as dist_state
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
@@ -43,78 +42,72 @@ import data as datasets
 import qwen_vl
 import rewards
 import sampler
-from qwen_vl import Group, Policy, Prompt, SpecialIds, scatter_BT
-from sampler import Sampler, keyed_uniforms
+from qwen_vl import Policy, Prompt, SpecialIds, pad_BT, scatter_BT
+from sampler import Group, Sampler, keyed_uniforms
 
 
 # §1 ───────────────────────────────────────── config ─────────────────────────────────────────
-def option(default: Any, text: str):
-    """A config field with its default and the sentence that --help prints."""
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": text})
-    return field(default=default, metadata={"help": text.replace("%", "%%")})
-
-
 @dataclass(frozen=True)
 class Config:
     """Every option of a run. The run folder's config.json replays it: --config FILE."""
 
-    model: str = option("Qwen/Qwen2.5-VL-3B-Instruct", "hub id, local directory or tiny")
-    data: list[str] = option(["synthetic:counting?size=644x476&objects=2-10"], "files [:weight]")
-    fields: str = option("", "names of the data's fields, e.g. question=problem,answer=solution")
-    out: str = option("runs/grpo", "run folder")
-    cold_start: str = option("", "run folder of the cold start to begin from; run first if missing")
-    system_prompt: str = option(qwen_vl.SYSTEM, "system turn [PR1 code: this one]")
-    think: bool = option(False, "<think>…</think><answer>…</answer> [PR1 T5: hurts perception]")
-    min_pixels: int = option(56 * 56, "least area of a resized image [PR1 code: 3136]")
-    max_pixels: int = option(1_000_000, "largest area of a resized image [PR1 code: 1000000]")
-    max_prompt: int = option(2048, "longest prompt, tokens; never truncated [PR1 code: 2048]")
+    model: str = "Qwen/Qwen2.5-VL-3B-Instruct"  # hub id, local directory or tiny
+    # files and drawn worlds, each with an optional :weight
+    data: tuple[str, ...] = ("synthetic:counting?size=644x476&objects=2-10",)
+    fields: str = ""  # names of the data's fields, e.g. question=problem,answer=solution
+    out: str = "runs/grpo"  # run folder
+    cold_start: str = ""  # run folder of the cold start to begin from; run first if missing
+    system_prompt: str = qwen_vl.SYSTEM  # system turn [PR1 code: this one]
+    think: bool = False  # <think>…</think><answer>…</answer> [PR1 T5: hurts perception]
+    min_pixels: int = 56 * 56  # least area of a resized image [PR1 code: 3136]
+    max_pixels: int = 1_000_000  # largest area of a resized image [PR1 code: 1000000]
+    max_prompt: int = 2048  # longest prompt, tokens; never truncated [PR1 code: 2048]
     # sampling
-    prompts: int = option(16, "prompts a step, all ranks [PR1 code: 14; OVR §4.1: 512]")
-    group: int = option(8, "G, completions a prompt [PR1 §4.3: 8; OVR §4.1: 16]")
-    max_tokens: int = option(768, "longest completion [PR1 §4.3: 2048, code: 768; OVR: 24k–48k]")
-    temperature: float = option(1.0, "of sampling and of the scored π [PR1 §4.3, OVR §4.1: 1.0]")
-    kv_gb: float = option(8.0, "memory for keys and values while sampling, GiB a rank")
+    prompts: int = 16  # prompts a step, all ranks [PR1 code: 14; OVR §4.1: 512]
+    group: int = 8  # G, completions a prompt [PR1 §4.3: 8; OVR §4.1: 16]
+    max_tokens: int = 768  # longest completion [PR1 §4.3: 2048, code: 768; OVR: 24k–48k]
+    temperature: float = 1.0  # of sampling and of the scored π [PR1 §4.3, OVR §4.1: 1.0]
+    kv_gb: float = 8.0  # memory for keys and values while sampling, GiB a rank
     # reward and advantage
-    reward: str = option("", "path.py:function in place of rewards.score, same arguments")
-    reward_options: str = option("{}", 'JSON for the reward, e.g. {"iou_power": 2}')
-    overlong: Literal["zero", "keep", "mask", "soft"] = option("zero", "truncated ones [OVR: zero]")
-    overlong_buffer: int = option(128, "soft: tokens over which the penalty grows [DAPO §3.4]")
-    scale: Literal["group", "batch", "none"] = option("group", "std of [OVR: batch; DRG: none]")
-    std: Literal["sample", "population"] = option("sample", "over G−1 or G [PR1 code: sample]")
-    baseline: Literal["mean", "leave_one_out"] = option("mean", "of all or of the others [RLOO]")
-    dynamic_sampling: int = option(0, "rounds to replace groups of equal rewards [DAPO §3.2]")
+    reward: str = ""  # path.py:function in place of rewards.score, same arguments
+    reward_options: str = "{}"  # JSON for the reward, e.g. {"iou_power": 2}
+    overlong: Literal["zero", "keep", "mask", "soft"] = "zero"  # truncated ones [OVR: zero]
+    overlong_buffer: int = 128  # soft: tokens over which the penalty grows [DAPO §3.4]
+    scale: Literal["group", "batch", "none"] = "group"  # std of [OVR: batch; DRG: none]
+    std: Literal["sample", "population"] = "sample"  # over G−1 or G [PR1 code: sample]
+    baseline: Literal["mean", "leave_one_out"] = "mean"  # of all or of the others [RLOO]
+    dynamic_sampling: int = 0  # rounds to replace groups of equal rewards [DAPO §3.2]
     # loss
-    loss: Literal["grpo", "dapo", "dr_grpo"] = option("grpo", "average over tokens [DSM: grpo]")
-    ratio: Literal["token", "sequence"] = option("token", "importance ratio [GSPO: sequence]")
-    clip_low: float = option(-1.0, "ε below 1; −1: 0.2 [OVR §3.2], sequences 3e-4 [GSPO §5.1]")
-    clip_high: float = option(-1.0, "ε above 1; −1: 0.2 [DAPO: 0.28], sequences 4e-4 [GSPO §5.1]")
-    beta: float = option(0.0, "KL weight; 0: no reference model [PR1 §4.3: 0.04; OVR §3.2: 0]")
-    kl: Literal["k1", "k2", "k3"] = option("k3", "k2, k3: in the loss; k1: in the reward [PR1: k3]")
-    inner_steps: int = option(1, "µ, optimizer steps on a batch [PR1, OVR: 1]")
-    tis: float = option(0.0, "cap of the weight π_old/π_sampler; 0: off")
+    loss: Literal["grpo", "dapo", "dr_grpo"] = "grpo"  # average over tokens [DSM: grpo]
+    ratio: Literal["token", "sequence"] = "token"  # importance ratio [GSPO: sequence]
+    clip_low: float = -1.0  # ε below 1; −1: 0.2 [OVR §3.2], sequences 3e-4 [GSPO §5.1]
+    clip_high: float = -1.0  # ε above 1; −1: 0.2 [DAPO: 0.28], sequences 4e-4 [GSPO §5.1]
+    beta: float = 0.0  # KL weight; 0: no reference model [PR1 §4.3: 0.04; OVR §3.2: 0]
+    kl: Literal["k1", "k2", "k3"] = "k3"  # k2, k3: in the loss; k1: in the reward [PR1: k3]
+    inner_steps: int = 1  # µ, optimizer steps on a batch [PR1, OVR: 1]
+    tis: float = 0.0  # cap of the weight π_old/π_sampler; 0: off
     # optimizer
-    steps: int = option(500, "batches to train on [PR1 code: 357–7900; OVR §4.1: 900]")
-    lr: float = option(1e-6, "AdamW learning rate [PR1 §4.3, OVR §4.1: 1e-6]")
-    schedule: Literal["constant", "linear", "cosine"] = option("constant", "[OVR; PR1: linear]")
-    warmup: int = option(0, "steps of linear warm-up [PR1 code: 0; OVR §4.1: 50]")
-    beta2: float = option(0.999, "AdamW β₂ [PR1 code: 0.999; OVR §4.1: 0.95]")
-    weight_decay: float = option(0.0, "AdamW weight decay [PR1, OVR: 0]")
-    max_norm: float = option(1.0, "clip of the gradient's norm [PR1 code: 1.0]")
-    freeze_vision: bool = option(False, "train neither vision tower nor merger [PR1: trains all]")
+    steps: int = 500  # batches to train on [PR1 code: 357–7900; OVR §4.1: 900]
+    lr: float = 1e-6  # AdamW learning rate [PR1 §4.3, OVR §4.1: 1e-6]
+    schedule: Literal["constant", "linear", "cosine"] = "constant"  # [OVR; PR1: linear]
+    warmup: int = 0  # steps of linear warm-up [PR1 code: 0; OVR §4.1: 50]
+    beta2: float = 0.999  # AdamW β₂ [PR1 code: 0.999; OVR §4.1: 0.95]
+    weight_decay: float = 0.0  # AdamW weight decay [PR1, OVR: 0]
+    max_norm: float = 1.0  # clip of the gradient's norm [PR1 code: 1.0]
+    freeze_vision: bool = False  # train neither vision tower nor merger [PR1: trains all]
     # machine and running
-    micro_tokens: int = option(16384, "tokens of a packed micro-batch")
-    checkpointing: bool = option(True, "recompute activations in the backward pass [PR1 code: on]")
-    offload: bool = option(False, "sharded weights and optimizer in host memory")
-    timeout: int = option(3600, "seconds ranks wait for each other; above the longest rollout")
-    seed: int = option(0, "of data order, sampling noise and tiny weights [PR1 code: 42]")
-    save_every: int = option(100, "steps between checkpoints [PR1 code: 100]")
-    keep: int = option(2, "newest checkpoints to keep")
-    resume: Literal["auto", "never"] = option("auto", "from the newest checkpoint in --out")
-    eval_every: int = option(0, "steps between held-out evaluations; 0: never [OVR: 10]")
-    eval_data: list[str] = option([], "held-out data; default: the held-out split of --data")
-    eval_samples: int = option(200, "held-out samples")
-    pictures_every: int = option(50, "steps between saved rollouts and pictures; 0: never")
+    micro_tokens: int = 16384  # tokens of a packed micro-batch
+    checkpointing: bool = True  # recompute activations in the backward pass [PR1 code: on]
+    offload: bool = False  # sharded weights and optimizer in host memory
+    timeout: int = 3600  # seconds ranks wait for each other; above the longest rollout
+    seed: int = 0  # of data order, sampling noise and tiny weights [PR1 code: 42]
+    save_every: int = 100  # steps between checkpoints [PR1 code: 100]
+    keep: int = 2  # newest checkpoints to keep
+    resume: Literal["auto", "never"] = "auto"  # from the newest checkpoint in --out
+    eval_every: int = 0  # steps between held-out evaluations; 0: never [OVR: 10]
+    eval_data: tuple[str, ...] = ()  # held-out data; default: the held-out split of --data
+    eval_samples: int = 200  # held-out samples
+    pictures_every: int = 50  # steps between saved rollouts and pictures; 0: never
 
     def __post_init__(self):
         check_options(self)
@@ -126,7 +119,7 @@ class Config:
 
 PRESETS = {  # named sets of differences from the defaults
     "tiny": dict(  # what a machine without a GPU trains in minutes; no paper's values
-        model="tiny", data=["synthetic:grounding?size=56x56&distractors=0-2&reach=0.3-0.5"],
+        model="tiny", data=("synthetic:grounding?size=56x56&distractors=0-2&reach=0.3-0.5",),
         cold_start="runs/coldstart", max_tokens=24, lr=1e-4, steps=300, checkpointing=False,
         schedule="linear", warmup=10, prompts=32, eval_every=50, micro_tokens=4096,
     ),
@@ -135,41 +128,35 @@ PRESETS = {  # named sets of differences from the defaults
 
 def check_options(config) -> None:
     """Errors: ValueError naming the option, its value, and what it may be."""
-    positive = ("prompts", "group", "max_tokens", "inner_steps", "micro_tokens", "steps", "batch")
+    whole = ("prompts", "group", "max_tokens", "inner_steps", "micro_tokens", "steps", "batch")
     for f in fields(config):
         value, flag = getattr(config, f.name), "--" + f.name.replace("_", "-")
-        choices = getattr(f.type, "__args__", ()) if isinstance(value, str) else ()
+        choices = getattr(f.type, "__args__", ()) if isinstance(value, str) else (value,)
         if choices and value not in choices:
             raise ValueError(f"{flag} is {value!r}; choose from {', '.join(choices)}")
-        if (f.name in positive and value < 1) or (f.name == "temperature" and value <= 0):
-            raise ValueError(f"{flag} is {value}; it must be {'above 0' if value else 'positive'}")
+        if (f.name in whole and value < 1) or (f.name in ("temperature", "lr") and value <= 0):
+            raise ValueError(f"{flag} is {value}; it must be {1 if f.name in whole else 'above 0'}")
 
 
-def parse_config(config_class, arguments: list[str], presets: dict, text: str, fallback: str):
-    """Defaults < --preset < --config FILE < command line; an unknown option is an error.
+def parse_config(config_class, arguments: list[str] | None, presets: dict, text: str):
+    """Defaults < --preset < --config FILE < command line, each option's help the comment beside it.
 
-    fallback: the preset if neither --preset, --config nor --model is given.
+    Without a GPU, and with none of --preset, --config and --model, the preset is "tiny".
     """
-    from transformers import HfArgumentParser
-
-    parser = HfArgumentParser(config_class, description=text, allow_abbrev=False,
-                              formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", choices=["", *presets], help="a named set of options")
-    arguments = sys.argv[1:] if arguments is None else arguments
-    parser.add_argument("--config", type=Path, help="config.json of a run to replay")
-    first, _ = parser.parse_known_args(arguments)
-    preset = first.preset
-    if preset is None and first.config is None and "--model" not in arguments:
-        preset = fallback
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", choices=presets)
+    first.add_argument("--config", type=Path)
+    chosen, rest = first.parse_known_args(arguments)
+    if not (chosen.preset or chosen.config or "--model" in rest or torch.cuda.is_available()):
+        chosen.preset = "tiny"
     try:
-        saved = json.loads(first.config.read_text()) if first.config else {}
-        unknown = saved.keys() - {f.name for f in fields(config_class)}
-        if unknown:
-            raise ValueError(f"{first.config} has an unknown option {sorted(unknown)[0]!r}")
-        parser.set_defaults(**presets.get(preset, {}), **saved)
-        return parser.parse_args_into_dataclasses(arguments)[0]
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
+        saved = json.loads(chosen.config.read_text()) if chosen.config else {}
+        saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
+        default = config_class(**(presets.get(chosen.preset, {}) | saved))
+        text += f"\n--preset {' | '.join(presets)}; --config FILE replays a run's config.json"
+        return tyro.cli(config_class, args=rest, default=default, description=text)
+    except (OSError, ValueError, TypeError) as error:
+        first.error(str(error))
 
 
 # §2 ────────────────────────────────── processes and FSDP2 ───────────────────────────────────
@@ -190,17 +177,15 @@ class Processes:
 
 def start_processes(timeout: int) -> Processes:
     """torchrun's ranks; without torchrun a world of one, which takes the same path."""
-    rank, world, local = (int(os.environ.get(name, default)) for name, default in
-                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    rank, world, local = (int(os.environ.get(name, 0)) for name in names)
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(local)
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if cuda else "gloo", rank=rank, world_size=world,
-        store=None if "RANK" in os.environ else dist.HashStore(),
-        timeout=timedelta(seconds=timeout),
-    )
-    return Processes(rank, world, torch.device("cuda", local) if cuda else torch.device("cpu"))
+        "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout), rank=rank,
+        world_size=max(world, 1), store=None if world else dist.HashStore())
+    return Processes(rank, max(world, 1), torch.device(f"cuda:{local}" if cuda else "cpu"))
 
 
 def shard(policy: Policy, processes: Processes, *, offload: bool = False) -> Policy:
@@ -228,9 +213,8 @@ def load_policy(source: str, processes: Processes, config, *, freeze_vision: boo
     policy.vision.requires_grad_(not freeze_vision)
     full = policy.state_dict() if processes.rank == 0 else {}
     shard(policy, processes, offload=config.offload)
-    if not config.offload:
-        policy.to(processes.device)
-    policy.banned_V = policy.banned_V.to(processes.device)
+    for buffer in policy.buffers():  # fully_shard has moved the parameters; offload keeps them here
+        buffer.data = buffer.data.to(processes.device)
     how = dist_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     dist_state.set_model_state_dict(policy, full, options=how)
     return policy, tokenizer, special
@@ -277,13 +261,11 @@ def score_groups(run: "Run", groups: list[Group]) -> None:
         if c.truncated and config.overlong == "zero":
             c.reward = 0.0
         if config.overlong == "soft":  # 0, then linearly to −1 over the buffer [DAPO Eq. 13]
-            room = config.max_tokens - config.overlong_buffer - len(c.tokens)
-            c.reward += min(0.0, room / config.overlong_buffer)
+            over = len(c.tokens) - (config.max_tokens - config.overlong_buffer)
+            c.reward -= max(0.0, over / config.overlong_buffer)
 
 
-def group_advantages(
-    rewards_PG, *, scale="group", std="sample", baseline="mean", eps=1e-4
-) -> torch.Tensor:
+def group_advantages(rewards_PG, *, scale="group", std="sample", baseline="mean", eps=1e-4):
     """How much better a completion is than its group: advantages_PG, fp32.
 
     rewards_PG holds the whole global batch. A group of equal rewards gets zeros. G = 1 is defined:
@@ -301,7 +283,7 @@ def group_advantages(
         raise ValueError(f"baseline={baseline!r}: choose mean or leave_one_out")
     advantages_PG = rewards_PG - baseline_PG
     dims, count = (1, size) if scale == "group" else ((0, 1), rewards_PG.numel())
-    if scale != "none" and count > 1:  # A_i = (r_i − b_i) / (std(r) + ε)  [DSM §4.1.2]
+    if scale != "none" and min(count, rewards_PG.numel()) > 1:  # A_i = (r_i − b_i) / (std(r) + ε)  [DSM §4.1.2]
         std_PG = rewards_PG.std(dims, correction=int(std == "sample"), keepdim=True)
         advantages_PG = advantages_PG / (std_PG + eps)
     equal_P1 = (rewards_PG.amax(1) - rewards_PG.amin(1) < 1e-6)[:, None]  # rounding is no signal
@@ -327,10 +309,7 @@ def collect_groups(run: "Run", step: int) -> tuple[list[Group], dict[int, list[f
         if len(rewards_of) >= config.prompts:
             break
     rewards_of = dict(sorted(rewards_of.items())[: config.prompts])
-    groups = [group for group in groups if group.draw in rewards_of]
-    for index, group in enumerate(groups):
-        group.row = index * config.group
-    return groups, rewards_of
+    return [group for group in groups if group.draw in rewards_of], rewards_of
 
 
 # §6 ───────────────────────────────────── token log-probs ────────────────────────────────────
@@ -340,25 +319,17 @@ def pack_for_ranks(run: "Run", groups: list[Group]) -> list[qwen_vl.Pack]:
     A short rank adds fillers that score no token; a row without images carries a dummy one if
     another rank has images in its turn.
     """
+    for index, group in enumerate(groups):
+        group.row = sum(len(before.completions) for before in groups[:index])
     packs = [qwen_vl.pack_groups(g) for g in qwen_vl.split_groups(groups, run.config.micro_tokens)]
-    ours = [pack.pixels_ND is not None for pack in packs]
-    everyone = run.processes.gather(ours)
-    for turn in range(max(map(len, everyone))):
+    image_flags = run.processes.gather([pack.pixels_ND is not None for pack in packs])
+    filler = Group(Prompt([run.special.im_start], torch.zeros(3, 1).long(), 1), [])
+    for turn in range(max(map(len, image_flags))):
         if turn == len(packs):
-            packs.append(qwen_vl.filler_pack(run.special))
-        someone_has_images = any(flags[turn : turn + 1] == [True] for flags in everyone)
-        if someone_has_images and packs[turn].pixels_ND is None:
-            qwen_vl.add_dummy_image(packs[turn])
+            packs.append(qwen_vl.pack_groups([filler]))
+        if any(True in flags[turn : turn + 1] for flags in image_flags):
+            qwen_vl.ensure_image(packs[turn])
     return [qwen_vl.prepare_attention(pack, run.processes.device) for pack in packs]
-
-
-@torch.no_grad()
-def reference_logps(run: "Run", packs: list[qwen_vl.Pack], shape) -> torch.Tensor | None:
-    """log π_ref of every rollout token [B, T]; None without a reference model (β = 0)."""
-    if run.reference is None:
-        return None
-    passes = ((run.reference(pack, run.config.temperature)[0], pack) for pack in packs)
-    return sum(scatter_BT(logp_S, pack, shape) for logp_S, pack in passes)
 
 
 # §7 ─────────────────────────────────────────── loss ─────────────────────────────────────────
@@ -380,6 +351,8 @@ def policy_loss(
         raise ValueError(f"logp, old_logp, mask are {shapes}, advantages {len(advantages_B)} rows")
     if loss not in ("grpo", "dapo", "dr_grpo") or ratio not in ("token", "sequence"):
         raise ValueError(f"loss={loss!r}, ratio={ratio!r}: see --loss and --ratio for the choices")
+    if (beta and ref_logp_BT is None) or (tis_cap and sampler_logp_BT is None):
+        raise ValueError("beta needs ref_logp_BT, tis_cap needs sampler_logp_BT")
     mask_BT, advantages_B1 = mask_BT.bool(), advantages_B[:, None]
     length_B = mask_BT.sum(1).clamp(min=1)
     log_ratio_BT = torch.where(mask_BT, logp_BT - old_logp_BT, 0.0)
@@ -454,7 +427,11 @@ def train_step(run: Run, step: int) -> dict:
     packs = pack_for_ranks(run, groups)
 
     # 3. log π_ref, if β > 0. With k1 the KL joins the reward: r ← r − β·Σ_t (log π − log π_ref).
-    ref_logp_BT = reference_logps(run, packs, mask_BT.shape)
+    ref_logp_BT = None
+    if config.beta:
+        with torch.no_grad():
+            passes = [(run.reference(pack, config.temperature)[0], pack) for pack in packs]
+        ref_logp_BT = sum(scatter_BT(logp_S, pack, mask_BT.shape) for logp_S, pack in passes)
     if config.beta and config.kl == "k1":
         kl_PG = ((sampler_logp_BT - ref_logp_BT) * mask_BT).sum(1).view(-1, config.group)
         for part in ranks.gather(list(zip([group.draw for group in groups], kl_PG.tolist()))):
@@ -462,7 +439,7 @@ def train_step(run: Run, step: int) -> dict:
                 rewards_of[draw] = [r - config.beta * k for r, k in zip(rewards_of[draw], kls)]
 
     # 4. Advantages A_i from the rewards of the whole global batch; this rank's rows of them.
-    rewards_PG = torch.tensor(list(rewards_of.values())).view(-1, config.group)
+    rewards_PG = torch.tensor(list(rewards_of.values())).view(len(rewards_of), config.group)
     advantages_PG = group_advantages(
         rewards_PG, scale=config.scale, std=config.std, baseline=config.baseline)
     own_P = [list(rewards_of).index(group.draw) for group in groups]
@@ -471,9 +448,9 @@ def train_step(run: Run, step: int) -> dict:
     # 5. One normaliser, counted over the global batch before it is cut into micro-batches.
     sequences, tokens = rewards_PG.numel(), sum(ranks.gather(int(mask_BT.sum())))
     norms = {"grpo": sequences, "dapo": tokens, "dr_grpo": sequences * config.max_tokens}
-    how = {name: getattr(config, name) for name in ("loss", "ratio", "clip_low", "clip_high", "kl")}
-    how |= {"beta": 0.0 if config.kl == "k1" else config.beta, "tis_cap": config.tis,
-            "norm": max(norms[config.loss], 1)}
+    how = dict(loss=config.loss, ratio=config.ratio, clip_low=config.clip_low,
+               clip_high=config.clip_high, beta=config.beta * (config.kl != "k1"), kl=config.kl,
+               tis_cap=config.tis, norm=max(norms[config.loss], 1))
 
     # 6. µ optimizer steps; the first pass's own log-probs are π_old.
     sums: dict[str, torch.Tensor] = {}
@@ -500,13 +477,9 @@ def train_step(run: Run, step: int) -> dict:
     gap_BT = (old_logp_BT - sampler_logp_BT).abs() * mask_BT
     add_sums(sums, {}, sampler_gap=(gap_BT.sum(), mask_BT.sum()))
     clock.append(time.perf_counter())
+    if ranks.rank == 0 and config.pictures_every and step % config.pictures_every == 0:
+        save_rollouts(run, step, groups)
     return step_metrics(run, step, rollouts, rewards_PG, sums, clock) | {"grad_norm": grad_norm}
-
-
-def pad_BT(rows: list[list[float]]) -> torch.Tensor:
-    """Ragged rows → [B, T], zero behind their ends."""
-    longest = max(map(len, rows), default=1)
-    return torch.tensor([[*row, *[0.0] * (longest - len(row))] for row in rows]).view(-1, longest)
 
 
 def add_sums(sums: dict, stats: dict, **pairs) -> None:
@@ -517,11 +490,9 @@ def add_sums(sums: dict, stats: dict, **pairs) -> None:
 
 def learning_rate(config, step: int) -> float:
     """Linear warm-up, then constant, linear to 0, or cosine to 0."""
-    if step < config.warmup:
-        return config.lr * (step + 1) / config.warmup
     done = (step - config.warmup) / max(config.steps - config.warmup, 1)
-    shapes = {"constant": 1, "linear": 1 - done, "cosine": 0.5 + 0.5 * math.cos(math.pi * done)}
-    return config.lr * shapes[config.schedule]
+    shape = {"constant": 1, "linear": 1 - done, "cosine": 0.5 + 0.5 * math.cos(math.pi * done)}
+    return config.lr * ((step + 1) / config.warmup if done < 0 else shape[config.schedule])
 
 
 def optimizer_step(run: Run, step: int) -> float:
@@ -545,10 +516,12 @@ def step_metrics(run: Run, step: int, rollouts, rewards_PG, sums: dict, clock: l
     totals: dict[str, torch.Tensor] = {}
     for part in run.processes.gather(sums):
         add_sums(totals, part)
+    groups = len(rewards_PG)
+    rewards_PG = rewards_PG if groups else torch.zeros(1, 1)  # dynamic sampling may find nothing
     spread_P = rewards_PG.amax(1) - rewards_PG.amin(1)
     seconds = zip(("sample", "train", "refresh"), clock, clock[1:])
     return {
-        "step": step, "reward": rewards_PG.mean().item(), "groups": len(rewards_PG),
+        "step": step, "reward": rewards_PG.mean().item(), "groups": groups,
         "reward_std": rewards_PG.std(1, correction=0).mean().item(),
         "zero_variance": (spread_P < 1e-6).float().mean().item(),
         **{name: (pair[0] / pair[1].clamp(min=1e-9)).item() for name, pair in totals.items()},
@@ -557,9 +530,11 @@ def step_metrics(run: Run, step: int, rollouts, rewards_PG, sums: dict, clock: l
     }
 
 
-def evaluate(run: Run, max_tokens: int) -> list[dict]:
-    """Held-out samples answered greedily and at T = 1, a row an answer: id, task, mode, question,
-    completion, answer, image_size, correct (by the answer alone, no points for format)."""
+def evaluate(run: Run, max_tokens: int) -> tuple[list[dict], dict[str, float]]:
+    """Held-out samples answered greedily and at T = 1: (a row an answer, accuracy of each mode).
+
+    Accuracy is of the answer alone, without points for format (see rewards.correct).
+    """
     ranks, rows = run.processes, []
     count = min(run.config.eval_samples, len(run.eval_data))
     samples = [run.eval_data.at(i) for i in range(ranks.rank, count, ranks.world)]
@@ -571,24 +546,24 @@ def evaluate(run: Run, max_tokens: int) -> list[dict]:
             right = rewards.correct(s.task, text, s.answer, s.image_size, think=run.config.think)
             rows.append(dict(id=s.id, task=s.task, mode=mode, question=s.question, completion=text,
                              answer=s.answer, image_size=s.image_size, correct=right))
-    return [row for part in ranks.gather(rows) for row in part]
+    rows = [row for part in ranks.gather(rows) for row in part]
+    right = {mode: [row["correct"] for row in rows if row["mode"] == mode] for mode in ("greedy", "sampled")}
+    return rows, {f"eval/{mode}": sum(values) / len(values) for mode, values in right.items()}
 
 
-def accuracy(rows: list[dict]) -> dict[str, float]:
-    """Mean of `correct` a mode: {"eval/greedy": …, "eval/sampled": …}."""
-    modes = {row["mode"]: [r["correct"] for r in rows if r["mode"] == row["mode"]] for row in rows}
-    return {f"eval/{mode}": sum(right) / len(right) for mode, right in modes.items()}
-
-
-def save_rollouts(folder: Path, step: int, groups: list[Group]) -> None:
-    """The first four groups as text, and a picture of each with predicted and true boxes."""
+def save_rollouts(run: Run, step: int, groups: list[Group]) -> None:
+    """Four groups, as text and as pictures with predicted and true boxes: samples/ of the run."""
+    folder = Path(run.config.out) / "samples"
     folder.mkdir(exist_ok=True)
-    with open(folder / f"step-{step}.jsonl", "w") as file:
-        for group in groups[:4]:
-            for c in group.completions:
-                print(json.dumps(dict(id=group.sample.id, question=group.sample.question, text=c.text,
-                                      answer=group.sample.answer, reward=c.reward, parts=c.parts)), file=file)
-    pass
+    rows = [dict(id=g.sample.id, task=g.sample.task, question=g.sample.question, text=c.text,
+                 answer=g.sample.answer, reward=c.reward) for g in groups[:4] for c in g.completions]
+    (folder / f"step-{step}.json").write_text(json.dumps(rows, indent=1))
+    for g in [group for group in groups[:4] if group.sample.images]:
+        best = max(g.completions, key=lambda c: c.reward)
+        said = rewards.parse_boxes(best.text) or rewards.parse_points(best.text)
+        picture = datasets.draw(g.sample.images[0], predicted=said, true=g.sample.answer,
+                                caption=f"{g.sample.question}: {best.reward:.2f}")
+        picture.save(folder / f"step-{step}-{g.draw}.png")
 
 
 # §10 ────────────────────────────────────────── main ─────────────────────────────────────────
@@ -604,65 +579,61 @@ def prepare(config, processes: Processes, source: str, *, freeze_vision=False, b
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         trained, lr=config.lr, betas=(0.9, config.beta2), weight_decay=config.weight_decay)
-    how = dict(seed=config.seed, min_pixels=config.min_pixels, max_pixels=config.max_pixels,
-               fields=config.fields)
+    how = {name: getattr(config, name) for name in ("seed", "min_pixels", "max_pixels", "fields")}
     data = datasets.open_data(config.data, split="train", **how)
     heldout = datasets.open_data(config.eval_data or config.data, split="heldout", **how)
     return Run(config, processes, policy, reference, tokenizer, special, copy, optimizer, data,
                heldout, rewards.load(reward))
 
 
-def train(run: Run, one_step, *, eval_tokens: int, seconds: float = 0.0) -> None:
+def train(run: Run, one_step, *, eval_tokens: int, seconds: float = math.inf) -> None:
     """The loop around one_step(run, step) → metrics: resume, log, evaluate, save, export."""
-    config, folder, ranks = run.config, Path(run.config.out), run.processes
+    config, folder, ranks, first = run.config, Path(run.config.out), run.processes, 0
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoints = sampler.find_checkpoints(folder) if config.resume == "auto" else []
-    first = 0
-    if checkpoints:
-        state = sampler.load_checkpoint(checkpoints[-1], run.policy, run.optimizer)
+    found = sampler.find_checkpoints(folder) if config.resume == "auto" else []
+    if found:
+        state = sampler.load_checkpoint(found[-1], run.policy, run.optimizer)
         first, run.cursor = state["step"], state["cursor"]
     run.sampler.refresh(run.policy)
     if ranks.rank == 0:
         (folder / "config.json").write_text(json.dumps(asdict(config), indent=2))
-    started = time.perf_counter()
-    bar = tqdm(range(first, config.steps), folder.name, disable=ranks.rank > 0, initial=first, total=config.steps)
-    with open(folder / "metrics.jsonl", "a") as log:
-        for step in bar:
-            metrics = one_step(run, step)
-            metrics["seconds/total"] = max(ranks.gather(time.perf_counter() - started))
-            last = step + 1 == config.steps or 0 < seconds < metrics["seconds/total"]
-            if config.eval_every and ((step + 1) % config.eval_every == 0 or last):
-                run.sampler.refresh(run.policy)
-                metrics |= accuracy(evaluate(run, eval_tokens))
-            if ranks.rank == 0:
-                print(json.dumps(metrics), file=log, flush=True)
-                bar.set_postfix({k: f"{metrics[k]:.3f}" for k in ("reward", "loss", "length") if k in metrics})
-            if (step + 1) % config.save_every == 0 or last:
-                state = {"step": step + 1, "cursor": run.cursor}
-                sampler.save_checkpoint(folder, run.policy, run.optimizer, state, config.keep)
-            if last:
-                break
+    log, started = open(folder / "metrics.jsonl", "a"), time.perf_counter()
+    bar = tqdm(desc=folder.name, initial=first, total=config.steps, disable=ranks.rank > 0)
+    for step in range(first, config.steps):
+        metrics = one_step(run, step)
+        metrics["seconds/total"] = max(ranks.gather(time.perf_counter() - started))
+        last = step + 1 == config.steps or metrics["seconds/total"] > seconds
+        if config.eval_every and ((step + 1) % config.eval_every == 0 or last):
+            run.sampler.refresh(run.policy)
+            metrics |= evaluate(run, eval_tokens)[1]
+        if ranks.rank == 0:
+            print(json.dumps(metrics), file=log, flush=True)
+        shown = [name for name in ("reward", "loss", "length") if name in metrics]
+        bar.set_postfix({name: f"{metrics[name]:.3f}" for name in shown}, refresh=False)
+        bar.update()
+        if (step + 1) % config.save_every == 0 or last:
+            state = {"step": step + 1, "cursor": run.cursor}
+            sampler.save_checkpoint(folder, run.policy, run.optimizer, state, config.keep)
+        if last:
+            break
     sampler.export(folder / "model", run.policy, run.tokenizer, config.model)
 
 
 def ensure_cold_start(config: Config) -> str:
-    """The checkpoint to begin with. A missing cold start is run first, by torchrun's rank 0 alone."""
-    if not config.cold_start:
-        return config.model
+    """The checkpoint to begin with. A cold start that is not there is run first, by rank 0 alone."""
     model = Path(config.cold_start) / "model"
-    if not (model / "config.json").exists() and os.environ.get("RANK", "0") == "0":
+    if config.cold_start and not model.exists() and os.environ.get("RANK", "0") == "0":
         print(f"no cold start in {config.cold_start}: running sft_coldstart.py first", flush=True)
-        alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-        command = [sys.executable, str(Path(__file__).parent / "sft_coldstart.py"), "--model", config.model]
-        subprocess.run([*command, "--out", config.cold_start], env=alone, check=True)
-    while not (model / "config.json").exists():  # the other ranks wait for the file
+        script, ranks = Path(__file__).with_name("sft_coldstart.py"), ("RANK", "WORLD_SIZE")
+        alone = {name: value for name, value in os.environ.items() if name not in ranks}
+        subprocess.run([sys.executable, script, "--out", config.cold_start], env=alone, check=True)
+    while config.cold_start and not model.exists():  # the other ranks wait; export renames last
         time.sleep(1)
-    return str(model)
+    return str(model) if config.cold_start else config.model
 
 
 def main(arguments: list[str] | None = None) -> None:
-    fallback = "" if torch.cuda.is_available() else "tiny"
-    config = parse_config(Config, arguments, PRESETS, __doc__, fallback)
+    config = parse_config(Config, arguments, PRESETS, __doc__)
     source = ensure_cold_start(config)
     processes = start_processes(config.timeout)
     run = prepare(config, processes, source, freeze_vision=config.freeze_vision, beta=config.beta,

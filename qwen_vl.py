@@ -6,19 +6,18 @@ Read in this order:
   §3 packing            [prompt | completion 1 | … | completion G]: the prompt is paid once
   §4 attention          a completion sees its prompt and itself, nothing else
   §5 policy             packed row → log-probability and entropy of each completion token
-  §6 load, save, tiny   hub checkpoints, Hugging Face format, the stand-in that needs neither GPU nor hub
+  §6 load, save, tiny   hub checkpoints, local folders, the stand-in that needs no GPU and no hub
 
-The network itself (weights, norms, MLPs) is Hugging Face's `Qwen2_5_VLForConditionalGeneration`; only
-its two attention forwards are replaced (§4), because packing is a statement about attention.
+The network itself (weights, norms, MLPs) is Hugging Face's `Qwen2_5_VLForConditionalGeneration`;
+only its two attention forwards are replaced (§4): packing is a statement about attention.
 
-Shapes, as suffixes: L packed tokens, S scored completion tokens, P groups in a row, N image patches,
-V vocabulary, D width, H heads, K key/value heads, B rollouts, T longest completion.
+Shapes, as suffixes: L packed tokens, S scored completion tokens, P groups in a row, N image
+patches, V vocabulary, D width, H heads, K key/value heads, B rollouts, T longest completion.
 """
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MethodType
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +25,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-try:  # the GPU extra; PyTorch's own variable-length attention, then masked attention, stand in for it
+try:  # the GPU extra; PyTorch's own variable-length attention, then masked attention, stand in
     from flash_attn import flash_attn_varlen_func
 except ImportError:
     flash_attn_varlen_func = None
@@ -36,15 +35,16 @@ except ImportError:
     varlen_attn = None
 
 PATCH, MERGE = 14, 2  # a patch is 14×14 pixels; 2×2 patches become one image token (28×28 pixels)
-IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, as in Qwen2.5-VL's preprocessor_config.json
+IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, as in preprocessor_config.json
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 SYSTEM = "You are a helpful assistant."  # Qwen's default, also Perception-R1's  [PR1 code]
-SPECIAL_TOKENS = (  # Qwen2.5's 22 added tokens, in their order (151643 … 151664 in the true vocabulary)
-    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> "
-    "<|box_end|> <|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> "
-    "<|image_pad|> <|video_pad|> <tool_call> </tool_call> <|fim_prefix|> <|fim_middle|> "
-    "<|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>"
-).split()
+SPECIAL_TOKENS = [  # Qwen2.5's 22 added tokens, in order (151643 … 151664 in the true vocabulary)
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>",
+    "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>",
+    "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>", "<tool_call>",
+    "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>",
+    "<|repo_name|>", "<|file_sep|>",
+]
 
 
 # §1 ────────────────────────────────────── special ids ───────────────────────────────────────
@@ -87,20 +87,22 @@ class SpecialIds:
 
 def decode(tokenizer, special: SpecialIds, tokens: list[int]) -> str:
     """A completion's text. Stop ids go; other special tokens stay, Qwen2-VL writes boxes in them."""
-    return tokenizer.decode([t for t in tokens if t not in special.stops], skip_special_tokens=False)
+    kept = [token for token in tokens if token not in special.stops]
+    return tokenizer.decode(kept, skip_special_tokens=False)
 
 
-# §2 ────────────────────────────────────── image and prompt ───────────────────────────────────────
+# §2 ──────────────────────────────────── image and prompt ────────────────────────────────────
 def patchify(image) -> tuple[torch.Tensor, tuple[int, int, int]]:
-    """An RGB image → (pixels [N, 3·2·14·14], grid (1, H/14, W/14)), as Qwen2VLImageProcessor does it.
+    """An RGB image → (pixels [N, 3·2·14·14], grid (1, H/14, W/14)), as Qwen2VLImageProcessor does.
 
-    Patches are ordered so that the 2×2 that merge into one image token lie together. The image is taken
-    as a video of two equal frames (the patch embedding spans two), hence the factor 2 and the 1.
+    Patches are ordered so that the 2×2 that merge into one image token lie together. The image is
+    taken as a video of two equal frames (the patch embedding spans two): the factor 2 and the 1.
     Errors: ValueError if a side is not a multiple of 28 (resize once, in data.py).
     """
     width, height = image.size
     if width % (PATCH * MERGE) or height % (PATCH * MERGE):
-        raise ValueError(f"image is {width}×{height}; both sides must be multiples of {PATCH * MERGE}")
+        raise ValueError(
+            f"image is {width}×{height}; both sides must be multiples of {PATCH * MERGE}")
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255.0
     pixels = (pixels - np.float32(IMAGE_MEAN)) / np.float32(IMAGE_STD)
     rows, columns = height // PATCH, width // PATCH
@@ -112,11 +114,11 @@ def patchify(image) -> tuple[torch.Tensor, tuple[int, int, int]]:
 
 
 def rope_positions(kinds: list, start: int = 0) -> tuple[torch.Tensor, int]:
-    """M-RoPE positions of text runs and images in order. Returns ([3, L] int64, next free position).
+    """M-RoPE positions of text runs and images in order: ([3, L] int64, next free position).
 
     `kinds` holds an int (a run of so many text tokens) or a grid (t, h, w) in patches.
-    Text: all three rows count on. Image: row 0 (time) stands still, rows 1 and 2 are the token's row and
-    column, and what follows starts after the longer side.  [Qwen2-VL, arXiv 2409.12191 §2.1]
+    Text: all three rows count on. Image: row 0 (time) stands still, rows 1 and 2 are the token's
+    row and column, what follows starts after the longer side.  [Qwen2-VL, arXiv 2409.12191 §2.1]
     """
     parts = []
     for kind in kinds:
@@ -144,7 +146,9 @@ class Prompt:
     grids: tuple = ()  # one (1, h, w) an image, in patches
 
 
-def encode_chat(tokenizer, special: SpecialIds, text: str, images=(), system: str = SYSTEM) -> Prompt:
+def encode_chat(
+    tokenizer, special: SpecialIds, text: str, images=(), system: str = SYSTEM
+) -> Prompt:
     """System and user turn in Qwen's chat format, up to where the assistant speaks.
 
     Images come before the text [PR1 code]. `text` is tokenised as plain text: a literal
@@ -167,41 +171,15 @@ def encode_chat(tokenizer, special: SpecialIds, text: str, images=(), system: st
         pixels.append(patches_ND)
         grids.append(grid)
     ids += plain(text) + end + newline + start + plain("assistant\n")
-    positions_3L, next_position = rope_positions(kinds + [len(ids) - text_since])
-    return Prompt(ids, positions_3L, next_position, slots, torch.cat(pixels) if pixels else None, tuple(grids))
+    positions_3L, next_position = rope_positions([*kinds, len(ids) - text_since])
+    pixels_ND = torch.cat(pixels) if pixels else None
+    return Prompt(ids, positions_3L, next_position, slots, pixels_ND, tuple(grids))
 
 
 # §3 ──────────────────────────────────────── packing ─────────────────────────────────────────
 @dataclass
-class Completion:
-    """One rollout: what was sampled, and what it earned."""
-
-    tokens: list[int]  # with the stop token, unless truncated
-    logps: list[float] = field(default_factory=list)  # of each token, as it was sampled
-    truncated: bool = False  # cut at the length limit
-    text: str = ""
-    reward: float = 0.0
-    parts: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass
-class Group:
-    """A prompt and its completions; `row` is the first one's row in the padded [B, T] batch."""
-
-    prompt: Prompt
-    completions: list[Completion]
-    row: int = 0
-    sample: Any = None  # the data.Sample behind the prompt
-    draw: int = 0  # its place in the run's global order
-
-    @property
-    def rewards(self) -> list[float]:
-        return [completion.reward for completion in self.completions]
-
-
-@dataclass
 class Pack:
-    """One micro-batch: groups laid end to end in one row of L tokens. Tensors only; see `pack_groups`."""
+    """One micro-batch: groups end to end in one row of L tokens. Tensors only; see `pack_groups`."""
 
     ids_L: torch.Tensor
     positions_3L: torch.Tensor
@@ -214,41 +192,46 @@ class Pack:
     image_slots: torch.Tensor  # indices into L, in the order of the image features
     pixels_ND: torch.Tensor | None
     grids_I3: torch.Tensor | None
-    attention: dict = field(default_factory=dict)  # index tensors of §4, filled by `prepare_attention`
+    attention: dict = field(default_factory=dict)  # §4's index tensors, from `prepare_attention`
 
     def to(self, device) -> "Pack":
-        moved = {k: v.to(device) if torch.is_tensor(v) else v for k, v in vars(self).items()}
-        moved["attention"] = {k: v.to(device) if torch.is_tensor(v) else v for k, v in self.attention.items()}
-        return Pack(**moved)
+        def move(values: dict) -> dict:
+            return {k: v.to(device) if torch.is_tensor(v) else v for k, v in values.items()}
+
+        return Pack(**move(vars(self)) | {"attention": move(self.attention)})
 
 
-def split_groups(groups: list[Group], budget: int) -> list[list[Group]]:
-    """Cut groups into micro-batches of at most `budget` tokens each, in order.
+def split_groups(groups: list, budget: int) -> list[list]:
+    """Cut sampler.Groups into micro-batches of at most `budget` tokens each, in order.
 
     A group over the budget is split and its prompt repeated; a prompt with one completion over the
     budget stands alone (nothing is ever dropped here).
     """
+
+    def piece(group, first, last):
+        return replace(group, completions=group.completions[first:last], row=group.row + first)
+
     pieces = []
     for group in groups:
         first, used = 0, len(group.prompt.ids)
         for i, completion in enumerate(group.completions):
             if i > first and used + len(completion.tokens) > budget:
-                pieces.append(Group(group.prompt, group.completions[first:i], group.row + first))
+                pieces.append(piece(group, first, i))
                 first, used = i, len(group.prompt.ids)
             used += len(completion.tokens)
-        pieces.append(Group(group.prompt, group.completions[first:], group.row + first))
+        pieces.append(piece(group, first, None))
     micro_batches, filled = [], math.inf
-    for piece in pieces:
-        tokens = len(piece.prompt.ids) + sum(len(c.tokens) for c in piece.completions)
+    for part in pieces:
+        tokens = len(part.prompt.ids) + sum(len(c.tokens) for c in part.completions)
         if filled + tokens > budget:
             micro_batches.append([])
             filled = 0
-        micro_batches[-1].append(piece)
+        micro_batches[-1].append(part)
         filled += tokens
     return micro_batches
 
 
-def pack_groups(groups: list[Group]) -> Pack:
+def pack_groups(groups: list) -> Pack:
     """Lay groups end to end: [prompt | completion 1 | … | completion G] [prompt | …] …
 
     Positions restart after the prompt for each completion. The token at place t of a completion is
@@ -273,7 +256,8 @@ def pack_groups(groups: list[Group]) -> Pack:
             positions.append(rope_positions([length], prompt.next_position)[0])
         group_of += [index] * (len(ids) - start)
     with_image = [group.prompt for group in groups if group.prompt.pixels_ND is not None]
-    tensors = [torch.tensor(x).long() for x in (group_of, segment, source, target, row, column, slots)]
+    lists = (group_of, segment, source, target, row, column, slots)
+    tensors = [torch.tensor(x).long() for x in lists]
     return Pack(
         torch.tensor(ids), torch.cat(positions, dim=1), *tensors,
         torch.cat([prompt.pixels_ND for prompt in with_image]) if with_image else None,
@@ -281,15 +265,11 @@ def pack_groups(groups: list[Group]) -> Pack:
     )
 
 
-def filler_pack(special: SpecialIds) -> Pack:
-    """A row that scores no token, for a rank with nothing left to do while others go on."""
-    return pack_groups([Group(Prompt([special.im_start], torch.zeros(3, 1).long(), 1), [])])
-
-
-def add_dummy_image(pack: Pack) -> None:
-    """A 28×28 blank that touches no token, for a text-only row while other ranks see images."""
-    pack.pixels_ND = torch.zeros(MERGE * MERGE, 3 * 2 * PATCH * PATCH)
-    pack.grids_I3 = torch.tensor([[1, MERGE, MERGE]])
+def ensure_image(pack: Pack) -> None:
+    """Give a text-only row a 28×28 blank that touches no token, as other ranks see images."""
+    if pack.pixels_ND is None:
+        pack.pixels_ND = torch.zeros(MERGE * MERGE, 3 * 2 * PATCH * PATCH)
+        pack.grids_I3 = torch.tensor([[1, MERGE, MERGE]])
 
 
 def scatter_BT(values_S: torch.Tensor, pack: Pack, shape: tuple[int, int]) -> torch.Tensor:
@@ -297,8 +277,15 @@ def scatter_BT(values_S: torch.Tensor, pack: Pack, shape: tuple[int, int]) -> to
     return values_S.new_zeros(shape).index_put((pack.row_S, pack.column_S), values_S)
 
 
-# §4 ────────────────────────────────────────── attention ──────────────────────────────────────────
-# A token attends to j ≤ i with group(j) = group(i) and segment(j) ∈ {0, segment(i)}: the prompt and itself.
+def pad_BT(rows: list[list[float]]) -> torch.Tensor:
+    """Ragged rows → [B, T], zero behind their ends."""
+    longest = max(map(len, rows), default=1)
+    return torch.tensor([[*row, *[0.0] * (longest - len(row))] for row in rows]).view(-1, longest)
+
+
+# §4 ─────────────────────────────────────── attention ────────────────────────────────────────
+# Token i attends to j ≤ i with group(j) = group(i) and segment(j) ∈ {0, segment(i)}: the prompt and
+# its own completion.
 # Two ways to compute the same thing:
 #   mask    (CPU, reference) groups side by side in a padded batch [P, longest group], one SDPA call
 #   varlen  (CUDA) each prompt and each completion is a sequence of queries; a completion's keys are
@@ -322,15 +309,16 @@ def mask_layout(pack: Pack) -> dict:
     segment_PL = torch.where(filled_PL, pack.segment_L[gather_PL], -1)
     key, query = segment_PL[:, None, :], segment_PL[:, :, None]
     causal_LL = place_L[:, None] >= place_L[None, :]
+    seen_PLL = causal_LL & ((key == 0) | (key == query))  # empty places see each other
     return {
         "gather_PL": gather_PL,
-        "mask_P1LL": (causal_LL & ((key == 0) | (key == query)))[:, None],  # empty places see each other
+        "mask_P1LL": seen_PLL[:, None],
         "scatter_L": torch.nonzero(filled_PL.flatten()).squeeze(1),
     }
 
 
 def varlen_layout(pack: Pack) -> dict:
-    """Queries stay in place; `key_index` lists the keys of each sequence: own prompt, then itself."""
+    """Queries stay in place; `key_index` lists each sequence's keys: own prompt, then itself."""
     border_L = torch.ones(len(pack.ids_L), dtype=torch.bool)
     border_L[1:] = (pack.group_L.diff() != 0) | (pack.segment_L.diff() != 0)
     starts = torch.nonzero(border_L).squeeze(1)
@@ -355,7 +343,7 @@ def varlen_layout(pack: Pack) -> dict:
 
 
 def varlen_attention(q_LHd, k_LKd, v_LKd, cu_q, cu_k, max_q: int, max_k: int, *, causal: bool):
-    """Attention over sequences laid end to end (CUDA). flash-attn if installed, else PyTorch's own."""
+    """Attention over sequences laid end to end (CUDA): flash-attn if installed, else PyTorch's."""
     if flash_attn_varlen_func is not None:
         return flash_attn_varlen_func(q_LHd, k_LKd, v_LKd, cu_q, cu_k, max_q, max_k, causal=causal)
     repeats = q_LHd.shape[1] // k_LKd.shape[1]
@@ -368,10 +356,13 @@ def varlen_attention(q_LHd, k_LKd, v_LKd, cu_q, cu_k, max_q: int, max_k: int, *,
 def shared_prefix_attention(q_LHd, k_LKd, v_LKd, layout: dict) -> torch.Tensor:
     """softmax(q·kᵀ/√d + mask)·v over a packed row. Returns [L, H, d]."""
     if "key_index" in layout:
-        index, names = layout["key_index"], ("cu_q", "cu_k", "max_q", "max_k")
-        return varlen_attention(q_LHd, k_LKd[index], v_LKd[index], *(layout[n] for n in names), causal=True)
-    side_by_side = [x[layout["gather_PL"]].transpose(1, 2) for x in (q_LHd, k_LKd, v_LKd)]  # [P, H, L, d]
-    out = F.scaled_dot_product_attention(*side_by_side, attn_mask=layout["mask_P1LL"], enable_gqa=True)
+        index = layout["key_index"]
+        borders = (layout[name] for name in ("cu_q", "cu_k", "max_q", "max_k"))
+        return varlen_attention(q_LHd, k_LKd[index], v_LKd[index], *borders, causal=True)
+    # three tensors [P, heads, L, d]
+    side_by_side = [x[layout["gather_PL"]].transpose(1, 2) for x in (q_LHd, k_LKd, v_LKd)]
+    out = F.scaled_dot_product_attention(
+        *side_by_side, attn_mask=layout["mask_P1LL"], enable_gqa=True)
     return out.transpose(1, 2).flatten(0, 1)[layout["scatter_L"]]
 
 
@@ -384,7 +375,8 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 def decoder_attention(self, hidden_states, position_embeddings, layout: dict, **_):
     """Replaces `Qwen2_5_VLAttention.forward` for packed rows; hidden_states [1, L, D]."""
     hidden_LD = hidden_states[0]
-    q, k, v = (proj(hidden_LD).unflatten(-1, (-1, self.head_dim)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+    projections = (self.q_proj, self.k_proj, self.v_proj)
+    q, k, v = (proj(hidden_LD).unflatten(-1, (-1, self.head_dim)) for proj in projections)
     cos, sin = (x[0][:, None] for x in position_embeddings)  # [L, 1, d]
     out_LHd = shared_prefix_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, layout)
     return self.o_proj(out_LHd.flatten(1))[None], None
@@ -393,7 +385,7 @@ def decoder_attention(self, hidden_states, position_embeddings, layout: dict, **
 def vision_attention(self, hidden_states, cu_seqlens, position_embeddings, **_):
     """Replaces `Qwen2_5_VLVisionAttention.forward`: all windows (or images) of a layer at once.
 
-    hidden_states [N, D]; cu_seqlens: borders of the windows. Hugging Face loops over them in Python.
+    hidden_states [N, D]; cu_seqlens: borders of the windows, over which Hugging Face loops.
     """
     q, k, v = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)).unbind(1)  # [N, H, d]
     cos, sin = (x[:, None].float() for x in position_embeddings)
@@ -412,12 +404,12 @@ def vision_attention(self, hidden_states, cu_seqlens, position_embeddings, **_):
     return self.proj(out.flatten(1))
 
 
-# §5 ──────────────────────────────────────────── policy ───────────────────────────────────────────
+# §5 ───────────────────────────────────────── policy ─────────────────────────────────────────
 def token_logprobs(hidden_SD, lm_head, target_S, banned_V, temperature: float, chunk: int = 1024):
     """log π(target | …) and the entropy of π, each [S] fp32, without ever holding [S, V] logits.
 
-    π is the distribution that is sampled from: same temperature, same banned ids. Each chunk is computed
-    again in the backward pass, so memory is one chunk of logits: chunk · V · 4 bytes.
+    π is the distribution that is sampled from: same temperature, same banned ids. Each chunk is
+    computed again in the backward pass, so memory is one chunk of logits: chunk · V · 4 bytes.
     """
 
     def one_chunk(hidden, target):
@@ -428,15 +420,15 @@ def token_logprobs(hidden_SD, lm_head, target_S, banned_V, temperature: float, c
         return logp.gather(-1, target[:, None]).squeeze(-1), entropy
 
     chunks = zip(hidden_SD.split(chunk), target_S.split(chunk))
-    parts = [checkpoint(one_chunk, hidden, target, use_reentrant=False) for hidden, target in chunks]
+    parts = [checkpoint(one_chunk, *pair, use_reentrant=False) for pair in chunks]
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
 
 class Policy(nn.Module):
     """Wraps the Hugging Face model so that one `forward` does all that touches weights.
 
-    That makes it the FSDP root: vision tower, decoder and chunked lm_head run inside, log-probabilities
-    come out, and the loss is computed outside in fp32.
+    That makes it the FSDP root: vision tower, decoder and chunked lm_head run inside,
+    log-probabilities come out, and the loss is computed outside in fp32.
     """
 
     def __init__(self, model, banned_V: torch.Tensor, *, checkpointing: bool = False):
@@ -447,7 +439,7 @@ class Policy(nn.Module):
             block.attn.forward = MethodType(vision_attention, block.attn)
         for layer in self.decoder.layers:
             layer.self_attn.forward = MethodType(decoder_attention, layer.self_attn)
-        if checkpointing:  # inside the modules' forward, hence inside FSDP's hooks: no extra gathers
+        if checkpointing:  # inside the modules' forward, so inside FSDP's hooks: no extra gathers
             for layer in [*self.decoder.layers, *self.vision.blocks]:
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
@@ -460,13 +452,13 @@ class Policy(nn.Module):
         return self.model.model.language_model
 
     def forward(self, pack: Pack, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-        """(logp_S, entropy_S) of the pack's scored tokens, fp32. `pack.attention` must be filled."""
+        """(logp_S, entropy_S) of the pack's scored tokens, fp32; `pack.attention` must be filled."""
         decoder = self.decoder
         hidden_LD = decoder.embed_tokens(pack.ids_L)
         if pack.pixels_ND is not None:
             features_ID = self.vision(pack.pixels_ND, grid_thw=pack.grids_I3).pooler_output
             features_ID = features_ID.to(hidden_LD.dtype)
-            count = len(pack.image_slots)  # 0 in a text-only pack with a dummy image (see dummy_image)
+            count = len(pack.image_slots)  # 0 in a text-only pack with a dummy (see ensure_image)
             hidden_LD = hidden_LD.index_copy(0, pack.image_slots, features_ID[:count])
             hidden_LD = hidden_LD + 0.0 * features_ID.sum()
         hidden_1LD = hidden_LD[None]
@@ -474,28 +466,32 @@ class Policy(nn.Module):
         for layer in decoder.layers:
             hidden_1LD = layer(hidden_1LD, position_embeddings=cos_sin, layout=pack.attention)
         hidden_SD = decoder.norm(hidden_1LD[0, pack.source_S])
-        return token_logprobs(hidden_SD, self.model.lm_head, pack.target_S, self.banned_V, temperature)
+        return token_logprobs(
+            hidden_SD, self.model.lm_head, pack.target_S, self.banned_V, temperature)
 
 
-# §6 ────────────────────────────────────── load, save, tiny ───────────────────────────────────────
+# §6 ──────────────────────────────────── load, save, tiny ────────────────────────────────────
 QWEN_SPLIT = (  # Qwen2.5's pre-tokenizer: words, single digits, punctuation, white space
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-TINY_CORPUS = """You are a helpful assistant. system user assistant Output the bounding box of the in the image.
-Output all the bounding boxes of the Please output bbox coordinates and names of OCR this image.
-red green blue yellow purple orange cyan magenta white black gray circle square triangle cross star diamond
-circles squares triangles crosses stars diamonds How many are there Which What is color shape the answer
-Put your final answer within boxed option letter think answer plus minus times"""
-TINY_FRAGMENTS = ('[{"bbox_2d": [', '{"bbox_2d": [', '[{"point_2d": [', '{"point_2d": [', ", ",
-                  '], "label": "', '"}, ', '"}]', "\\boxed{", "<think>", "</think>", "<answer>", "</answer>")
+TINY_CORPUS = """You are a helpful assistant. system user assistant Output the bounding box of the
+in the image. Output all the bounding boxes of the Please output bbox coordinates and names of OCR
+this image. red green blue yellow purple orange cyan magenta white black gray circle square triangle
+cross star diamond circles squares triangles crosses stars diamonds How many are there Which What is
+color shape the answer Put your final answer within boxed option letter think answer plus minus
+times"""
+TINY_FRAGMENTS = (
+    '[{"bbox_2d": [', '{"bbox_2d": [', '[{"point_2d": [', '{"point_2d": [', ", ", '], "label": "',
+    '"}, ', '"}]', "\\boxed{", "<think>", "</think>", "<answer>", "</answer>",
+)
 
 
 def tiny_tokenizer():
     """A byte-level BPE of a few hundred ids with Qwen's pre-tokenizer and special tokens.
 
-    Digits stay single as in Qwen2.5. Frequent pieces of the answer format are one token each, so that a
-    box costs a dozen tokens instead of three dozen and a CPU can sample thousands of them.
+    Digits stay single as in Qwen2.5. Frequent pieces of the answer format are one token each, so
+    that a box costs a dozen tokens, not three dozen, and a CPU can sample thousands of them.
     """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -507,11 +503,11 @@ def tiny_tokenizer():
     ])
     core.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    core.train_from_iterator(
-        TINY_CORPUS.splitlines() * 2,
-        trainers.BpeTrainer(vocab_size=640, initial_alphabet=alphabet, min_frequency=2, show_progress=False),
-    )
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    trainer = trainers.BpeTrainer(
+        vocab_size=640, initial_alphabet=alphabet, min_frequency=2, show_progress=False)
+    core.train_from_iterator(TINY_CORPUS.splitlines() * 2, trainer)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in TINY_FRAGMENTS])
     tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS])
     return tokenizer
@@ -527,7 +523,7 @@ def tiny_model(tokenizer, *, tied: bool = True, seed: int = 0, hidden: int = 128
     ids = tokenizer.get_vocab()
     config = Qwen2_5_VLConfig(
         text_config=dict(
-            vocab_size=-(-len(tokenizer) // 64) * 64 + 64,  # some rows without a token, as in the true model
+            vocab_size=-(-len(tokenizer) // 64) * 64 + 64,  # rows without a token, as in Qwen's
             hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
             num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-6, initializer_range=0.06,
             max_position_embeddings=4096, tie_word_embeddings=tied,
@@ -550,8 +546,8 @@ def tiny_model(tokenizer, *, tied: bool = True, seed: int = 0, hidden: int = 128
 def load(name: str, *, weights: bool = True, seed: int = 0):
     """(model in fp32, tokenizer) of "tiny", "tiny-untied", a hub id or a local directory.
 
-    weights=False builds the same modules without reading or touching the weights' memory: what ranks
-    other than 0 need, since rank 0 broadcasts. Weights are read from safetensors only.
+    weights=False builds the same modules without reading or touching the weights' memory: what
+    ranks other than 0 need, since rank 0 broadcasts. Weights are read from safetensors only.
     Errors: ValueError if the checkpoint is not a Qwen2.5-VL.
     """
     from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
@@ -562,10 +558,12 @@ def load(name: str, *, weights: bool = True, seed: int = 0):
         return tiny_model(tokenizer, tied=name == "tiny", seed=seed), tokenizer
     config = AutoConfig.from_pretrained(name)
     if config.model_type != "qwen2_5_vl":
-        raise ValueError(f"{name} is a {config.model_type}, not a qwen2_5_vl: give a Qwen2.5-VL checkpoint")
+        raise ValueError(
+            f"{name} is a {config.model_type}, not a qwen2_5_vl: give a Qwen2.5-VL checkpoint")
     tokenizer = AutoTokenizer.from_pretrained(name)
     if not weights:
         with no_init_weights():
             return Qwen2_5_VLForConditionalGeneration(config).float(), tokenizer
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(name, dtype=torch.float32, use_safetensors=True)
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        name, dtype=torch.float32, use_safetensors=True)
     return model, tokenizer

@@ -1,23 +1,25 @@
 """Group sampling: G completions a prompt, the prompt computed once.
 
 Read in this order:
-  §1 noise      keyed uniforms: a rollout depends on (seed, step, sample, completion, token), nothing else
-  §2 weights    a plain copy of the policy in compute dtype, allocated once, refreshed after each step
+  §1 noise      keyed uniforms: a rollout depends on (seed, step, sample, completion, token) alone
+  §2 weights    a plain copy of the policy in compute dtype, allocated once, refreshed each step
   §3 prefill    vision tower and prompt, once per prompt → the prompt's keys and values
   §4 decode     one token a row and round; all rows of a group read the same prompt keys
   §5 sample     temperature, banned ids, inverse CDF, stop ids; finished rows make room
   §6 disk       the other places that gathered weights go: checkpoints and Hugging Face's format
 
-Decoding issues no collectives: ranks finish at different lengths, and a collective there would hang.
+Decoding issues no collectives: ranks finish at different lengths, and a collective would hang.
 
-Shapes: P prompts, G completions a prompt, L longest prompt, T completion tokens, V vocabulary, D width,
-H query heads, K key/value heads, R = H/K queries that share a key head, d head width.
+Shapes: P prompts, G completions a prompt, L longest prompt, T completion tokens, V vocabulary,
+D width, H query heads, K key/value heads, R = H/K queries that share a key head, d head width.
 """
 import hashlib
 import json
 import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MethodType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,14 +28,15 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch.distributed.checkpoint import state_dict as dist_state
 
-from qwen_vl import Completion, Prompt, SpecialIds, rotate, vision_attention
+from qwen_vl import Prompt, SpecialIds, rotate, vision_attention
 
 
-# §1 ──────────────────────────────────────────── noise ────────────────────────────────────────────
+# §1 ───────────────────────────────────────── noise ──────────────────────────────────────────
 def keyed_uniforms(seed: int, step: int, sample_id: str, group: int, length: int) -> torch.Tensor:
     """Uniforms in [0, 1) for the G completions of one sample. Returns [G, T] float64.
 
-    A pure function of its arguments: the same rollout comes out on any rank, in any batch, after a resume.
+    A pure function of its arguments: a rollout is the same on any rank, in any batch, after a
+    resume.
     """
     sample_key = int.from_bytes(hashlib.sha256(sample_id.encode()).digest()[:8], "little")
     rows = [np.random.default_rng([seed, step, sample_key, g]).random(length) for g in range(group)]
@@ -41,15 +44,43 @@ def keyed_uniforms(seed: int, step: int, sample_id: str, group: int, length: int
 
 
 def inverse_cdf(probabilities_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
-    """The first id whose cumulative probability exceeds u. Returns ids [B]; never one of probability 0."""
+    """The first id whose cumulative probability exceeds u: ids [B], never one of probability 0."""
     cdf_BV = probabilities_BV.double().cumsum(-1)
     threshold_B1 = uniform_B[:, None] * cdf_BV[:, -1:]  # the sum is 1 only up to rounding
-    id_B = torch.searchsorted(cdf_BV, threshold_B1, right=True).squeeze(1).clamp(max=cdf_BV.shape[1] - 1)
+    id_B = torch.searchsorted(cdf_BV, threshold_B1, right=True).squeeze(1)
+    id_B = id_B.clamp(max=cdf_BV.shape[1] - 1)
     chosen_B = probabilities_BV.gather(1, id_B[:, None]).squeeze(1)
     return torch.where(chosen_B > 0, id_B, probabilities_BV.argmax(-1))  # a parallel sum may wobble
 
 
-# §2 ─────────────────────────────────────────── weights ───────────────────────────────────────────
+@dataclass
+class Completion:
+    """One rollout: what was sampled, and what it earned."""
+
+    tokens: list[int]  # with the stop token, unless truncated
+    logps: list[float] = field(default_factory=list)  # of each token, as it was sampled
+    truncated: bool = False  # cut at the length limit
+    text: str = ""
+    reward: float = 0.0
+    parts: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Group:
+    """A prompt and its completions; `row` is the first one's row in the padded [B, T] batch."""
+
+    prompt: Prompt
+    completions: list[Completion]
+    row: int = 0
+    sample: Any = None  # the data.Sample behind the prompt
+    draw: int = 0  # its place in the run's global order
+
+    @property
+    def rewards(self) -> list[float]:
+        return [completion.reward for completion in self.completions]
+
+
+# §2 ──────────────────────────────────────── weights ─────────────────────────────────────────
 class Sampler:
     """Owns the weight copy; `refresh` fills it, `generate` samples from it.
 
@@ -62,26 +93,31 @@ class Sampler:
         self.banned_V, self.kv_bytes = special.banned_V.to(device), kv_gb * 2**30
         self.stops = torch.tensor(special.stops, device=device)
         text = model.config.text_config
-        self.heads, self.kv_heads, self.eps = text.num_attention_heads, text.num_key_value_heads, text.rms_norm_eps
+        self.heads, self.kv_heads = text.num_attention_heads, text.num_key_value_heads
+        self.eps = text.rms_norm_eps
         decoder, vision = model.model.language_model, model.model.visual
         self.rotary = type(decoder.rotary_emb)(text).to(device)
         self.vision = type(vision)(vision.config).to(device, dtype).eval().requires_grad_(False)
         for block in self.vision.blocks:
             block.attn.forward = MethodType(vision_attention, block.attn)
-        # `targets` maps each of the policy's parameters to its place here. Query, key and value lie in one
-        # matrix, gate and up in another: a decoding step is bound by reading weights, so fewer, larger reads.
-        self.targets = {f"model.model.visual.{n}": p.data for n, p in self.vision.named_parameters()}
+        # `targets` maps each of the policy's parameters to its place here. Query, key and value lie
+        # in one matrix, gate and up in another: a decoding step is bound by reading weights, so
+        # fewer, larger reads.
+        vision_weights = self.vision.named_parameters()
+        self.targets = {f"model.model.visual.{n}": p.data for n, p in vision_weights}
         self.layers = [self._allocate_layer(i, layer) for i, layer in enumerate(decoder.layers)]
-        self.norm = self._allocate("model.model.language_model.norm.weight", [decoder.norm.weight])
-        self.embed = self._allocate("model.model.language_model.embed_tokens.weight", [decoder.embed_tokens.weight])
-        tied = model.lm_head.weight is decoder.embed_tokens.weight
-        self.head = self.embed if tied else self._allocate("model.lm_head.weight", [model.lm_head.weight])
+        prefix, embedding = "model.model.language_model.", decoder.embed_tokens.weight
+        self.norm = self._allocate(prefix + "norm.weight", [decoder.norm.weight])
+        self.embed = self.head = self._allocate(prefix + "embed_tokens.weight", [embedding])
+        if model.lm_head.weight is not embedding:
+            self.head = self._allocate("model.lm_head.weight", [model.lm_head.weight])
 
     def _allocate(self, names, parameters) -> torch.Tensor:
         """One tensor for several parameters stacked along their first dimension."""
         names = [names] if isinstance(names, str) else names
         rows = [parameter.shape[0] for parameter in parameters]
-        fused = torch.empty(sum(rows), *parameters[0].shape[1:], device=self.device, dtype=self.dtype)
+        shape = (sum(rows), *parameters[0].shape[1:])
+        fused = torch.empty(shape, device=self.device, dtype=self.dtype)
         self.targets.update(zip(names, fused.split(rows)))
         return fused
 
@@ -90,7 +126,7 @@ class Sampler:
         named = dict(layer.named_parameters())
 
         def fuse(*names):
-            return self._allocate([prefix + name for name in names], [named[name] for name in names])
+            return self._allocate([prefix + n for n in names], [named[n] for n in names])
 
         return SimpleNamespace(
             norm_in=fuse("input_layernorm.weight"),
@@ -104,20 +140,25 @@ class Sampler:
 
     @torch.no_grad()
     def refresh(self, policy) -> None:
-        """Copy the policy's weights here. Gathers shards, so every rank must call it at the same time."""
+        """Copy the policy's weights here. Gathers shards: every rank must call it at the same time."""
         filled = set()
         for name, parameter in policy.named_parameters():
             full = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
             self.targets[name].copy_(full)
             filled.add(name)
         if missing := self.targets.keys() - filled:
-            raise ValueError(f"the policy has no weights for {sorted(missing)[:3]}: another architecture?")
+            raise ValueError(
+                f"the policy has no weights for {sorted(missing)[:3]}: another architecture?")
 
-    # §3 ───────────────────────────────────────── prefill ─────────────────────────────────────────
+    # §3 ────────────────────────────────────── prefill ───────────────────────────────────────
     def run_layers(self, x, cos, sin, attend) -> torch.Tensor:
-        """All decoder layers on x [..., D]; `attend(layer, q, k, v)` sees [..., heads, d]. Before the norm."""
+        """All decoder layers on x [..., D], without the last norm.
+
+        `attend(layer, q, k, v)` sees [..., heads, d].
+        """
         for index, w in enumerate(self.layers):
-            qkv = F.linear(self.rms(x, w.norm_in), w.qkv, w.qkv_bias).unflatten(-1, (-1, cos.shape[-1]))
+            qkv = F.linear(self.rms(x, w.norm_in), w.qkv, w.qkv_bias)
+            qkv = qkv.unflatten(-1, (-1, cos.shape[-1]))
             q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=-2)
             out = attend(index, rotate(q, cos, sin), rotate(k, cos, sin), v)
             x = x + F.linear(out.flatten(-2), w.out)
@@ -127,13 +168,14 @@ class Sampler:
 
     def rms(self, x, weight):
         x32 = x.float()
-        return weight * (x32 * torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        scale = torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
+        return weight * (x32 * scale).to(x.dtype)
 
     def prefill(self, prompts: list[Prompt]):
         """Vision tower and decoder once per prompt, right-padded to the longest.
 
-        Returns the last hidden state of each prompt [P, D] and, a layer, keys and values [P, K, L, d].
-        Padding lies behind, so causal attention never sees it; decoding masks it.
+        Returns the last hidden state of each prompt [P, D] and, a layer, keys and values
+        [P, K, L, d]. Padding lies behind, so causal attention never sees it; decoding masks it.
         """
         longest = max(len(prompt.ids) for prompt in prompts)
         ids_PL = torch.full((len(prompts), longest), self.special.pad)
@@ -142,18 +184,18 @@ class Sampler:
             ids_PL[p, : len(prompt.ids)] = torch.tensor(prompt.ids)
             positions_3PL[:, p, : len(prompt.ids)] = prompt.positions_3L
         x_PLD = F.embedding(ids_PL.to(self.device), self.embed)
-        with_images = [(p, prompt) for p, prompt in enumerate(prompts) if prompt.pixels_ND is not None]
-        if with_images:
-            flat = torch.tensor([p * longest + slot for p, prompt in with_images for slot in prompt.image_slots])
-            features_ID = self.image_features([prompt for _, prompt in with_images])
-            x_PLD.view(-1, x_PLD.shape[-1])[flat.to(self.device)] = features_ID
+        slots = [p * longest + slot for p, prompt in enumerate(prompts) for slot in prompt.image_slots]
+        if slots:
+            features_ID = self.image_features([p for p in prompts if p.pixels_ND is not None])
+            x_PLD.view(-1, x_PLD.shape[-1])[torch.tensor(slots, device=self.device)] = features_ID
         cos, sin = (t[:, :, None] for t in self.rotary(x_PLD, positions_3PL.to(self.device)))
         cache = []
 
         def attend(_, q, k, v):
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
             cache.append((k, v))
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+            return out.transpose(1, 2)
 
         x_PLD = self.run_layers(x_PLD, cos, sin, attend)
         last_P = torch.tensor([len(prompt.ids) - 1 for prompt in prompts], device=self.device)
@@ -162,15 +204,16 @@ class Sampler:
     def image_features(self, prompts: list[Prompt]) -> torch.Tensor:
         """Merged vision features of all images in order, [image tokens, D]."""
         pixels_ND = torch.cat([prompt.pixels_ND for prompt in prompts]).to(self.device, self.dtype)
-        grids = torch.tensor([grid for prompt in prompts for grid in prompt.grids], device=self.device)
-        return self.vision(pixels_ND, grid_thw=grids).pooler_output.to(self.dtype)
+        grids_I3 = torch.tensor([grid for prompt in prompts for grid in prompt.grids])
+        features_ID = self.vision(pixels_ND, grid_thw=grids_I3.to(self.device)).pooler_output
+        return features_ID.to(self.dtype)
 
-    # §4 ───────────────────────────────────────── decode ──────────────────────────────────────────
+    # §4 ─────────────────────────────────────── decode ───────────────────────────────────────
     def decode(self, ids_PG, position_P, wave: SimpleNamespace, t: int) -> torch.Tensor:
         """One token of every row through the decoder; its keys and values join the cache at place t.
 
-        Attention of a row runs over [its group's prompt | its own tokens]: one softmax over both, the
-        prompt's keys read once a group instead of once a row. Returns hidden states [P, G, D].
+        Attention of a row runs over [its group's prompt | its own tokens]: one softmax over both,
+        the prompt's keys read once a group, not once a row. Returns hidden states [P, G, D].
         """
         x_PGD = F.embedding(ids_PG, self.embed)
         cos, sin = (c[:, :, None] for c in self.rotary(x_PGD, position_P.expand(3, -1)[:, :, None]))
@@ -201,30 +244,38 @@ class Sampler:
         padding_PL = torch.zeros(len(prompts), len(place_L), device=self.device, dtype=self.dtype)
         padding_PL.masked_fill_(place_L >= lengths_P[:, None], float("-inf"))
         shape = (len(prompts), self.kv_heads, group, length, cache[0][0].shape[-1])
-        empty = [[torch.empty(shape, device=self.device, dtype=self.dtype) for _ in "kv"] for _ in cache]
+        how = {"device": self.device, "dtype": self.dtype}
+        empty = [[torch.empty(shape, **how) for _ in "kv"] for _ in cache]
         rows_PG = torch.arange(len(prompts) * group, device=self.device).view(len(prompts), group)
         next_P = torch.tensor([prompt.next_position for prompt in prompts], device=self.device)
         return SimpleNamespace(
-            hidden_PGD=hidden_PD[:, None].expand(-1, group, -1), prompt=cache, own=empty, rows_PG=rows_PG,
-            padding_P11L=padding_PL[:, None, None], next_P=next_P, alive_PG=torch.ones_like(rows_PG).bool(),
+            hidden_PGD=hidden_PD[:, None].expand(-1, group, -1), prompt=cache, own=empty,
+            padding_P11L=padding_PL[:, None, None], next_P=next_P, rows_PG=rows_PG,
+            alive_PG=torch.ones_like(rows_PG).bool(),
         )
 
     @staticmethod
     def compact(wave: SimpleNamespace) -> None:
-        """Drop groups without a living row, then as many columns of G as the fullest group can spare."""
+        """Drop groups without a living row, then as many columns of G as the fullest can spare."""
         keep_P = wave.alive_PG.any(1).nonzero().squeeze(1)
         alive_PG = wave.alive_PG[keep_P]
-        columns_PG = alive_PG.int().argsort(dim=1, descending=True, stable=True)[:, : int(alive_PG.sum(1).max())]
+        columns_PG = alive_PG.int().argsort(dim=1, descending=True, stable=True)
+        columns_PG = columns_PG[:, : int(alive_PG.sum(1).max())]
         pick = torch.arange(len(keep_P), device=keep_P.device)[:, None]
-        wave.alive_PG, wave.rows_PG = alive_PG[pick, columns_PG], wave.rows_PG[keep_P][pick, columns_PG]
+
+        def keep(own_PKGTd):
+            return own_PKGTd[keep_P].transpose(1, 2)[pick, columns_PG].transpose(1, 2)
+
+        wave.alive_PG = alive_PG[pick, columns_PG]
+        wave.rows_PG = wave.rows_PG[keep_P][pick, columns_PG]
         wave.ids_PG = wave.ids_PG[keep_P][pick, columns_PG]
         wave.padding_P11L, wave.next_P = wave.padding_P11L[keep_P], wave.next_P[keep_P]
         wave.prompt = [[t[keep_P] for t in pair] for pair in wave.prompt]
-        wave.own = [[t[keep_P].transpose(1, 2)[pick, columns_PG].transpose(1, 2) for t in pair] for pair in wave.own]
+        wave.own = [[keep(t) for t in pair] for pair in wave.own]
 
-    # §5 ───────────────────────────────────────── sample ──────────────────────────────────────────
+    # §5 ─────────────────────────────────────── sample ───────────────────────────────────────
     def choose(self, hidden_PGD, uniform_PG, temperature: float):
-        """Token and its log-probability for each row, from the distribution that training scores."""
+        """Token and log-probability [P, G] of each row, from the distribution that training scores."""
         hidden_BD = self.rms(hidden_PGD, self.norm).flatten(0, 1)
         logits_BV = F.linear(hidden_BD, self.head).float() / temperature
         logp_BV = logits_BV.masked_fill(self.banned_V, float("-inf")).log_softmax(-1)
@@ -232,11 +283,13 @@ class Sampler:
             ids_B = logp_BV.argmax(-1)
         else:
             ids_B = inverse_cdf(logp_BV.exp(), uniform_PG.flatten())
-        return ids_B.view(hidden_PGD.shape[:2]), logp_BV.gather(1, ids_B[:, None]).view(hidden_PGD.shape[:2])
+        shape_PG, logp_B1 = hidden_PGD.shape[:2], logp_BV.gather(1, ids_B[:, None])
+        return ids_B.view(shape_PG), logp_B1.view(shape_PG)
 
     @torch.no_grad()
     def generate(
-        self, prompts: list[Prompt], noise: list[torch.Tensor] | None, max_tokens: int, temperature=1.0
+        self, prompts: list[Prompt], noise: list[torch.Tensor] | None, max_tokens: int,
+        temperature=1.0,
     ) -> list[list[Completion]]:
         """G completions of each prompt. noise: [G, ≥ max_tokens] a prompt, from `keyed_uniforms`.
 
@@ -252,7 +305,7 @@ class Sampler:
         return out
 
     def waves(self, prompts, group: int, max_tokens: int) -> list[tuple[int, int]]:
-        """Cut the prompts so that a wave's keys and values stay below the budget (one prompt at least)."""
+        """Cut the prompts so that a wave's keys and values fit the budget (one prompt at least)."""
         per_token = 2 * len(self.layers) * self.kv_heads * self.layers[0].qkv_bias.shape[0]
         per_token = per_token // (self.heads + 2 * self.kv_heads) * self.embed.element_size()
         cuts, longest = [0], 0
@@ -295,7 +348,7 @@ class Sampler:
         ]
 
 
-# §6 ─────────────────────────────────────── weights on disk ───────────────────────────────────────
+# §6 ──────────────────────────────────── weights on disk ─────────────────────────────────────
 def export(folder: Path, policy, tokenizer, source: str) -> None:
     """Write the sharded policy as a Hugging Face checkpoint; every rank calls it, rank 0 writes.
 

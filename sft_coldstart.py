@@ -3,62 +3,63 @@
   python sft_coldstart.py                                    the tiny stand-in learns the answer's form
   torchrun --nproc_per_node=8 sft_coldstart.py --preset ovr-coldstart --data traces.jsonl
 
-[OVR §3.1] tunes the language model alone (--train llm) on text-only reasoning traces; --train all also
-tunes vision tower and merger, which the tiny stand-in needs since it starts from random weights.
+[OVR §3.1] tunes the language model alone (--train llm) on text-only reasoning traces; --train all
+also tunes vision tower and merger, which the tiny stand-in needs: it starts from random weights.
 
-A sample is a packed group with one completion: the prompt is masked from the loss, positions restart with
-each sample, and no sample sees another (qwen_vl.py §3, §4). Text-only and image samples mix freely.
+A sample is a packed group with one completion: the prompt is masked from the loss, positions
+restart with each sample, and no sample sees another (qwen_vl.py §3, §4). Text-only and image
+samples mix freely.
 """
+import math
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 import torch.distributed as dist
 
 import grpo_vl
 import qwen_vl
 import rewards
-from grpo_vl import option
-from qwen_vl import Completion, Group
+from sampler import Completion, Group
 
 
 @dataclass(frozen=True)
 class Config:
     """Every option of the cold start."""
 
-    model: str = option("Qwen/Qwen2.5-VL-7B-Instruct", "hub id, local directory, tiny or tiny-untied")
-    data: list[str] = option(["synthetic:counting?size=644x476&objects=2-10"], "FILE.jsonl[:weight] or synthetic:TASK?…")
-    fields: str = option("", "names of fields in the data, e.g. question=problem,response=solution")
-    out: str = option("runs/coldstart", "run folder")
-    train: Literal["llm", "all"] = option("llm", "llm: vision tower and merger stay [OVR §3.1]")
-    system_prompt: str = option(qwen_vl.SYSTEM, "system turn")
-    think: bool = option(False, "prompts and reference answers with <think>…</think><answer>…</answer>")
-    min_pixels: int = option(56 * 56, "images are resized once to at least this area")
-    max_pixels: int = option(1_000_000, "and at most this one")
-    max_prompt: int = option(2048, "longest prompt in tokens; longer ones are an error")
-    max_tokens: int = option(16384, "longest response in tokens; longer ones are an error [OVR §4.1: 64k]")
-    batch: int = option(640, "samples an optimizer step, all ranks together [OVR §4.1: 640]")
-    steps: int = option(960, "optimizer steps [OVR Fig. 3a: about 960 in 5 epochs]")
-    seconds: float = option(0.0, "stop after so many seconds of training; 0: after --steps")
-    lr: float = option(2e-4, "AdamW learning rate [OVR §4.1: 2e-4]")
-    schedule: Literal["constant", "linear", "cosine"] = option("cosine", "[OVR: not given]")
-    warmup: int = option(50, "steps of linear warm-up [OVR: not given]")
-    beta2: float = option(0.999, "AdamW β₂")
-    weight_decay: float = option(0.0, "AdamW weight decay")
-    max_norm: float = option(1.0, "gradient norm is clipped to this")
-    micro_tokens: int = option(16384, "tokens of a packed micro-batch")
-    checkpointing: bool = option(True, "compute activations again in the backward pass")
-    offload: bool = option(False, "keep sharded weights and optimizer in host memory")
-    timeout: int = option(3600, "seconds a rank waits for the others")
-    kv_gb: float = option(8.0, "memory for keys and values while evaluating, GiB a rank")
-    seed: int = option(0, "of data order and tiny weights")
-    save_every: int = option(200, "steps between checkpoints")
-    keep: int = option(2, "checkpoints kept")
-    resume: Literal["auto", "never"] = option("auto", "from the newest checkpoint in --out")
-    eval_every: int = option(0, "steps between evaluations on held-out samples; 0 is off")
-    eval_data: list[str] = option([], "held-out data; default: the held-out split of --data")
-    eval_samples: int = option(200, "held-out samples")
-    eval_tokens: int = option(768, "longest completion when evaluating")
+    model: str = "Qwen/Qwen2.5-VL-7B-Instruct"  # hub id, local directory, tiny or tiny-untied
+    # FILE.jsonl[:weight] or synthetic:TASK?…
+    data: tuple[str, ...] = ("synthetic:counting?size=644x476&objects=2-10",)
+    fields: str = ""  # names of fields in the data, e.g. question=problem,response=solution
+    out: str = "runs/coldstart"  # run folder
+    train: Literal["llm", "all"] = "llm"  # llm: vision tower and merger stay [OVR §3.1]
+    system_prompt: str = qwen_vl.SYSTEM  # system turn
+    think: bool = False  # prompts and reference answers with <think>…</think><answer>…</answer>
+    min_pixels: int = 56 * 56  # images are resized once to at least this area
+    max_pixels: int = 1_000_000  # and at most this one
+    max_prompt: int = 2048  # longest prompt in tokens; longer ones are an error
+    max_tokens: int = 16384  # longest response in tokens; longer ones are an error [OVR §4.1: 64k]
+    batch: int = 640  # samples an optimizer step, all ranks together [OVR §4.1: 640]
+    steps: int = 960  # optimizer steps [OVR Fig. 3a: about 960 in 5 epochs]
+    seconds: float = math.inf  # stop after so many seconds of training
+    lr: float = 2e-4  # AdamW learning rate [OVR §4.1: 2e-4]
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"  # [OVR: not given]
+    warmup: int = 50  # steps of linear warm-up [OVR: not given]
+    beta2: float = 0.999  # AdamW β₂
+    weight_decay: float = 0.0  # AdamW weight decay
+    max_norm: float = 1.0  # gradient norm is clipped to this
+    micro_tokens: int = 16384  # tokens of a packed micro-batch
+    checkpointing: bool = True  # compute activations again in the backward pass
+    offload: bool = False  # keep sharded weights and optimizer in host memory
+    timeout: int = 3600  # seconds a rank waits for the others
+    kv_gb: float = 8.0  # memory for keys and values while evaluating, GiB a rank
+    seed: int = 0  # of data order and tiny weights
+    save_every: int = 200  # steps between checkpoints
+    keep: int = 2  # checkpoints kept
+    resume: Literal["auto", "never"] = "auto"  # from the newest checkpoint in --out
+    eval_every: int = 0  # steps between evaluations on held-out samples; 0 is off
+    eval_data: tuple[str, ...] = ()  # held-out data; default: the held-out split of --data
+    eval_samples: int = 200  # held-out samples
+    eval_tokens: int = 768  # longest completion when evaluating
 
     def __post_init__(self):
         grpo_vl.check_options(self)
@@ -66,9 +67,9 @@ class Config:
 
 PRESETS = {
     "tiny": dict(
-        model="tiny", data=["synthetic:grounding?size=56x56&distractors=0-2&reach=0.3-0.5"], train="all", batch=32,
-        steps=300, schedule="constant",
-        lr=1e-3, checkpointing=False, micro_tokens=8192, max_tokens=256, eval_tokens=24,
+        model="tiny", data=("synthetic:grounding?size=56x56&distractors=0-2&reach=0.3-0.5",),
+        train="all", batch=32, steps=300, schedule="constant", lr=1e-3, checkpointing=False,
+        micro_tokens=8192, max_tokens=256, eval_tokens=24,
     ),
 }
 
@@ -108,8 +109,7 @@ def sft_step(run, step: int) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    fallback = "" if torch.cuda.is_available() else "tiny"
-    config = grpo_vl.parse_config(Config, arguments, PRESETS, __doc__, fallback)
+    config = grpo_vl.parse_config(Config, arguments, PRESETS, __doc__)
     processes = grpo_vl.start_processes(config.timeout)
     run = grpo_vl.prepare(config, processes, config.model, freeze_vision=config.train == "llm")
     grpo_vl.train(run, sft_step, eval_tokens=config.eval_tokens, seconds=config.seconds)

@@ -5,8 +5,8 @@ import torch
 from PIL import Image
 
 import qwen_vl
-from qwen_vl import Completion, Group, Policy, SpecialIds, encode_chat, pack_groups, scatter_BT
-from sampler import Sampler, inverse_cdf, keyed_uniforms
+from qwen_vl import Policy, SpecialIds, encode_chat, pack_groups, scatter_BT
+from sampler import Completion, Group, Sampler, inverse_cdf, keyed_uniforms
 
 
 CPU = torch.device("cpu")
@@ -283,7 +283,7 @@ def test_dummy_image_and_filler_add_nothing(world):
     policy, _, _, special, prompts = world
     text = ragged_groups(prompts)[1]
     alone, with_dummy = pack_groups([text]), pack_groups([text])
-    qwen_vl.add_dummy_image(with_dummy)
+    qwen_vl.ensure_image(with_dummy)
     logps, grads = [], []
     for pack in (alone, with_dummy):
         policy.zero_grad()
@@ -294,7 +294,8 @@ def test_dummy_image_and_filler_add_nothing(world):
     for name, grad in grads[1].items():
         torch.testing.assert_close(grad, grads[0].get(name, torch.zeros_like(grad)))
     policy.zero_grad()
-    logp, _ = policy(prepared(qwen_vl.filler_pack(special)))
+    nothing = qwen_vl.Prompt([special.im_start], torch.zeros(3, 1).long(), 1)
+    logp, _ = policy(prepared(pack_groups([Group(nothing, [])])))
     assert logp.shape == (0,)
     logp.sum().backward()
     assert all(grad.abs().max() == 0 for grad in gradients(policy).values())

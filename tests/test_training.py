@@ -1,0 +1,269 @@
+"""The training step: ranks, micro-batches, variants, checkpoints; on the tiny stand-in."""
+import json
+
+import pytest
+import ranks
+import torch
+
+import grpo_vl
+import qwen_vl
+import rewards
+from sampler import Completion, Group
+
+
+def close(one, two, atol):
+    """Largest difference of two dictionaries of tensors."""
+    assert one.keys() == two.keys()
+    return max((one[name] - two[name]).abs().max().item() for name in one) <= atol
+
+
+# ── one rank = two ranks ──
+def test_rollouts_are_the_same_on_one_and_two_ranks(alone, pair):
+    want, rewards_of = ranks.rollouts(alone)
+    for got, got_rewards in pair.run("ranks.rollouts"):
+        assert list(got_rewards) == [0, 1, 2, 3] and got_rewards == rewards_of
+        for draw, (tokens, logps) in want.items():
+            assert got[draw][0] == tokens
+            for a, b in zip(got[draw][1], logps):
+                assert torch.allclose(torch.tensor(a), torch.tensor(b), atol=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["grpo", "dapo", "dr_grpo"])
+def test_two_ranks_make_the_same_three_steps_as_one(alone, pair, loss):
+    want, weights = ranks.steps(alone, loss=loss)
+    got, other = pair.run("ranks.steps", loss=loss)
+    for one, two in zip(want, got[0]):
+        for name in ("loss", "grad_norm", "reward", "entropy", "length"):
+            assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
+    assert [m["grad_norm"] > 1e-4 for m in want] == [True] * 3
+    assert close(weights, got[1], 1e-5)
+    same = [name for name in got[0][0] if not name.startswith("seconds")]
+    assert all(got[0][i][n] == other[0][i][n] for i in range(3) for n in same)  # equal on all ranks
+
+
+def test_the_gradient_does_not_depend_on_micro_batches(alone):
+    _, whole = ranks.steps(alone, count=1, micro_tokens=10**6)
+    _, cut = ranks.steps(alone, count=1, micro_tokens=90)
+    assert close(whole, cut, 1e-6)
+
+
+def test_checkpointing_and_order_of_draws_do_not_matter(alone):
+    _, plain = ranks.steps(alone, count=1)
+    _, recomputed = ranks.steps(alone, count=1, checkpointing=True)
+    assert close(plain, recomputed, 1e-6)
+
+
+# ── no hangs, no NaN ──
+@pytest.mark.parametrize("text_rank", [0, 1])
+def test_text_on_one_rank_and_images_on_the_other(pair, text_rank):
+    one, two = pair.run("ranks.mixed_modalities", text_rank=text_rank)
+    assert one["grad_norm"] == two["grad_norm"] > 0
+
+
+def test_a_rank_without_prompts_goes_along(pair):
+    (metrics, _), _ = pair.run("ranks.steps", count=1, prompts=1)
+    assert metrics[0]["groups"] == 1 and metrics[0]["grad_norm"] > 0
+
+
+def test_a_rank_whose_groups_are_all_dropped_goes_along(pair):
+    one, _ = pair.run("ranks.one_rank_drops_everything")
+    assert one["groups"] == 4 and one["cursor"] == 8 and one["zero_variance"] == 0
+
+
+def test_equal_rewards_everywhere_leave_the_weights_alone(alone, pair):
+    for metrics, unchanged in [ranks.nothing_to_learn(alone), *pair.run("ranks.nothing_to_learn")]:
+        assert unchanged and metrics["groups"] == 0
+        assert all(value == value for value in metrics.values())  # no NaN
+
+
+@pytest.mark.parametrize("changes, learns", [
+    (dict(overlong="zero"), True), (dict(overlong="soft", overlong_buffer=4), True),
+    (dict(group=1), False), (dict(group=1, baseline="leave_one_out", scale="none"), True),
+    (dict(max_tokens=1), True),
+])
+def test_degenerate_batches_are_defined(alone, changes, learns):
+    metrics, _ = ranks.steps(alone, count=1, **changes)
+    assert all(value == value for value in metrics[0].values())
+    assert (metrics[0]["grad_norm"] > 0) == learns
+
+
+@pytest.mark.parametrize("overlong, learns", [("mask", False), ("keep", True)])
+def test_a_batch_of_truncated_completions_is_defined(alone, overlong, learns):
+    metrics = ranks.everything_truncated(alone, overlong=overlong)
+    assert metrics["truncated"] == 1 and (metrics["grad_norm"] > 0) == learns
+    assert all(value == value for value in metrics.values())
+
+
+# ── variants ──
+@pytest.mark.parametrize("changes", [
+    dict(scale="batch"), dict(scale="none", std="population"), dict(baseline="leave_one_out"),
+    dict(ratio="sequence", inner_steps=2, lr=1e-6), dict(beta=0.1, kl="k2"), dict(beta=0.1, kl="k3"),
+    dict(beta=0.1, kl="k1"), dict(tis=2.0), dict(freeze_vision=True), dict(dynamic_sampling=2),
+    dict(temperature=0.7), dict(model="tiny-untied"), dict(inner_steps=3, lr=0.01),
+])
+def test_every_variant_takes_two_steps(alone, changes):
+    metrics, _ = ranks.steps(alone, count=2, **(dict(lr=0.01) | changes))
+    assert metrics[1]["grad_norm"] > 0 and metrics[0]["sampler_gap"] < 1e-5
+    assert metrics[0]["ratio"] == pytest.approx(1.0, abs=0.2)
+
+
+def test_inner_steps_move_the_ratio_away_from_one(alone):
+    metrics, _ = ranks.steps(alone, count=1, inner_steps=4, lr=0.3)
+    assert metrics[0]["clip_low"] + metrics[0]["clip_high"] > 0
+    on_policy, _ = ranks.steps(alone, count=1, lr=0.3)
+    assert on_policy[0]["clip_low"] == on_policy[0]["clip_high"] == 0
+    assert on_policy[0]["ratio"] == 1.0
+
+
+def test_kl_grows_as_the_policy_leaves_its_reference(alone):
+    metrics, _ = ranks.steps(alone, count=3, beta=1e-3, lr=0.1)
+    kls = [m["kl"] for m in metrics]
+    assert kls[0] == pytest.approx(0, abs=1e-6) and kls[2] > kls[0] + 1e-5
+
+
+def test_kl_in_the_reward_is_subtracted_before_advantages(alone, monkeypatch):
+    seen, raw = [], []
+    advantages, score = grpo_vl.group_advantages, grpo_vl.score_groups
+
+    def spy_on_rewards(run, groups):
+        score(run, groups)
+        raw.append(groups)
+
+    monkeypatch.setattr(grpo_vl, "group_advantages", lambda r, **k: seen.append(r) or advantages(r, **k))
+    monkeypatch.setattr(grpo_vl, "score_groups", spy_on_rewards)
+    run = ranks.make_run(alone, beta=0.5, kl="k1", lr=0.1)
+    grpo_vl.train_step(run, 0)
+    grpo_vl.train_step(run, 1)
+    # at step 0 policy and reference are one, so the KL is 0; at step 1 it is the sum over the sequence
+    before = torch.tensor([group.rewards for group in raw[0]])
+    torch.testing.assert_close(seen[0], before, atol=1e-4, rtol=0)
+    reference = ranks.make_run(alone)
+    for index, group in enumerate(raw[1]):
+        for g, c in enumerate(group.completions):
+            pack = qwen_vl.pack_groups([Group(group.prompt, [c])])
+            pack = qwen_vl.prepare_attention(pack, alone.device)
+            with torch.no_grad():
+                kl = sum(c.logps) - reference.policy(pack)[0].sum().item()
+            assert seen[1][index, g].item() == pytest.approx(c.reward - 0.5 * kl, abs=1e-4)
+
+
+def test_frozen_vision_stays_and_the_rest_moves(alone):
+    start = ranks.full_weights(ranks.make_run(alone).policy)
+    _, end = ranks.steps(alone, count=1, freeze_vision=True)
+    moved = {name for name in end if not torch.equal(start[name], end[name])}
+    assert moved and not any(".visual." in name for name in moved)
+
+
+def test_the_learning_rate_follows_its_schedule():
+    def rates(**changes):
+        config = grpo_vl.Config(**(dict(steps=10, lr=1.0) | changes))
+        return [round(grpo_vl.learning_rate(config, step), 4) for step in (0, 1, 2, 6, 9)]
+
+    assert rates(warmup=2) == [0.5, 1, 1, 1, 1]
+    # linear: 1 − (step − 2)/8;  cosine: (1 + cos(π(step − 2)/8))/2
+    assert rates(warmup=2, schedule="linear") == [0.5, 1, 1, 0.5, 0.125]
+    assert rates(warmup=2, schedule="cosine") == [0.5, 1, 1, 0.5, 0.0381]
+
+
+def test_overlong_rewards_by_hand(alone):
+    run = ranks.make_run(alone, reward=lambda *a, **k: 1.0, max_tokens=10, overlong_buffer=4)
+    sample = run.data[0]
+    lengths = [5, 6, 8, 10]
+    # zero: the truncated one gets 0. soft: 0 up to 6 tokens, −2/4 at 8, −4/4 at 10
+    for mode, expected in (("zero", [1, 1, 1, 0]), ("keep", [1, 1, 1, 1]), ("mask", [1, 1, 1, 1]),
+                           ("soft", [1, 1, 0.5, 0])):
+        object.__setattr__(run.config, "overlong", mode)
+        done = [Completion([1] * n, [0.0] * n, truncated=n == 10) for n in lengths]
+        grpo_vl.score_groups(run, [Group(None, done, sample=sample)])
+        assert [c.reward for c in done] == expected
+
+
+def test_rewards_see_special_tokens_but_no_stop_token(alone):
+    run = ranks.make_run(alone)
+    ids = run.tokenizer.encode("<|box_start|>(1,2),(3,4)<|box_end|>", add_special_tokens=False)
+    text = qwen_vl.decode(run.tokenizer, run.special, [*ids, run.special.im_end])
+    assert text == "<|box_start|>(1,2),(3,4)<|box_end|>"
+
+
+def test_a_prompt_longer_than_the_limit_is_refused_not_cut(alone):
+    run = ranks.make_run(alone, max_prompt=10)
+    with pytest.raises(ValueError, match="--max-prompt is 10"):
+        grpo_vl.make_prompt(run, run.data[0])
+
+
+def test_a_reward_of_ones_own_from_a_file(tmp_path, alone):
+    (tmp_path / "mine.py").write_text("def length(task, completion, answer, *a, **k):\n    return len(completion)\n")
+    reward = rewards.load(f"{tmp_path}/mine.py:length")
+    assert reward("ocr", "abc", "") == 3
+    for wrong in (f"{tmp_path}/mine.py:nothing", f"{tmp_path}/none.py:length"):
+        with pytest.raises(ValueError, match="--reward"):
+            rewards.load(wrong)
+
+
+# ── checkpoints ──
+def test_resume_is_exact(alone, pair, tmp_path):
+    for results in ([ranks.checkpoint_roundtrip(alone, str(tmp_path / "one"))],
+                    pair.run("ranks.checkpoint_roundtrip", folder=str(tmp_path / "two"))):
+        for equal, left in results:
+            assert equal and left == ["checkpoint-6"]
+
+
+def test_resume_with_frozen_vision(alone, tmp_path):
+    assert ranks.checkpoint_roundtrip(alone, str(tmp_path), freeze_vision=True)[0]
+
+
+@pytest.mark.parametrize("model", ["tiny", "tiny-untied"])
+def test_exported_model_loads_with_the_same_logits(alone, pair, tmp_path, model):
+    from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+
+    assert pair.run("ranks.export", folder=str(tmp_path), model=model) == [model == "tiny"] * 2
+    want = ranks.make_run(alone, model=model, lr=0.1)
+    grpo_vl.train_step(want, 0)
+    loaded = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float32)
+    ids = torch.tensor([AutoTokenizer.from_pretrained(tmp_path).encode("red circle 12")])
+    plain, _ = qwen_vl.load(model)
+    plain.load_state_dict({n.removeprefix("model.", ): w for n, w in ranks.full_weights(want.policy).items()})
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(input_ids=ids).logits, plain(input_ids=ids).logits, atol=1e-4, rtol=1e-4)
+    names = json.loads((tmp_path / "config.json").read_text())
+    assert names["architectures"] == ["Qwen2_5_VLForConditionalGeneration"]
+
+
+# ── configuration ──
+def test_presets_and_command_line(tmp_path):
+    tiny = grpo_vl.parse_config(grpo_vl.Config, [], grpo_vl.PRESETS, "")
+    assert tiny.model == "tiny"  # no GPU, nothing asked for
+    changed = grpo_vl.parse_config(grpo_vl.Config, ["--lr", "0.5", "--no-checkpointing"], grpo_vl.PRESETS, "")
+    assert (changed.lr, changed.checkpointing, changed.model) == (0.5, False, "tiny")
+    named = grpo_vl.parse_config(grpo_vl.Config, ["--model", "x/y"], grpo_vl.PRESETS, "")
+    assert (named.model, named.lr) == ("x/y", 1e-6)
+    saved = tmp_path / "config.json"
+    saved.write_text(json.dumps({"lr": 0.25, "data": ["a.jsonl"], "model": "x"}))
+    replayed = grpo_vl.parse_config(grpo_vl.Config, ["--config", str(saved), "--seed", "3"], grpo_vl.PRESETS, "")
+    assert (replayed.lr, list(replayed.data), replayed.seed) == (0.25, ["a.jsonl"], 3)
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["--bogus", "1"], "bogus"), (["--loss", "foo"], "foo"), (["--group", "0"], "--group is 0"),
+    (["--temperature", "0"], "--temperature is 0"), (["--preset", "huge"], "huge"),
+])
+def test_wrong_options_stop_with_a_sentence(arguments, said, capsys):
+    with pytest.raises((SystemExit, ValueError)) as stopped:
+        grpo_vl.parse_config(grpo_vl.Config, arguments, grpo_vl.PRESETS, "")
+    assert said in capsys.readouterr().err + str(stopped.value)
+
+
+@pytest.mark.parametrize("content, said", [
+    ('{"lerning_rate": 1}', "lerning_rate"), ('{"loss": "foo"}', "--loss"), ("{", "Expecting"),
+])
+def test_wrong_config_files_stop_with_a_sentence(content, said, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(SystemExit):
+        grpo_vl.parse_config(grpo_vl.Config, ["--config", str(tmp_path / "config.json")], grpo_vl.PRESETS, "")
+    assert said in capsys.readouterr().err
+
+
+def test_clip_defaults_follow_the_ratio():
+    assert (grpo_vl.Config().clip_low, grpo_vl.Config().clip_high) == (0.2, 0.2)
+    gspo = grpo_vl.Config(ratio="sequence", clip_high=0.01)
+    assert (gspo.clip_low, gspo.clip_high) == (3e-4, 0.01)
