@@ -19,21 +19,19 @@ the group stands in V's place, as in GRPO, and no critic is trained.
 DEVIATION D2: Perception-R1's grounding, counting and OCR rows come from Qwen2-VL-2B, which answers
 in 0–1000. Here Qwen2.5-VL answers every task in pixels of the resized image.
 """
-import argparse
 import json
 import math
 import os
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-import tyro
 from torch.distributed.checkpoint import state_dict as dist_state
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
@@ -110,53 +108,20 @@ class Config:
     pictures_every: int = 50  # steps between saved rollouts and pictures; 0: never
 
     def __post_init__(self):
-        check_options(self)
-        default = (0.2, 0.2) if self.ratio == "token" else (3e-4, 4e-4)
-        for name, value in zip(("clip_low", "clip_high"), default):
+        sampler.check_options(self)
+        for name, sequence in (("clip_low", 3e-4), ("clip_high", 4e-4)):
             if getattr(self, name) < 0:
-                object.__setattr__(self, name, value)
+                object.__setattr__(self, name, 0.2 if self.ratio == "token" else sequence)
 
 
+WORLD = "synthetic:grounding?size=56x56&shapes=2&colours=3&distractors=1-2&reach=0.3-0.5"
 PRESETS = {  # named sets of differences from the defaults
     "tiny": dict(  # what a machine without a GPU trains in minutes; no paper's values
-        model="tiny", data=("synthetic:grounding?size=56x56&distractors=0-2&reach=0.3-0.5",),
-        cold_start="runs/coldstart", max_tokens=24, lr=1e-4, steps=300, checkpointing=False,
-        schedule="linear", warmup=10, prompts=32, eval_every=50, micro_tokens=4096,
+        model="tiny", data=(WORLD,), cold_start="runs/coldstart", max_tokens=24, prompts=32,
+        lr=1e-4, warmup=10, schedule="linear", reward_options='{"iou_power": 2}', eval_every=50,
+        checkpointing=False, micro_tokens=4096,
     ),
 }
-
-
-def check_options(config) -> None:
-    """Errors: ValueError naming the option, its value, and what it may be."""
-    whole = ("prompts", "group", "max_tokens", "inner_steps", "micro_tokens", "steps", "batch")
-    for f in fields(config):
-        value, flag = getattr(config, f.name), "--" + f.name.replace("_", "-")
-        choices = getattr(f.type, "__args__", ()) if isinstance(value, str) else (value,)
-        if choices and value not in choices:
-            raise ValueError(f"{flag} is {value!r}; choose from {', '.join(choices)}")
-        if (f.name in whole and value < 1) or (f.name in ("temperature", "lr") and value <= 0):
-            raise ValueError(f"{flag} is {value}; it must be {1 if f.name in whole else 'above 0'}")
-
-
-def parse_config(config_class, arguments: list[str] | None, presets: dict, text: str):
-    """Defaults < --preset < --config FILE < command line, each option's help the comment beside it.
-
-    Without a GPU, and with none of --preset, --config and --model, the preset is "tiny".
-    """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", choices=presets)
-    first.add_argument("--config", type=Path)
-    chosen, rest = first.parse_known_args(arguments)
-    if not (chosen.preset or chosen.config or "--model" in rest or torch.cuda.is_available()):
-        chosen.preset = "tiny"
-    try:
-        saved = json.loads(chosen.config.read_text()) if chosen.config else {}
-        saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
-        default = config_class(**(presets.get(chosen.preset, {}) | saved))
-        text += f"\n--preset {' | '.join(presets)}; --config FILE replays a run's config.json"
-        return tyro.cli(config_class, args=rest, default=default, description=text)
-    except (OSError, ValueError, TypeError) as error:
-        first.error(str(error))
 
 
 # §2 ────────────────────────────────── processes and FSDP2 ───────────────────────────────────
@@ -191,9 +156,9 @@ def start_processes(timeout: int) -> Processes:
 def shard(policy: Policy, processes: Processes, *, offload: bool = False) -> Policy:
     """fully_shard by hand: vision tower, each decoder layer, and a root with all the rest.
 
-    fp32 master weights are cut over all ranks. A unit gathers a bf16 copy (fp32 on CPU) when it
-    computes; gradients are reduced in fp32. lm_head stays in the root: it runs once a chunk, and
-    ranks have different numbers of chunks.
+    fp32 master weights are cut over all ranks; a unit gathers a bf16 copy (fp32 on CPU) to compute
+    with; gradients are reduced in fp32. lm_head stays in the root: ranks run different numbers of
+    its chunks, and a unit of its own would gather once a chunk.
     """
     how = {"mesh": dist.init_device_mesh(processes.device.type, (processes.world,))}
     if processes.device.type == "cuda":
@@ -228,8 +193,8 @@ def make_prompt(run: "Run", sample: datasets.Sample) -> Prompt:
     prompt = qwen_vl.encode_chat(run.tokenizer, run.special, text, sample.images, system)
     if len(prompt.ids) > run.config.max_prompt:
         raise ValueError(
-            f"sample {sample.id}: its prompt has {len(prompt.ids)} tokens, --max-prompt is "
-            f"{run.config.max_prompt}; lower --max-pixels or raise --max-prompt"
+            f"sample {sample.id}: a prompt of {len(prompt.ids)} tokens, but --max-prompt is "
+            f"{run.config.max_prompt}; raise it, or lower --max-pixels"
         )
     return prompt
 
@@ -255,8 +220,8 @@ def score_groups(run: "Run", groups: list[Group]) -> None:
     options |= {"think": True} if config.think else {}
     for sample, c in [(group.sample, c) for group in groups for c in group.completions]:
         c.text = qwen_vl.decode(run.tokenizer, run.special, c.tokens)
-        score = run.reward(sample.task, c.text, sample.answer, sample.image_size,
-                           truncated=c.truncated, **options)
+        options["truncated"] = c.truncated
+        score = run.reward(sample.task, c.text, sample.answer, sample.image_size, **options)
         c.reward, c.parts = float(getattr(score, "total", score)), getattr(score, "parts", {})
         if c.truncated and config.overlong == "zero":
             c.reward = 0.0
@@ -283,7 +248,8 @@ def group_advantages(rewards_PG, *, scale="group", std="sample", baseline="mean"
         raise ValueError(f"baseline={baseline!r}: choose mean or leave_one_out")
     advantages_PG = rewards_PG - baseline_PG
     dims, count = (1, size) if scale == "group" else ((0, 1), rewards_PG.numel())
-    if scale != "none" and min(count, rewards_PG.numel()) > 1:  # A_i = (r_i − b_i) / (std(r) + ε)  [DSM §4.1.2]
+    # A_i = (r_i − b_i) / (std(r) + ε)  [DSM §4.1.2]; Dr. GRPO leaves the division out [DRG §3.2]
+    if scale != "none" and min(count, rewards_PG.numel()) > 1:
         std_PG = rewards_PG.std(dims, correction=int(std == "sample"), keepdim=True)
         advantages_PG = advantages_PG / (std_PG + eps)
     equal_P1 = (rewards_PG.amax(1) - rewards_PG.amin(1) < 1e-6)[:, None]  # rounding is no signal
@@ -313,23 +279,13 @@ def collect_groups(run: "Run", step: int) -> tuple[list[Group], dict[int, list[f
 
 
 # §6 ───────────────────────────────────── token log-probs ────────────────────────────────────
-def pack_for_ranks(run: "Run", groups: list[Group]) -> list[qwen_vl.Pack]:
-    """Packed micro-batches, equally many on every rank, since FSDP's collectives must match.
-
-    A short rank adds fillers that score no token; a row without images carries a dummy one if
-    another rank has images in its turn.
-    """
-    for index, group in enumerate(groups):
-        group.row = sum(len(before.completions) for before in groups[:index])
-    packs = [qwen_vl.pack_groups(g) for g in qwen_vl.split_groups(groups, run.config.micro_tokens)]
-    image_flags = run.processes.gather([pack.pixels_ND is not None for pack in packs])
-    filler = Group(Prompt([run.special.im_start], torch.zeros(3, 1).long(), 1), [])
-    for turn in range(max(map(len, image_flags))):
-        if turn == len(packs):
-            packs.append(qwen_vl.pack_groups([filler]))
-        if any(True in flags[turn : turn + 1] for flags in image_flags):
-            qwen_vl.ensure_image(packs[turn])
-    return [qwen_vl.prepare_attention(pack, run.processes.device) for pack in packs]
+def reference_logps(run: "Run", packs: list[qwen_vl.Pack], shape) -> torch.Tensor | None:
+    """log π_ref of every rollout token [B, T]; None without a reference model (β = 0)."""
+    if run.reference is None:
+        return None
+    with torch.no_grad():
+        passes = [(run.reference(pack, run.config.temperature)[0], pack) for pack in packs]
+    return sum(scatter_BT(logp_S, pack, shape) for logp_S, pack in passes)
 
 
 # §7 ─────────────────────────────────────────── loss ─────────────────────────────────────────
@@ -414,29 +370,22 @@ class Run:
 
 def train_step(run: Run, step: int) -> dict:
     """One batch of GRPO [DSM Algorithm 1]. Returns the step's metrics, the same on every rank."""
-    config, ranks, clock = run.config, run.processes, [time.perf_counter()]
+    config, ranks, clock, sums = run.config, run.processes, [time.perf_counter()], {}
     # 1. Sample G completions o_1 … o_G of each prompt from π_θ and score them.
     groups, rewards_of = collect_groups(run, step)
     rollouts = [completion for group in groups for completion in group.completions]
     clock.append(time.perf_counter())
 
-    # 2. Masks come from lengths: the stop token is trained, padding is not. Pack the rollouts.
+    # 2. Pack the rollouts. Masks come from lengths: the stop token is trained, padding is not.
+    packs = qwen_vl.pack_for_ranks(groups, config.micro_tokens, run.special, ranks)
     kept = [not (c.truncated and config.overlong == "mask") for c in rollouts]
     mask_BT = pad_BT([[k] * len(c.tokens) for k, c in zip(kept, rollouts)]).bool().to(ranks.device)
     sampler_logp_BT = pad_BT([c.logps for c in rollouts]).to(ranks.device)
-    packs = pack_for_ranks(run, groups)
 
-    # 3. log π_ref, if β > 0. With k1 the KL joins the reward: r ← r − β·Σ_t (log π − log π_ref).
-    ref_logp_BT = None
-    if config.beta:
-        with torch.no_grad():
-            passes = [(run.reference(pack, config.temperature)[0], pack) for pack in packs]
-        ref_logp_BT = sum(scatter_BT(logp_S, pack, mask_BT.shape) for logp_S, pack in passes)
+    # 3. log π_ref, if β > 0. With k1 the KL joins the reward.
+    ref_logp_BT = reference_logps(run, packs, mask_BT.shape)
     if config.beta and config.kl == "k1":
-        kl_PG = ((sampler_logp_BT - ref_logp_BT) * mask_BT).sum(1).view(-1, config.group)
-        for part in ranks.gather(list(zip([group.draw for group in groups], kl_PG.tolist()))):
-            for draw, kls in part:
-                rewards_of[draw] = [r - config.beta * k for r, k in zip(rewards_of[draw], kls)]
+        subtract_kl(run, groups, rewards_of, ((sampler_logp_BT - ref_logp_BT) * mask_BT).sum(1))
 
     # 4. Advantages A_i from the rewards of the whole global batch; this rank's rows of them.
     rewards_PG = torch.tensor(list(rewards_of.values())).view(len(rewards_of), config.group)
@@ -446,14 +395,9 @@ def train_step(run: Run, step: int) -> dict:
     advantages_B = advantages_PG[own_P].flatten().to(ranks.device)
 
     # 5. One normaliser, counted over the global batch before it is cut into micro-batches.
-    sequences, tokens = rewards_PG.numel(), sum(ranks.gather(int(mask_BT.sum())))
-    norms = {"grpo": sequences, "dapo": tokens, "dr_grpo": sequences * config.max_tokens}
-    how = dict(loss=config.loss, ratio=config.ratio, clip_low=config.clip_low,
-               clip_high=config.clip_high, beta=config.beta * (config.kl != "k1"), kl=config.kl,
-               tis_cap=config.tis, norm=max(norms[config.loss], 1))
+    how = loss_options(config, rewards_PG.numel(), sum(ranks.gather(int(mask_BT.sum()))))
 
     # 6. µ optimizer steps; the first pass's own log-probs are π_old.
-    sums: dict[str, torch.Tensor] = {}
     old_logp_BT = None
     for inner in range(config.inner_steps):
         pass_logp_BT = torch.zeros_like(sampler_logp_BT)
@@ -480,6 +424,22 @@ def train_step(run: Run, step: int) -> dict:
     if ranks.rank == 0 and config.pictures_every and step % config.pictures_every == 0:
         save_rollouts(run, step, groups)
     return step_metrics(run, step, rollouts, rewards_PG, sums, clock) | {"grad_norm": grad_norm}
+
+
+def subtract_kl(run: Run, groups: list[Group], rewards_of: dict, kl_B: torch.Tensor) -> None:
+    """r ← r − β·Σ_t (log π − log π_ref), in this rank's table of all ranks' rewards."""
+    kl_PG = kl_B.view(-1, run.config.group).tolist()
+    for part in run.processes.gather({g.draw: kl_G for g, kl_G in zip(groups, kl_PG)}):
+        for draw, kl_G in part.items():
+            rewards_of[draw] = [r - run.config.beta * k for r, k in zip(rewards_of[draw], kl_G)]
+
+
+def loss_options(config: Config, sequences: int, tokens: int) -> dict:
+    """policy_loss's options; sequences and tokens of the global batch make the normaliser."""
+    counts = {"grpo": sequences, "dapo": tokens, "dr_grpo": sequences * config.max_tokens}
+    options = {n: getattr(config, n) for n in ("loss", "ratio", "clip_low", "clip_high", "kl")}
+    beta = 0.0 if config.kl == "k1" else config.beta
+    return options | {"beta": beta, "tis_cap": config.tis, "norm": max(counts[config.loss], 1)}
 
 
 def add_sums(sums: dict, stats: dict, **pairs) -> None:
@@ -531,12 +491,11 @@ def step_metrics(run: Run, step: int, rollouts, rewards_PG, sums: dict, clock: l
 
 
 def evaluate(run: Run, max_tokens: int) -> tuple[list[dict], dict[str, float]]:
-    """Held-out samples answered greedily and at T = 1: (a row an answer, accuracy of each mode).
+    """Held-out samples answered greedily and at T = 1: (a row an answer, each mode's accuracy).
 
     Accuracy is of the answer alone, without points for format (see rewards.correct).
     """
-    ranks, rows = run.processes, []
-    count = min(run.config.eval_samples, len(run.eval_data))
+    ranks, rows, count = run.processes, [], min(run.config.eval_samples, len(run.eval_data))
     samples = [run.eval_data.at(i) for i in range(ranks.rank, count, ranks.world)]
     prompts = [make_prompt(run, sample) for sample in samples]
     noise = [keyed_uniforms(0, 0, f"eval {s.id}", 1, max_tokens) for s in samples]
@@ -547,28 +506,29 @@ def evaluate(run: Run, max_tokens: int) -> tuple[list[dict], dict[str, float]]:
             rows.append(dict(id=s.id, task=s.task, mode=mode, question=s.question, completion=text,
                              answer=s.answer, image_size=s.image_size, correct=right))
     rows = [row for part in ranks.gather(rows) for row in part]
-    right = {mode: [row["correct"] for row in rows if row["mode"] == mode] for mode in ("greedy", "sampled")}
-    return rows, {f"eval/{mode}": sum(values) / len(values) for mode, values in right.items()}
+    right = {f"eval/{mode}": [row["correct"] for row in rows if row["mode"] == mode]
+             for mode in ("greedy", "sampled")}
+    return rows, {name: sum(values) / len(values) for name, values in right.items()}
 
 
 def save_rollouts(run: Run, step: int, groups: list[Group]) -> None:
-    """Four groups, as text and as pictures with predicted and true boxes: samples/ of the run."""
-    folder = Path(run.config.out) / "samples"
+    """Four groups as text, and their best completions as pictures with the true boxes: samples/."""
+    folder, rows = Path(run.config.out) / "samples", []
     folder.mkdir(exist_ok=True)
-    rows = [dict(id=g.sample.id, task=g.sample.task, question=g.sample.question, text=c.text,
-                 answer=g.sample.answer, reward=c.reward) for g in groups[:4] for c in g.completions]
+    for s, group in [(group.sample, group) for group in groups[:4]]:
+        rows += [dict(id=s.id, task=s.task, question=s.question, text=c.text, answer=s.answer,
+                      reward=c.reward) for c in group.completions]
+        best = max(group.completions, key=lambda c: c.reward).text
+        said = rewards.parse_boxes(best) or rewards.parse_points(best)
+        if s.images:
+            picture = datasets.draw(s.images[0], predicted=said, true=s.answer, caption=s.question)
+            picture.save(folder / f"step-{step}-{group.draw}.png")
     (folder / f"step-{step}.json").write_text(json.dumps(rows, indent=1))
-    for g in [group for group in groups[:4] if group.sample.images]:
-        best = max(g.completions, key=lambda c: c.reward)
-        said = rewards.parse_boxes(best.text) or rewards.parse_points(best.text)
-        picture = datasets.draw(g.sample.images[0], predicted=said, true=g.sample.answer,
-                                caption=f"{g.sample.question}: {best.reward:.2f}")
-        picture.save(folder / f"step-{step}-{g.draw}.png")
 
 
 # §10 ────────────────────────────────────────── main ─────────────────────────────────────────
 def prepare(config, processes: Processes, source: str, *, freeze_vision=False, beta=0.0, reward=""):
-    """Load, shard, and build everything that a run needs; `source`: the checkpoint to begin with."""
+    """Load, shard, and build all that a run needs; `source` is the checkpoint to begin with."""
     policy, tokenizer, special = load_policy(source, processes, config, freeze_vision=freeze_vision)
     reference = None
     if beta:
@@ -590,14 +550,13 @@ def train(run: Run, one_step, *, eval_tokens: int, seconds: float = math.inf) ->
     """The loop around one_step(run, step) → metrics: resume, log, evaluate, save, export."""
     config, folder, ranks, first = run.config, Path(run.config.out), run.processes, 0
     folder.mkdir(parents=True, exist_ok=True)
-    found = sampler.find_checkpoints(folder) if config.resume == "auto" else []
-    if found:
+    if config.resume == "auto" and (found := sampler.find_checkpoints(folder)):
         state = sampler.load_checkpoint(found[-1], run.policy, run.optimizer)
         first, run.cursor = state["step"], state["cursor"]
     run.sampler.refresh(run.policy)
     if ranks.rank == 0:
         (folder / "config.json").write_text(json.dumps(asdict(config), indent=2))
-    log, started = open(folder / "metrics.jsonl", "a"), time.perf_counter()
+    started = time.perf_counter()
     bar = tqdm(desc=folder.name, initial=first, total=config.steps, disable=ranks.rank > 0)
     for step in range(first, config.steps):
         metrics = one_step(run, step)
@@ -607,9 +566,10 @@ def train(run: Run, one_step, *, eval_tokens: int, seconds: float = math.inf) ->
             run.sampler.refresh(run.policy)
             metrics |= evaluate(run, eval_tokens)[1]
         if ranks.rank == 0:
-            print(json.dumps(metrics), file=log, flush=True)
-        shown = [name for name in ("reward", "loss", "length") if name in metrics]
-        bar.set_postfix({name: f"{metrics[name]:.3f}" for name in shown}, refresh=False)
+            with open(folder / "metrics.jsonl", "a") as log:
+                print(json.dumps(metrics), file=log)
+        shown = {n: f"{metrics[n]:.3f}" for n in ("reward", "loss", "length") if n in metrics}
+        bar.set_postfix(shown, refresh=False)
         bar.update()
         if (step + 1) % config.save_every == 0 or last:
             state = {"step": step + 1, "cursor": run.cursor}
@@ -620,20 +580,21 @@ def train(run: Run, one_step, *, eval_tokens: int, seconds: float = math.inf) ->
 
 
 def ensure_cold_start(config: Config) -> str:
-    """The checkpoint to begin with. A cold start that is not there is run first, by rank 0 alone."""
+    """The checkpoint to begin with. A missing cold start is run first, by rank 0 alone."""
     model = Path(config.cold_start) / "model"
     if config.cold_start and not model.exists() and os.environ.get("RANK", "0") == "0":
         print(f"no cold start in {config.cold_start}: running sft_coldstart.py first", flush=True)
-        script, ranks = Path(__file__).with_name("sft_coldstart.py"), ("RANK", "WORLD_SIZE")
-        alone = {name: value for name, value in os.environ.items() if name not in ranks}
-        subprocess.run([sys.executable, script, "--out", config.cold_start], env=alone, check=True)
-    while config.cold_start and not model.exists():  # the other ranks wait; export renames last
+        how = ["--preset", "tiny"] if config.model == "tiny" else ["--model", config.model]
+        command = [sys.executable, Path(__file__).with_name("sft_coldstart.py"), *how]
+        alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+        subprocess.run([*command, "--out", config.cold_start], env=alone, check=True)
+    while config.cold_start and not model.exists():  # other ranks wait; it appears by one rename
         time.sleep(1)
     return str(model) if config.cold_start else config.model
 
 
 def main(arguments: list[str] | None = None) -> None:
-    config = parse_config(Config, arguments, PRESETS, __doc__)
+    config = sampler.parse_config(Config, arguments, PRESETS, __doc__)
     source = ensure_cold_start(config)
     processes = start_processes(config.timeout)
     run = prepare(config, processes, source, freeze_vision=config.freeze_vision, beta=config.beta,

@@ -17,7 +17,7 @@ patches, V vocabulary, D width, H heads, K key/value heads, B rollouts, T longes
 import math
 from dataclasses import dataclass, field, replace
 from functools import partial
-from types import MethodType
+from types import MethodType, SimpleNamespace
 
 import numpy as np
 import torch
@@ -86,7 +86,7 @@ class SpecialIds:
 
 
 def decode(tokenizer, special: SpecialIds, tokens: list[int]) -> str:
-    """A completion's text. Stop ids go; other special tokens stay, Qwen2-VL writes boxes in them."""
+    """A completion's text. Stop ids go; other special tokens stay: Qwen2-VL puts boxes in them."""
     kept = [token for token in tokens if token not in special.stops]
     return tokenizer.decode(kept, skip_special_tokens=False)
 
@@ -179,7 +179,7 @@ def encode_chat(
 # §3 ──────────────────────────────────────── packing ─────────────────────────────────────────
 @dataclass
 class Pack:
-    """One micro-batch: groups end to end in one row of L tokens. Tensors only; see `pack_groups`."""
+    """One micro-batch: groups end to end in one row of L tokens, by `pack_groups`. Tensors only."""
 
     ids_L: torch.Tensor
     positions_3L: torch.Tensor
@@ -270,6 +270,25 @@ def ensure_image(pack: Pack) -> None:
     if pack.pixels_ND is None:
         pack.pixels_ND = torch.zeros(MERGE * MERGE, 3 * 2 * PATCH * PATCH)
         pack.grids_I3 = torch.tensor([[1, MERGE, MERGE]])
+
+
+def pack_for_ranks(groups: list, budget: int, special: SpecialIds, ranks) -> list[Pack]:
+    """Packed micro-batches, equally many on every rank, since FSDP's collectives must match.
+
+    A short rank adds fillers that score no token; a row without images carries a dummy one if
+    another rank has images in its turn. ranks: who we are (grpo_vl.Processes).
+    """
+    for index, group in enumerate(groups):
+        group.row = sum(len(before.completions) for before in groups[:index])
+    packs = [pack_groups(part) for part in split_groups(groups, budget)]
+    image_flags = ranks.gather([pack.pixels_ND is not None for pack in packs])
+    nothing = Prompt([special.im_start], torch.zeros(3, 1).long(), 1)
+    for turn in range(max(map(len, image_flags))):
+        if turn == len(packs):
+            packs.append(pack_groups([SimpleNamespace(prompt=nothing, completions=[], row=0)]))
+        if any(True in flags[turn : turn + 1] for flags in image_flags):
+            ensure_image(packs[turn])
+    return [prepare_attention(pack, ranks.device) for pack in packs]
 
 
 def scatter_BT(values_S: torch.Tensor, pack: Pack, shape: tuple[int, int]) -> torch.Tensor:
@@ -452,7 +471,7 @@ class Policy(nn.Module):
         return self.model.model.language_model
 
     def forward(self, pack: Pack, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-        """(logp_S, entropy_S) of the pack's scored tokens, fp32; `pack.attention` must be filled."""
+        """(logp_S, entropy_S) of the pack's scored tokens, fp32. `pack.attention` must be set."""
         decoder = self.decoder
         hidden_LD = decoder.embed_tokens(pack.ids_L)
         if pack.pixels_ND is not None:
@@ -475,12 +494,14 @@ QWEN_SPLIT = (  # Qwen2.5's pre-tokenizer: words, single digits, punctuation, wh
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-TINY_CORPUS = """You are a helpful assistant. system user assistant Output the bounding box of the
-in the image. Output all the bounding boxes of the Please output bbox coordinates and names of OCR
-this image. red green blue yellow purple orange cyan magenta white black gray circle square triangle
-cross star diamond circles squares triangles crosses stars diamonds How many are there Which What is
-color shape the answer Put your final answer within boxed option letter think answer plus minus
-times"""
+TINY_CORPUS = """\
+You are a helpful assistant. system user assistant Output the bounding box of the in the image.
+Output all the bounding boxes of the Please output bbox coordinates and names of OCR this image.
+red green blue yellow purple orange cyan magenta white black gray circle square triangle cross \
+star diamond
+circles squares triangles crosses stars diamonds How many are there Which What is color shape \
+the answer
+Put your final answer within boxed option letter think answer plus minus times"""
 TINY_FRAGMENTS = (
     '[{"bbox_2d": [', '{"bbox_2d": [', '[{"point_2d": [', '{"point_2d": [', ", ", '], "label": "',
     '"}, ', '"}]', "\\boxed{", "<think>", "</think>", "<answer>", "</answer>",
@@ -563,7 +584,9 @@ def load(name: str, *, weights: bool = True, seed: int = 0):
     tokenizer = AutoTokenizer.from_pretrained(name)
     if not weights:
         with no_init_weights():
-            return Qwen2_5_VLForConditionalGeneration(config).float(), tokenizer
+            model = Qwen2_5_VLForConditionalGeneration(config).float()
+        model.tie_weights()  # which no_init_weights leaves out
+        return model, tokenizer
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         name, dtype=torch.float32, use_safetensors=True)
     return model, tokenizer

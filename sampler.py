@@ -13,10 +13,11 @@ Decoding issues no collectives: ranks finish at different lengths, and a collect
 Shapes: P prompts, G completions a prompt, L longest prompt, T completion tokens, V vocabulary,
 D width, H query heads, K key/value heads, R = H/K queries that share a key head, d head width.
 """
+import argparse
 import hashlib
 import json
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import MethodType, SimpleNamespace
 from typing import Any
@@ -26,6 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+import tyro
 from torch.distributed.checkpoint import state_dict as dist_state
 
 from qwen_vl import Prompt, SpecialIds, rotate, vision_attention
@@ -140,7 +142,7 @@ class Sampler:
 
     @torch.no_grad()
     def refresh(self, policy) -> None:
-        """Copy the policy's weights here. Gathers shards: every rank must call it at the same time."""
+        """Copy the policy's weights here. Gathers shards, so all ranks must call it together."""
         filled = set()
         for name, parameter in policy.named_parameters():
             full = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
@@ -184,7 +186,7 @@ class Sampler:
             ids_PL[p, : len(prompt.ids)] = torch.tensor(prompt.ids)
             positions_3PL[:, p, : len(prompt.ids)] = prompt.positions_3L
         x_PLD = F.embedding(ids_PL.to(self.device), self.embed)
-        slots = [p * longest + slot for p, prompt in enumerate(prompts) for slot in prompt.image_slots]
+        slots = [p * longest + s for p, prompt in enumerate(prompts) for s in prompt.image_slots]
         if slots:
             features_ID = self.image_features([p for p in prompts if p.pixels_ND is not None])
             x_PLD.view(-1, x_PLD.shape[-1])[torch.tensor(slots, device=self.device)] = features_ID
@@ -210,7 +212,7 @@ class Sampler:
 
     # §4 ─────────────────────────────────────── decode ───────────────────────────────────────
     def decode(self, ids_PG, position_P, wave: SimpleNamespace, t: int) -> torch.Tensor:
-        """One token of every row through the decoder; its keys and values join the cache at place t.
+        """One token of every row through the decoder; its key and value join the cache at place t.
 
         Attention of a row runs over [its group's prompt | its own tokens]: one softmax over both,
         the prompt's keys read once a group, not once a row. Returns hidden states [P, G, D].
@@ -275,7 +277,7 @@ class Sampler:
 
     # §5 ─────────────────────────────────────── sample ───────────────────────────────────────
     def choose(self, hidden_PGD, uniform_PG, temperature: float):
-        """Token and log-probability [P, G] of each row, from the distribution that training scores."""
+        """Each row's token and log-probability, from the distribution that training scores."""
         hidden_BD = self.rms(hidden_PGD, self.norm).flatten(0, 1)
         logits_BV = F.linear(hidden_BD, self.head).float() / temperature
         logp_BV = logits_BV.masked_fill(self.banned_V, float("-inf")).log_softmax(-1)
@@ -283,8 +285,8 @@ class Sampler:
             ids_B = logp_BV.argmax(-1)
         else:
             ids_B = inverse_cdf(logp_BV.exp(), uniform_PG.flatten())
-        shape_PG, logp_B1 = hidden_PGD.shape[:2], logp_BV.gather(1, ids_B[:, None])
-        return ids_B.view(shape_PG), logp_B1.view(shape_PG)
+        shape, logp_B1 = hidden_PGD.shape[:2], logp_BV.gather(1, ids_B[:, None])
+        return ids_B.view(shape), logp_B1.view(shape)
 
     @torch.no_grad()
     def generate(
@@ -348,7 +350,40 @@ class Sampler:
         ]
 
 
-# §6 ──────────────────────────────────── weights on disk ─────────────────────────────────────
+# §6 ───────────────────────────────────── the run folder ─────────────────────────────────────
+def check_options(config) -> None:
+    """Errors: ValueError naming the option, its value, and what it may be."""
+    whole = ("prompts", "group", "max_tokens", "inner_steps", "micro_tokens", "steps", "batch")
+    for f in fields(config):
+        value, flag = getattr(config, f.name), "--" + f.name.replace("_", "-")
+        choices = getattr(f.type, "__args__", ()) if isinstance(value, str) else (value,)
+        if choices and value not in choices:
+            raise ValueError(f"{flag} is {value!r}; choose from {', '.join(choices)}")
+        if (f.name in whole and value < 1) or (f.name in ("temperature", "lr") and value <= 0):
+            raise ValueError(f"{flag} is {value}; it must be {1 if f.name in whole else 'above 0'}")
+
+
+def parse_config(config_class, arguments: list[str] | None, presets: dict, text: str):
+    """Defaults < --preset < --config FILE < command line, each option's help the comment beside it.
+
+    Without a GPU, and with none of --preset, --config and --model, the preset is "tiny".
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--preset", choices=presets)
+    first.add_argument("--config", type=Path)
+    chosen, rest = first.parse_known_args(arguments)
+    if not (chosen.preset or chosen.config or "--model" in rest or torch.cuda.is_available()):
+        chosen.preset = "tiny"
+    try:
+        saved = json.loads(chosen.config.read_text()) if chosen.config else {}
+        saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
+        text += f"\n--preset {' | '.join(presets)}; --config FILE: a run's config.json"
+        default = config_class(**(presets.get(chosen.preset, {}) | saved))
+        return tyro.cli(config_class, args=rest, default=default, description=text)
+    except (OSError, ValueError, TypeError) as error:
+        first.error(str(error))
+
+
 def export(folder: Path, policy, tokenizer, source: str) -> None:
     """Write the sharded policy as a Hugging Face checkpoint; every rank calls it, rank 0 writes.
 

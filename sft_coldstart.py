@@ -1,6 +1,6 @@
 """Stage 1, the cold start: supervised fine-tuning on prompt → response, before any reinforcement.
 
-  python sft_coldstart.py                                    the tiny stand-in learns the answer's form
+  python sft_coldstart.py                  the tiny stand-in learns the answer's form
   torchrun --nproc_per_node=8 sft_coldstart.py --preset ovr-coldstart --data traces.jsonl
 
 [OVR §3.1] tunes the language model alone (--train llm) on text-only reasoning traces; --train all
@@ -19,6 +19,7 @@ import torch.distributed as dist
 import grpo_vl
 import qwen_vl
 import rewards
+import sampler
 from sampler import Completion, Group
 
 
@@ -62,14 +63,14 @@ class Config:
     eval_tokens: int = 768  # longest completion when evaluating
 
     def __post_init__(self):
-        grpo_vl.check_options(self)
+        sampler.check_options(self)
 
 
 PRESETS = {
     "tiny": dict(
-        model="tiny", data=("synthetic:grounding?size=56x56&distractors=0-2&reach=0.3-0.5",),
-        train="all", batch=32, steps=300, schedule="constant", lr=1e-3, checkpointing=False,
-        micro_tokens=8192, max_tokens=256, eval_tokens=24,
+        model="tiny", data=(grpo_vl.WORLD,), train="all", batch=32, steps=500, lr=1e-3,
+        schedule="constant", max_tokens=256, eval_every=100, eval_tokens=24, checkpointing=False,
+        micro_tokens=4096,
     ),
 }
 
@@ -78,7 +79,8 @@ def response_tokens(run, sample) -> list[int]:
     """The response to learn, with its stop token: the data's own, else the reference answer."""
     text = sample.response
     if text is None:
-        text = rewards.reference(sample.task, sample.answer, sample.question, think=run.config.think)
+        text = rewards.reference(
+            sample.task, sample.answer, sample.question, think=run.config.think)
     tokens = [*run.tokenizer.encode(text, add_special_tokens=False), run.special.im_end]
     if len(tokens) > run.config.max_tokens:
         raise ValueError(
@@ -94,11 +96,11 @@ def sft_step(run, step: int) -> dict:
     for draw in range(run.cursor + ranks.rank, run.cursor + config.batch, ranks.world):
         sample = run.data[draw]
         response = Completion(response_tokens(run, sample))
-        groups.append(Group(grpo_vl.make_prompt(run, sample), [response], row=len(groups)))
+        groups.append(Group(grpo_vl.make_prompt(run, sample), [response]))
     run.cursor += config.batch
     targets = sum(ranks.gather(sum(len(group.completions[0].tokens) for group in groups)))
     total = 0.0
-    for pack in grpo_vl.pack_for_ranks(run, groups):
+    for pack in qwen_vl.pack_for_ranks(groups, config.micro_tokens, run.special, ranks):
         logp_S, _ = run.policy(pack)
         loss = -logp_S.sum() / targets
         (loss * ranks.world).backward()  # FSDP averages over ranks; targets counts them all
@@ -109,7 +111,7 @@ def sft_step(run, step: int) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    config = grpo_vl.parse_config(Config, arguments, PRESETS, __doc__)
+    config = sampler.parse_config(Config, arguments, PRESETS, __doc__)
     processes = grpo_vl.start_processes(config.timeout)
     run = grpo_vl.prepare(config, processes, config.model, freeze_vision=config.train == "llm")
     grpo_vl.train(run, sft_step, eval_tokens=config.eval_tokens, seconds=config.seconds)

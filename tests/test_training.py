@@ -8,6 +8,7 @@ import torch
 import grpo_vl
 import qwen_vl
 import rewards
+import sampler
 from sampler import Completion, Group
 
 
@@ -229,17 +230,27 @@ def test_exported_model_loads_with_the_same_logits(alone, pair, tmp_path, model)
     assert names["architectures"] == ["Qwen2_5_VLForConditionalGeneration"]
 
 
+@pytest.mark.parametrize("model", ["tiny", "tiny-untied"])
+def test_two_ranks_load_a_checkpoint_that_only_rank_0_reads(alone, pair, tmp_path, model):
+    """Rank 1 builds the modules without weights: ties, buffers and values must come out the same."""
+    ranks.export(alone, str(tmp_path), model)
+    want, weights = ranks.steps(alone, count=1, model=str(tmp_path))
+    got = pair.run("ranks.steps", count=1, model=str(tmp_path))
+    assert got[0][0][0]["grad_norm"] == pytest.approx(want[0]["grad_norm"], rel=1e-4)
+    assert close(weights, got[0][1], 1e-5)
+
+
 # ── configuration ──
 def test_presets_and_command_line(tmp_path):
-    tiny = grpo_vl.parse_config(grpo_vl.Config, [], grpo_vl.PRESETS, "")
+    tiny = sampler.parse_config(grpo_vl.Config, [], grpo_vl.PRESETS, "")
     assert tiny.model == "tiny"  # no GPU, nothing asked for
-    changed = grpo_vl.parse_config(grpo_vl.Config, ["--lr", "0.5", "--no-checkpointing"], grpo_vl.PRESETS, "")
+    changed = sampler.parse_config(grpo_vl.Config, ["--lr", "0.5", "--no-checkpointing"], grpo_vl.PRESETS, "")
     assert (changed.lr, changed.checkpointing, changed.model) == (0.5, False, "tiny")
-    named = grpo_vl.parse_config(grpo_vl.Config, ["--model", "x/y"], grpo_vl.PRESETS, "")
+    named = sampler.parse_config(grpo_vl.Config, ["--model", "x/y"], grpo_vl.PRESETS, "")
     assert (named.model, named.lr) == ("x/y", 1e-6)
     saved = tmp_path / "config.json"
     saved.write_text(json.dumps({"lr": 0.25, "data": ["a.jsonl"], "model": "x"}))
-    replayed = grpo_vl.parse_config(grpo_vl.Config, ["--config", str(saved), "--seed", "3"], grpo_vl.PRESETS, "")
+    replayed = sampler.parse_config(grpo_vl.Config, ["--config", str(saved), "--seed", "3"], grpo_vl.PRESETS, "")
     assert (replayed.lr, list(replayed.data), replayed.seed) == (0.25, ["a.jsonl"], 3)
 
 
@@ -249,7 +260,7 @@ def test_presets_and_command_line(tmp_path):
 ])
 def test_wrong_options_stop_with_a_sentence(arguments, said, capsys):
     with pytest.raises((SystemExit, ValueError)) as stopped:
-        grpo_vl.parse_config(grpo_vl.Config, arguments, grpo_vl.PRESETS, "")
+        sampler.parse_config(grpo_vl.Config, arguments, grpo_vl.PRESETS, "")
     assert said in capsys.readouterr().err + str(stopped.value)
 
 
@@ -259,7 +270,7 @@ def test_wrong_options_stop_with_a_sentence(arguments, said, capsys):
 def test_wrong_config_files_stop_with_a_sentence(content, said, tmp_path, capsys):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(SystemExit):
-        grpo_vl.parse_config(grpo_vl.Config, ["--config", str(tmp_path / "config.json")], grpo_vl.PRESETS, "")
+        sampler.parse_config(grpo_vl.Config, ["--config", str(tmp_path / "config.json")], grpo_vl.PRESETS, "")
     assert said in capsys.readouterr().err
 
 
