@@ -5,9 +5,8 @@
   torchrun --nproc_per_node=8 grpo_vl.py        GPUs: Qwen2.5-VL-3B counts shapes in drawn scenes
   torchrun --nproc_per_node=8 grpo_vl.py --data my.jsonl --model Qwen/Qwen2.5-VL-7B-Instruct
 
-§1 config · §2 processes and FSDP2 · §3 samples → prompts · §4 group sampling
-§5 rewards → advantages · §6 token log-probs · §7 loss · §8 train_step
-§9 logs, pictures, checkpoints · §10 main
+§1 config · §2 processes and FSDP2 · §3 samples → prompts · §4 group sampling · §5 rewards →
+advantages · §6 token log-probs · §7 loss · §8 train_step · §9 logs and pictures · §10 main
 
 [PR1] Perception-R1, arXiv 2504.07954 · [OVR] Open-Vision-Reasoner, 2507.05255
 [DSM] DeepSeekMath, 2402.03300 · [DAPO] 2503.14476 · [DRG] Dr. GRPO, 2503.20783
@@ -177,9 +176,7 @@ def load_policy(source: str, processes: Processes, config, *, freeze_vision: boo
     policy = Policy(model, special.banned_V, checkpointing=config.checkpointing)
     policy.vision.requires_grad_(not freeze_vision)
     full = policy.state_dict() if processes.rank == 0 else {}
-    shard(policy, processes, offload=config.offload)
-    for buffer in policy.buffers():  # fully_shard has moved the parameters; offload keeps them here
-        buffer.data = buffer.data.to(processes.device)
+    shard(policy, processes, offload=config.offload)  # moves weights and buffers to the device
     how = dist_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     dist_state.set_model_state_dict(policy, full, options=how)
     return policy, tokenizer, special
@@ -193,9 +190,8 @@ def make_prompt(run: "Run", sample: datasets.Sample) -> Prompt:
     prompt = qwen_vl.encode_chat(run.tokenizer, run.special, text, sample.images, system)
     if len(prompt.ids) > run.config.max_prompt:
         raise ValueError(
-            f"sample {sample.id}: a prompt of {len(prompt.ids)} tokens, but --max-prompt is "
-            f"{run.config.max_prompt}; raise it, or lower --max-pixels"
-        )
+            f"sample {sample.id}: its prompt has {len(prompt.ids)} tokens, --max-prompt is "
+            f"{run.config.max_prompt}; raise it, or lower --max-pixels")
     return prompt
 
 
@@ -467,7 +463,7 @@ def optimizer_step(run: Run, step: int) -> float:
     return norm.item()
 
 
-# §9 ───────────────────────────── logs, pictures, checkpoints ────────────────────────────────
+# §9 ────────────────────────────────── logs and pictures ─────────────────────────────────────
 def step_metrics(run: Run, step: int, rollouts, rewards_PG, sums: dict, clock: list) -> dict:
     """One flat object for metrics.jsonl, means over all ranks. README explains each name."""
     for c in rollouts:
@@ -530,10 +526,7 @@ def save_rollouts(run: Run, step: int, groups: list[Group]) -> None:
 def prepare(config, processes: Processes, source: str, *, freeze_vision=False, beta=0.0, reward=""):
     """Load, shard, and build all that a run needs; `source` is the checkpoint to begin with."""
     policy, tokenizer, special = load_policy(source, processes, config, freeze_vision=freeze_vision)
-    reference = None
-    if beta:
-        reference = load_policy(source, processes, config, freeze_vision=True)[0]
-        reference.requires_grad_(False)
+    reference = load_policy(source, processes, config)[0].requires_grad_(False) if beta else None
     dtype = torch.bfloat16 if processes.device.type == "cuda" else torch.float32
     copy = Sampler(policy.model, special, device=processes.device, dtype=dtype, kv_gb=config.kv_gb)
     trained = [p for p in policy.parameters() if p.requires_grad]

@@ -479,7 +479,7 @@ class Policy(nn.Module):
             features_ID = features_ID.to(hidden_LD.dtype)
             count = len(pack.image_slots)  # 0 in a text-only pack with a dummy (see ensure_image)
             hidden_LD = hidden_LD.index_copy(0, pack.image_slots, features_ID[:count])
-            hidden_LD = hidden_LD + 0.0 * features_ID.sum()
+            hidden_LD = hidden_LD + 0.0 * features_ID.sum()  # a dummy's gradient exists: FSDP waits
         hidden_1LD = hidden_LD[None]
         cos_sin = decoder.rotary_emb(hidden_1LD, pack.positions_3L[:, None])
         for layer in decoder.layers:

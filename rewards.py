@@ -521,7 +521,7 @@ def load(spec: str):
     file = importlib.util.spec_from_file_location("user_reward", path)
     module = importlib.util.module_from_spec(file)
     file.loader.exec_module(module)
-    _check(callable(getattr(module, name, None)), f"--reward {spec}: no function {name!r} in {path}")
+    _check(callable(getattr(module, name, None)), f"--reward {spec}: {path} has no such function")
     return getattr(module, name)
 
 

@@ -6,7 +6,7 @@ Read in this order:
   §3 prefill    vision tower and prompt, once per prompt → the prompt's keys and values
   §4 decode     one token a row and round; all rows of a group read the same prompt keys
   §5 sample     temperature, banned ids, inverse CDF, stop ids; finished rows make room
-  §6 disk       the other places that gathered weights go: checkpoints and Hugging Face's format
+  §6 run folder options (config.json), checkpoints, the model in Hugging Face's format
 
 Decoding issues no collectives: ranks finish at different lengths, and a collective would hang.
 
@@ -143,14 +143,12 @@ class Sampler:
     @torch.no_grad()
     def refresh(self, policy) -> None:
         """Copy the policy's weights here. Gathers shards, so all ranks must call it together."""
-        filled = set()
-        for name, parameter in policy.named_parameters():
+        parameters = dict(policy.named_parameters())
+        if odd := parameters.keys() ^ self.targets.keys():
+            raise ValueError(f"policy and sampler differ in {sorted(odd)[:3]}: two architectures?")
+        for name, parameter in parameters.items():
             full = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
             self.targets[name].copy_(full)
-            filled.add(name)
-        if missing := self.targets.keys() - filled:
-            raise ValueError(
-                f"the policy has no weights for {sorted(missing)[:3]}: another architecture?")
 
     # §3 ────────────────────────────────────── prefill ───────────────────────────────────────
     def run_layers(self, x, cos, sin, attend) -> torch.Tensor:
@@ -298,7 +296,7 @@ class Sampler:
         Without noise decoding is greedy, one completion a prompt. Prompts run in waves that fit the
         key/value budget.
         """
-        group = 1 if noise is None or not noise else len(noise[0])
+        group = len(noise[0]) if noise else 1
         out = []
         for first, last in self.waves(prompts, group, max_tokens):
             uniform_PGT = None if noise is None else torch.stack(noise[first:last]).to(self.device)
@@ -353,7 +351,8 @@ class Sampler:
 # §6 ───────────────────────────────────── the run folder ─────────────────────────────────────
 def check_options(config) -> None:
     """Errors: ValueError naming the option, its value, and what it may be."""
-    whole = ("prompts", "group", "max_tokens", "inner_steps", "micro_tokens", "steps", "batch")
+    whole = ("prompts", "group", "max_tokens", "inner_steps", "micro_tokens", "steps", "batch",
+             "keep", "save_every", "eval_samples")
     for f in fields(config):
         value, flag = getattr(config, f.name), "--" + f.name.replace("_", "-")
         choices = getattr(f.type, "__args__", ()) if isinstance(value, str) else (value,)
@@ -387,19 +386,27 @@ def parse_config(config_class, arguments: list[str] | None, presets: dict, text:
 def export(folder: Path, policy, tokenizer, source: str) -> None:
     """Write the sharded policy as a Hugging Face checkpoint; every rank calls it, rank 0 writes.
 
-    bf16 on GPUs, fp32 on CPU. The image processor's and the chat template's files come along from
-    `source`, so that `from_pretrained` and vLLM load the folder.
+    bf16 on GPUs, fp32 on CPU. The image processor's settings come along from `source`, a hub id or
+    directory, so that `from_pretrained` and vLLM load the folder. One rename makes it appear.
     """
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
     options = dist_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
     full = dist_state.get_model_state_dict(policy, options=options)
     if dist.get_rank() == 0:
+        partial_folder = folder.with_name(folder.name + ".partial")
+        shutil.rmtree(partial_folder, ignore_errors=True)
         dtype = torch.bfloat16 if policy.banned_V.is_cuda else torch.float32
         state = {name.removeprefix("model."): tensor.to(dtype) for name, tensor in full.items()}
-        policy.model.save_pretrained(folder, state_dict=state)
-        tokenizer.save_pretrained(folder)
-        for name in ("preprocessor_config.json", "chat_template.json", "chat_template.jinja"):
-            if (Path(source) / name).is_file() and not (folder / name).exists():
-                shutil.copy(Path(source) / name, folder / name)
+        policy.model.save_pretrained(partial_folder, state_dict=state)
+        if source.startswith("tiny"):
+            processor = Qwen2VLImageProcessorPil()
+        else:
+            processor = Qwen2VLImageProcessorPil.from_pretrained(source)
+        processor.save_pretrained(partial_folder)
+        tokenizer.save_pretrained(partial_folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial_folder.rename(folder)
     dist.barrier()
 
 
@@ -414,6 +421,9 @@ def save_checkpoint(folder: Path, policy, optimizer, state: dict, keep: int) -> 
     final = folder / f"checkpoint-{state['step']}"
     partial_folder = final.with_suffix(".partial")
     model, optim = dist_state.get_state_dict(policy, optimizer)
+    if dist.get_rank() == 0:
+        shutil.rmtree(partial_folder, ignore_errors=True)
+    dist.barrier()
     dcp.save({"model": model, "optimizer": optim}, checkpoint_id=partial_folder)
     if dist.get_rank() == 0:
         (partial_folder / "state.json").write_text(json.dumps(state))

@@ -1,7 +1,7 @@
 """Stage 1, the cold start: supervised fine-tuning on prompt → response, before any reinforcement.
 
   python sft_coldstart.py                  the tiny stand-in learns the answer's form
-  torchrun --nproc_per_node=8 sft_coldstart.py --preset ovr-coldstart --data traces.jsonl
+  torchrun --nproc_per_node=8 sft_coldstart.py --data traces.jsonl      GPUs, OVR's settings
 
 [OVR §3.1] tunes the language model alone (--train llm) on text-only reasoning traces; --train all
 also tunes vision tower and merger, which the tiny stand-in needs: it starts from random weights.
@@ -82,6 +82,8 @@ def response_tokens(run, sample) -> list[int]:
         text = rewards.reference(
             sample.task, sample.answer, sample.question, think=run.config.think)
     tokens = [*run.tokenizer.encode(text, add_special_tokens=False), run.special.im_end]
+    if run.special.banned_V[tokens].any():
+        raise ValueError(f"sample {sample.id}: its response holds an image or video placeholder")
     if len(tokens) > run.config.max_tokens:
         raise ValueError(
             f"sample {sample.id}: its response has {len(tokens)} tokens, --max-tokens is "
