@@ -117,8 +117,8 @@ WORLD = "synthetic:grounding?size=56x56&shapes=2&colours=3&distractors=1-2&reach
 PRESETS = {  # named sets of differences from the defaults
     "tiny": dict(  # what a machine without a GPU trains in minutes; no paper's values
         model="tiny", data=(WORLD,), cold_start="runs/coldstart", max_tokens=24, prompts=32,
-        lr=1e-4, warmup=10, schedule="linear", reward_options='{"iou_power": 2}', eval_every=50,
-        checkpointing=False, micro_tokens=4096,
+        steps=400, lr=1e-4, warmup=10, schedule="linear", reward_options='{"iou_power": 2}',
+        eval_every=50, checkpointing=False, micro_tokens=4096,
     ),
 }
 
