@@ -21,7 +21,7 @@ COLUMNS = ("seed", "arm", "greedy", "sampled", "steps", "seconds", "command")
 
 def launch(script, *options):
     """Run a script on two processes; returns the command as one would type it."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
     command = [script, "--preset", "tiny", "--eval-samples", "1000", *map(str, options)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     subprocess.run([*torchrun, *command], cwd=ROOT, env=env, check=True)
