@@ -35,6 +35,7 @@ def main():
     parser.add_argument("--results", default="results")
     given = parser.parse_args()
     results = ROOT / given.results
+    results.mkdir(exist_ok=True)
     table, raw = results / "demo.csv", results / "demo_last_metrics.jsonl"
     for file in (table, raw):
         file.unlink(missing_ok=True)

@@ -1,0 +1,119 @@
+"""What the documents promise: budgets, arrows, deviations, commands, tables."""
+import ast
+import csv
+import dataclasses
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+import grpo_vl
+import sft_coldstart
+
+SCRIPTS = ("rewards", "data", "qwen_vl", "sampler", "grpo_vl", "sft_coldstart", "eval")
+MAY_IMPORT = {
+    "rewards": set(), "data": set(), "qwen_vl": {"data"}, "sampler": {"qwen_vl"},
+    "grpo_vl": {"rewards", "data", "qwen_vl", "sampler"},
+    "sft_coldstart": {"rewards", "data", "qwen_vl", "sampler", "grpo_vl"},
+    "eval": {"rewards", "data", "qwen_vl", "sampler", "grpo_vl"},
+}
+README = (ROOT / "README.md").read_text()
+
+
+def source(name):
+    return (ROOT / f"{name}.py").read_text()
+
+
+def test_line_budgets():
+    lines = {name: len(source(name).splitlines()) for name in SCRIPTS}
+    assert all(count <= 600 for count in lines.values()), lines
+    assert sum(lines.values()) <= 3600, lines
+    for name in SCRIPTS:
+        assert max(map(len, source(name).splitlines())) <= 100, name
+
+
+def test_functions_are_short():
+    for name in SCRIPTS:
+        for node in ast.walk(ast.parse(source(name))):
+            if isinstance(node, ast.FunctionDef):
+                docstring = ast.get_docstring(node, clean=False)
+                length = node.end_lineno - node.lineno + 1 - (docstring.count("\n") + 1 if docstring else 0)
+                limit = {"train_step": 60, "main": 80}.get(node.name, 45)
+                assert length <= limit, f"{name}.{node.name}: {length} lines"
+
+
+def test_arrows_only_run_downward():
+    for name in SCRIPTS:
+        imported = set()
+        for node in ast.walk(ast.parse(source(name))):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                imported.add(node.module)
+        assert imported & set(SCRIPTS) <= MAY_IMPORT[name], name
+
+
+def test_rewards_and_data_need_no_torch():
+    code = "import sys, rewards, data; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_deviations_are_in_step():
+    """Docstring of grpo_vl.py and README name the same deviations with the same words."""
+    def squeeze(text):
+        return " ".join(text.split())
+
+    in_code = dict(re.findall(r"DEVIATION (D\d+): (.*?)(?=\nDEVIATION|\n\n|$)", grpo_vl.__doc__.strip(), re.S))
+    in_readme = dict(re.findall(r"- \*\*(D\d+)\*\* (.*?)(?=\n- |\n\n)", README, re.S))
+    assert {k: squeeze(v) for k, v in in_code.items()} == {k: squeeze(v) for k, v in in_readme.items()}
+    assert set(in_code) == {"D1", "D2"}
+
+
+def test_sections_are_numbered_as_the_docstring_says():
+    sections = re.findall(r"^# (§\d+) ", source("grpo_vl"), re.M)
+    assert sections == [f"§{n}" for n in range(1, 11)]
+    assert re.findall(r"§\d+(?= [a-z])", grpo_vl.__doc__.split("[PR1]")[0]) == sections
+
+
+def test_paper_tags_are_known():
+    known = {"PR1", "OVR", "DSM", "DAPO", "DRG", "GSPO", "RLOO"}
+    for name in SCRIPTS:
+        tags = re.findall(r"\[([A-Z][A-Za-z0-9]+) (?:§|Eq|T\d|Fig|code)", source(name))
+        assert set(tags) <= known, name
+
+
+@pytest.mark.parametrize("module", [grpo_vl, sft_coldstart])
+def test_help_lists_each_option(module):
+    script = f"{module.__name__}.py"
+    shown = subprocess.run([sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for field in dataclasses.fields(module.Config):
+        assert "--" + field.name.replace("_", "-") in shown.stdout, field.name
+    assert "OVR" in shown.stdout and "--preset" in shown.stdout
+
+
+def test_readme_flags_exist():
+    options = {"--" + f.name.replace("_", "-") for m in (grpo_vl, sft_coldstart) for f in dataclasses.fields(m.Config)}
+    options |= {"--no-checkpointing", "--preset", "--config", "--help", "--seeds", "--nproc"}
+    used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README.replace("--nproc_per_node", "--nproc")))
+    assert used <= options, used - options
+
+
+def test_readme_files_exist():
+    for path in re.findall(r"\]\((?!http)([^)#]+)\)", README) + re.findall(r"python ((?:tests/)?\w+\.py)", README):
+        assert (ROOT / path).exists(), path
+
+
+def test_readme_table_is_demo_csv():
+    """Each row of the README's arms table: an arm, and its greedy and sampled accuracy a seed."""
+    with open(ROOT / "results" / "demo.csv") as file:
+        rows = list(csv.DictReader(file))
+    table = README.split("<!-- arms -->")[1].split("<!-- /arms -->")[0]
+    for arm in dict.fromkeys(row["arm"] for row in rows):
+        (line,) = [line for line in table.splitlines() if line.startswith(f"| {arm} ")]
+        shown = [float(number) for number in re.findall(r"\d\.\d{3}", line)]
+        mine = [row for row in rows if row["arm"] == arm]
+        greedy, sampled = ([float(row[mode]) for row in mine] for mode in ("greedy", "sampled"))
+        expected = [*greedy, sum(greedy) / len(greedy), *sampled, sum(sampled) / len(sampled)]
+        assert shown == pytest.approx(expected, abs=6e-4), arm
