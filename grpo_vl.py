@@ -141,8 +141,7 @@ class Processes:
 
 def start_processes(timeout: int) -> Processes:
     """torchrun's ranks; without torchrun a world of one, which takes the same path."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    rank, world, local = (int(os.environ.get(name, 0)) for name in names)
+    rank, world, local = (int(os.environ.get(n, 0)) for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(local)
@@ -186,8 +185,8 @@ def load_policy(source: str, processes: Processes, config, *, freeze_vision: boo
 def make_prompt(run: "Run", sample: datasets.Sample) -> Prompt:
     """The paper's prompt for the sample's task, tokenised with its images. Never truncated."""
     text = rewards.prompt(sample.task, sample.question, think=run.config.think)
-    system = sample.system or run.config.system_prompt
-    prompt = qwen_vl.encode_chat(run.tokenizer, run.special, text, sample.images, system)
+    prompt = qwen_vl.encode_chat(run.tokenizer, run.special, text, sample.images,
+                                 sample.system or run.config.system_prompt)
     if len(prompt.ids) > run.config.max_prompt:
         raise ValueError(
             f"sample {sample.id}: its prompt has {len(prompt.ids)} tokens, --max-prompt is "
@@ -292,11 +291,10 @@ def policy_loss(
 ):
     """The clipped objective with its KL term: (loss, stats), stats being name → [sum, count].
 
-    norm: the denominator counted over the global batch, so that micro-batches and ranks add up to
-    one gradient (grpo: sequences; dapo: tokens; dr_grpo: sequences · longest length allowed).
-    Without it the batch at hand counts (B; tokens; B·T).
-    On policy old = logp.detach(), so every ratio is 1 and no clip is active. The loss is then
-    −mean(A) ≈ 0, but its gradient −mean(A·∇log π) is not.
+    norm: the average's denominator over the global batch, so that micro-batches and ranks add up to
+    one gradient (sequences; tokens; sequences · longest length); else the batch at hand counts.
+    On policy old = logp.detach(): every ratio is 1, no clip is active. The loss is then −mean(A),
+    about 0, but its gradient −mean(A·∇log π) is not.
     """
     shapes = [tuple(x.shape) for x in (logp_BT, old_logp_BT, mask_BT)]
     if len(set(shapes)) > 1 or len(advantages_B) != len(logp_BT):
@@ -314,26 +312,26 @@ def policy_loss(
     ratio_BT = log_ratio_BT.exp()
     clipped_BT = ratio_BT.clamp(1 - clip_low, 1 + clip_high)
     loss_BT = -torch.minimum(ratio_BT * advantages_B1, clipped_BT * advantages_B1)
-    stats = {
-        "ratio": ratio_BT.detach(),
-        "clip_low": (ratio_BT < 1 - clip_low) & (advantages_B1 < 0),
-        "clip_high": (ratio_BT > 1 + clip_high) & (advantages_B1 > 0),
-    }
+    stats = {"ratio": ratio_BT.detach(),
+             "clip_low": (ratio_BT < 1 - clip_low) & (advantages_B1 < 0),
+             "clip_high": (ratio_BT > 1 + clip_high) & (advantages_B1 > 0)}
     if tis_cap:  # · min(π_old/π_sampler, C), constant: rollouts came from slightly other numbers
         loss_BT = loss_BT * (old_logp_BT - sampler_logp_BT).exp().clamp(max=tis_cap).detach()
     if beta:  # + β·KL(π ‖ π_ref)
         kl_BT = kl_estimate(torch.where(mask_BT, logp_BT - ref_logp_BT, 0.0), kl)
         loss_BT, stats["kl"] = loss_BT + beta * kl_BT, kl_BT.detach()
-    loss_BT = torch.where(mask_BT, loss_BT, 0.0)
     tokens = mask_BT.sum()
-    if loss == "grpo":  # 1/B · Σ_i 1/|o_i| · Σ_t ℓ_t  [DSM Eq. 3]
-        total, count = (loss_BT.sum(1) / length_B).sum(), len(mask_BT)
-    elif loss == "dapo":  # 1/Σ|o_i| · Σ_i Σ_t ℓ_t  [DAPO Eq. 8]
-        total, count = loss_BT.sum(), tokens.clamp(min=1)
-    else:  # 1/(B·T_max) · Σ_i Σ_t ℓ_t  [DRG §3.2]
-        total, count = loss_BT.sum(), mask_BT.numel()
     sums = {n: torch.stack([x.where(mask_BT, 0).sum(), tokens]) for n, x in stats.items()}
-    return total / (count if norm is None else norm), sums
+    return average(torch.where(mask_BT, loss_BT, 0.0), length_B, tokens, loss, norm), sums
+
+
+def average(loss_BT, length_B, tokens, loss: str, norm: int | None) -> torch.Tensor:
+    """What "the mean" of ℓ is: the one thing in which the losses differ."""
+    if loss == "grpo":  # 1/B · Σ_i 1/|o_i| · Σ_t ℓ_t  [DSM Eq. 3]
+        return (loss_BT.sum(1) / length_B).sum() / (norm or len(loss_BT))
+    if loss == "dapo":  # 1/Σ|o_i| · Σ_i Σ_t ℓ_t  [DAPO Eq. 8]
+        return loss_BT.sum() / (norm or tokens.clamp(min=1))
+    return loss_BT.sum() / (norm or loss_BT.numel())  # 1/(B·T_max) · Σ_i Σ_t ℓ_t  [DRG §3.2]
 
 
 def kl_estimate(log_ratio: torch.Tensor, kind: str) -> torch.Tensor:

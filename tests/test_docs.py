@@ -40,7 +40,7 @@ def test_functions_are_short():
             if isinstance(node, ast.FunctionDef):
                 docstring = ast.get_docstring(node, clean=False)
                 length = node.end_lineno - node.lineno + 1 - (docstring.count("\n") + 1 if docstring else 0)
-                limit = {"train_step": 60, "main": 80}.get(node.name, 45)
+                limit = {"train_step": 60, "main": 80}.get(node.name, 40)
                 assert length <= limit, f"{name}.{node.name}: {length} lines"
 
 

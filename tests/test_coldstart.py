@@ -1,0 +1,110 @@
+"""The cold start: loss on completion tokens only, packed without leaks, text and images together."""
+import pytest
+import ranks
+import torch
+
+import grpo_vl
+import qwen_vl
+import sft_coldstart
+
+MIXED = (f"{ranks.WORLD}:0.5", "synthetic:math?text=1:0.5")
+
+
+def make_run(processes, **changes):
+    small = dict(model="tiny", data=MIXED, train="all", batch=6, steps=3, lr=1e-3, warmup=0, max_tokens=256,
+                 checkpointing=False, micro_tokens=400)
+    config = sft_coldstart.Config(**(small | changes))
+    run = grpo_vl.prepare(config, processes, config.model, freeze_vision=config.train == "llm")
+    run.sampler.refresh(run.policy)
+    return run
+
+
+def steps(processes, count=3, **changes):
+    run = make_run(processes, **changes)
+    metrics = [sft_coldstart.sft_step(run, step) for step in range(count)]
+    weights = ranks.full_weights(run.policy)
+    return metrics, weights if processes.rank == 0 else None
+
+
+def test_loss_is_huggingfaces_on_the_response_alone(alone):
+    """−Σ log π / all response tokens, each sample through the stock model by itself."""
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    run = make_run(alone)
+    twin = Qwen2_5_VLForConditionalGeneration(run.policy.model.config).eval()
+    twin.load_state_dict({n.removeprefix("model."): w for n, w in ranks.full_weights(run.policy).items()})
+    total, count, tasks = 0.0, 0, set()
+    for draw in range(6):
+        sample = run.data[draw]
+        tasks.add(sample.task)
+        prompt, response = grpo_vl.make_prompt(run, sample), sft_coldstart.response_tokens(run, sample)
+        assert response[-1] == run.special.im_end
+        ids = torch.tensor([prompt.ids + response])
+        labels = torch.tensor([[-100] * len(prompt.ids) + response])
+        kinds = torch.zeros_like(ids)
+        kinds[0, prompt.image_slots] = 1
+        images = {}
+        if prompt.pixels_ND is not None:
+            images = dict(pixel_values=prompt.pixels_ND, image_grid_thw=torch.tensor(prompt.grids))
+        with torch.no_grad():
+            loss = twin(input_ids=ids, labels=labels, mm_token_type_ids=kinds, **images).loss
+        total, count = total + loss.item() * len(response), count + len(response)
+    assert tasks == {"grounding", "math"}
+    metrics = sft_coldstart.sft_step(run, 0)
+    # the stock model also knows the banned ids; with a handful of 576 they take about 1 % of the mass
+    assert metrics["tokens"] == count
+    banned_mass = run.special.banned_V.float().mean().item()
+    assert metrics["loss"] == pytest.approx(total / count, abs=2.5 * banned_mass)
+
+
+def test_two_ranks_learn_as_one_and_cuts_do_not_matter(alone, pair):
+    want, weights = steps(alone)
+    for got, other in (steps(alone, micro_tokens=120), pair.run("test_coldstart.steps")[0]):
+        for one, two in zip(want, got):
+            assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+            assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
+        assert max((weights[n] - other[n]).abs().max().item() for n in weights) < 1e-4
+    assert want[2]["loss"] < want[0]["loss"]
+
+
+def test_samples_do_not_see_each_other(alone):
+    """Another neighbour in the row leaves a sample's log-probs alone."""
+    run = make_run(alone)
+    groups = []
+    for draw in range(4):
+        sample = run.data[draw]
+        response = sft_coldstart.Completion(sft_coldstart.response_tokens(run, sample))
+        groups.append(sft_coldstart.Group(grpo_vl.make_prompt(run, sample), [response]))
+    def logps(chosen):
+        (pack,) = qwen_vl.pack_for_ranks(chosen, 10**6, run.special, alone)
+        with torch.no_grad():
+            return run.policy(pack)[0]
+    last = len(groups[3].completions[0].tokens)
+    one, two = logps([groups[0], groups[3]]), logps([groups[2], groups[1], groups[3]])
+    torch.testing.assert_close(one[-last:], two[-last:], atol=1e-5, rtol=0)
+
+
+def test_train_llm_leaves_tower_and_merger_alone(alone):
+    start = ranks.full_weights(make_run(alone).policy)
+    _, end = steps(alone, count=1, train="llm")
+    moved = {name for name in end if not torch.equal(start[name], end[name])}
+    assert moved and not any(".visual." in name for name in moved)
+
+
+def test_a_datas_own_response_is_learnt_and_think_is_written(alone, tmp_path):
+    (tmp_path / "own.jsonl").write_text('{"task": "math", "question": "1+1", "answer": "2", "response": "It is 2."}\n')
+    run = make_run(alone, data=(str(tmp_path / "own.jsonl"),))
+    tokens = sft_coldstart.response_tokens(run, run.data[0])
+    assert run.tokenizer.decode(tokens[:-1]) == "It is 2."
+    run = make_run(alone, data=(ranks.WORLD,), think=True)
+    text = run.tokenizer.decode(sft_coldstart.response_tokens(run, run.data[0])[:-1])
+    assert text.startswith("<think>") and text.endswith("</answer>") and "bbox_2d" in text
+
+
+@pytest.mark.parametrize("response, said", [("x " * 300, "--max-tokens is 256"), ("<|image_pad|>", "placeholder")])
+def test_a_response_that_cannot_be_learnt_is_refused(alone, tmp_path, response, said):
+    row = f'{{"task": "math", "question": "1+1", "answer": "2", "response": "{response}"}}\n'
+    (tmp_path / "long.jsonl").write_text(row)
+    run = make_run(alone, data=(str(tmp_path / "long.jsonl"),))
+    with pytest.raises(ValueError, match=said):
+        sft_coldstart.response_tokens(run, run.data[0])
