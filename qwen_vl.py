@@ -6,7 +6,7 @@ Read in this order:
   §3 packing            [prompt | completion 1 | … | completion G]: the prompt is paid once
   §4 attention          a completion sees its prompt and itself, nothing else
   §5 policy             packed row → log-probability and entropy of each completion token
-  §6 load, save, tiny   hub checkpoints, local folders, the stand-in that needs no GPU and no hub
+  §6 load, tiny         hub checkpoints, local folders, the stand-in that needs no GPU and no hub
 
 The network itself (weights, norms, MLPs) is Hugging Face's `Qwen2_5_VLForConditionalGeneration`;
 only its two attention forwards are replaced (§4): packing is a statement about attention.
@@ -14,6 +14,7 @@ only its two attention forwards are replaced (§4): packing is a statement about
 Shapes, as suffixes: L packed tokens, S scored completion tokens, P groups in a row, N image
 patches, V vocabulary, D width, H heads, K key/value heads, B rollouts, T longest completion.
 """
+import inspect
 import math
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -73,8 +74,7 @@ class SpecialIds:
         if vocabulary["<|image_pad|>"] != config.image_token_id:
             raise ValueError(
                 f"<|image_pad|> is {vocabulary['<|image_pad|>']} in the tokenizer and "
-                f"{config.image_token_id} in the model's config: they do not belong together"
-            )
+                f"{config.image_token_id} in the model's config: they do not belong together")
         # A sampled placeholder would be taken for an image slot by the next forward pass; and
         # Qwen's embedding has 151,936 rows for 151,665 tokens.
         banned_V = torch.zeros(config.text_config.vocab_size, dtype=torch.bool)
@@ -368,8 +368,11 @@ def varlen_attention(q_LHd, k_LKd, v_LKd, cu_q, cu_k, max_q: int, max_k: int, *,
     repeats = q_LHd.shape[1] // k_LKd.shape[1]
     if repeats > 1:  # torch 2.11 has no enable_gqa here; the gathered keys are small
         k_LKd, v_LKd = (x.repeat_interleave(repeats, dim=1) for x in (k_LKd, v_LKd))
-    window = (-1, 0) if causal else (-1, -1)
-    return varlen_attn(q_LHd, k_LKd, v_LKd, cu_q, cu_k, max_q, max_k, window_size=window)
+    if "window_size" in inspect.signature(varlen_attn).parameters:
+        how = {"window_size": (-1, 0) if causal else (-1, -1)}
+    else:  # before torch 2.11 or so
+        how = {"is_causal": causal}
+    return varlen_attn(q_LHd, k_LKd, v_LKd, cu_q, cu_k, max_q, max_k, **how)
 
 
 def shared_prefix_attention(q_LHd, k_LKd, v_LKd, layout: dict) -> torch.Tensor:
@@ -489,7 +492,7 @@ class Policy(nn.Module):
             hidden_SD, self.model.lm_head, pack.target_S, self.banned_V, temperature)
 
 
-# §6 ──────────────────────────────────── load, save, tiny ────────────────────────────────────
+# §6 ─────────────────────────────────────── load, tiny ───────────────────────────────────────
 QWEN_SPLIT = (  # Qwen2.5's pre-tokenizer: words, single digits, punctuation, white space
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -399,7 +399,7 @@ def export(folder: Path, policy, tokenizer, source: str) -> None:
         dtype = torch.bfloat16 if policy.banned_V.is_cuda else torch.float32
         state = {name.removeprefix("model."): tensor.to(dtype) for name, tensor in full.items()}
         policy.model.save_pretrained(partial_folder, state_dict=state)
-        if source.startswith("tiny"):
+        if source in ("tiny", "tiny-untied"):
             processor = Qwen2VLImageProcessorPil()
         else:
             processor = Qwen2VLImageProcessorPil.from_pretrained(source)
