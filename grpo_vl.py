@@ -62,7 +62,8 @@ class Config:
     # sampling
     prompts: int = 16  # prompts a step, all ranks [PR1 code: 14; OVR §4.1: 512]
     group: int = 8  # G, completions a prompt [PR1 §4.3: 8; OVR §4.1: 16]
-    max_tokens: int = 768  # longest completion [PR1 §4.3: 2048, code: 768; OVR: 24k–48k]
+    max_tokens: int = 768  # longest completion [PR1 §4.3: 2048, code: 768; OVR §4.1: 24k]
+    max_tokens_at: tuple[str, ...] = ()  # later limits [OVR §4.1: 300:32768 700:49152]
     temperature: float = 1.0  # of sampling and of the scored π [PR1 §4.3, OVR §4.1: 1.0]
     kv_gb: float = 8.0  # memory for keys and values while sampling, GiB a rank
     # reward and advantage
@@ -113,14 +114,10 @@ class Config:
                 object.__setattr__(self, name, 0.2 if self.ratio == "token" else sequence)
 
 
-WORLD = "synthetic:grounding?size=56x56&shapes=2&colours=3&distractors=1-2&reach=0.3-0.5"
-PRESETS = {  # named sets of differences from the defaults
-    "tiny": dict(  # what a machine without a GPU trains in minutes; no paper's values
-        model="tiny", data=(WORLD,), cold_start="runs/coldstart", max_tokens=24, prompts=32,
-        steps=400, lr=1e-4, warmup=10, schedule="linear", reward_options='{"iou_power": 2}',
-        eval_every=50, checkpointing=False, micro_tokens=4096,
-    ),
-}
+def longest(config: Config, step: int) -> int:
+    """The length limit at a step. OVR raises it when the mean length stalls [OVR §4.1]."""
+    later = [pair.split(":") for pair in config.max_tokens_at]
+    return max([config.max_tokens, *(int(limit) for at, limit in later if int(at) <= step)])
 
 
 # §2 ────────────────────────────────── processes and FSDP2 ───────────────────────────────────
@@ -202,14 +199,15 @@ def sample_groups(run: "Run", step: int, attempt: int = 0) -> list[Group]:
     samples = [run.data[draw] for draw in draws]
     prompts = [make_prompt(run, sample) for sample in samples]
     keys = [f"{sample.id}/{attempt}" if attempt else sample.id for sample in samples]
-    noise = [keyed_uniforms(config.seed, step, k, config.group, config.max_tokens) for k in keys]
-    completions = run.sampler.generate(prompts, noise, config.max_tokens, config.temperature)
+    limit = longest(config, step)
+    noise = [keyed_uniforms(config.seed, step, key, config.group, limit) for key in keys]
+    completions = run.sampler.generate(prompts, noise, limit, config.temperature)
     return [Group(prompt, done, sample=sample, draw=draw)
             for prompt, done, sample, draw in zip(prompts, completions, samples, draws)]
 
 
 # §5 ──────────────────────────────── rewards → advantages ────────────────────────────────────
-def score_groups(run: "Run", groups: list[Group]) -> None:
+def score_groups(run: "Run", step: int, groups: list[Group]) -> None:
     """Fill in text, reward and the reward's named parts of every completion."""
     config, options = run.config, json.loads(run.config.reward_options)
     options |= {"think": True} if config.think else {}
@@ -221,7 +219,7 @@ def score_groups(run: "Run", groups: list[Group]) -> None:
         if c.truncated and config.overlong == "zero":
             c.reward = 0.0
         if config.overlong == "soft":  # 0, then linearly to −1 over the buffer [DAPO Eq. 13]
-            over = len(c.tokens) - (config.max_tokens - config.overlong_buffer)
+            over = len(c.tokens) - (longest(config, step) - config.overlong_buffer)
             c.reward -= max(0.0, over / config.overlong_buffer)
 
 
@@ -261,7 +259,7 @@ def collect_groups(run: "Run", step: int) -> tuple[list[Group], dict[int, list[f
     for attempt in range(config.dynamic_sampling + 1):
         new = sample_groups(run, step, attempt)
         run.cursor += config.prompts
-        score_groups(run, new)
+        score_groups(run, step, new)
         if config.dynamic_sampling:
             new = [group for group in new if max(group.rewards) - min(group.rewards) > 1e-6]
         groups += new
@@ -389,7 +387,7 @@ def train_step(run: Run, step: int) -> dict:
     advantages_B = advantages_PG[own_P].flatten().to(ranks.device)
 
     # 5. One normaliser, counted over the global batch before it is cut into micro-batches.
-    how = loss_options(config, rewards_PG.numel(), sum(ranks.gather(int(mask_BT.sum()))))
+    how = loss_options(config, step, rewards_PG.numel(), sum(ranks.gather(int(mask_BT.sum()))))
 
     # 6. µ optimizer steps; the first pass's own log-probs are π_old.
     old_logp_BT = None
@@ -428,9 +426,9 @@ def subtract_kl(run: Run, groups: list[Group], rewards_of: dict, kl_B: torch.Ten
             rewards_of[draw] = [r - run.config.beta * k for r, k in zip(rewards_of[draw], kl_G)]
 
 
-def loss_options(config: Config, sequences: int, tokens: int) -> dict:
+def loss_options(config: Config, step: int, sequences: int, tokens: int) -> dict:
     """policy_loss's options; sequences and tokens of the global batch make the normaliser."""
-    counts = {"grpo": sequences, "dapo": tokens, "dr_grpo": sequences * config.max_tokens}
+    counts = {"grpo": sequences, "dapo": tokens, "dr_grpo": sequences * longest(config, step)}
     options = {n: getattr(config, n) for n in ("loss", "ratio", "clip_low", "clip_high", "kl")}
     beta = 0.0 if config.kl == "k1" else config.beta
     return options | {"beta": beta, "tis_cap": config.tis, "norm": max(counts[config.loss], 1)}
@@ -508,7 +506,7 @@ def evaluate(run: Run, max_tokens: int) -> tuple[list[dict], dict[str, float]]:
 def save_rollouts(run: Run, step: int, groups: list[Group]) -> None:
     """Four groups as text, and their best completions as pictures with the true boxes: samples/."""
     folder, rows = Path(run.config.out) / "samples", []
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for s, group in [(group.sample, group) for group in groups[:4]]:
         rows += [dict(id=s.id, task=s.task, question=s.question, text=c.text, answer=s.answer,
                       reward=c.reward) for c in group.completions]
@@ -585,7 +583,7 @@ def ensure_cold_start(config: Config) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    config = sampler.parse_config(Config, arguments, PRESETS, __doc__)
+    config = sampler.parse_config(Config, arguments, sampler.PRESETS, __doc__)
     source = ensure_cold_start(config)
     processes = start_processes(config.timeout)
     run = prepare(config, processes, source, freeze_vision=config.freeze_vision, beta=config.beta,

@@ -349,6 +349,32 @@ class Sampler:
 
 
 # §6 ───────────────────────────────────── the run folder ─────────────────────────────────────
+WORLD = "synthetic:grounding?size=56x56&shapes=2&colours=3&distractors=1-2&reach=0.3-0.5"
+PR1 = dict(  # what Perception-R1's tasks share: 8 GPUs, one of them sampling  [PR1 §4.3, code]
+    model="Qwen/Qwen2.5-VL-3B-Instruct", prompts=14, group=8, temperature=1.0, beta=0.04, kl="k3",
+    lr=1e-6, schedule="linear", max_prompt=2048, max_pixels=1_000_000, scale="group", seed=42,
+)
+PRESETS = {  # of grpo_vl.py: named sets of differences from its defaults
+    "tiny": dict(  # what a machine without a GPU trains in minutes; no paper's values
+        model="tiny", data=(WORLD,), cold_start="runs/coldstart", max_tokens=24, prompts=32,
+        steps=400, lr=1e-4, warmup=10, schedule="linear", reward_options='{"iou_power": 2}',
+        eval_every=50, checkpointing=False, micro_tokens=4096,
+    ),
+    # steps: samples used / 14 prompts a step [PR1 T7, code]; max_tokens [PR1 code]
+    "pr1-grounding": PR1 | dict(data=("refcoco-pr1:refcoco_train.json",), steps=357),
+    "pr1-counting": PR1 | dict(data=("pixmo-pr1:pixmo_count_train.json",), steps=714),
+    "pr1-ocr": PR1 | dict(data=("fox:page_ocr_train.json",), steps=357, max_tokens=2048),
+    "pr1-detection": PR1 | dict(
+        data=("coco:annotations/instances_train2017.json",), steps=7857, max_tokens=2048),
+    "ovr-rl": dict(  # [OVR §3.2, §4.1]; loss: all tokens of the batch, as its base [ORZ code]
+        model="Qwen/Qwen2.5-VL-7B-Instruct", data=("ovr_rl.jsonl",), cold_start="runs/coldstart",
+        prompts=512, group=16, temperature=1.0, beta=0.0, scale="batch", loss="dapo", lr=1e-6,
+        warmup=50, beta2=0.95, steps=900, max_tokens=24 * 1024, overlong="zero",
+        max_tokens_at=(f"300:{32 * 1024}", f"700:{48 * 1024}"), eval_every=10, save_every=50,
+    ),
+}
+
+
 def check_options(config) -> None:
     """Errors: ValueError naming the option, its value, and what it may be."""
     whole = ("prompts", "group", "max_tokens", "inner_steps", "micro_tokens", "steps", "batch",

@@ -67,8 +67,9 @@ class Config:
 
 
 PRESETS = {
+    "ovr-coldstart": dict(data=("traces:cold_start.jsonl",)),  # the defaults are OVR's
     "tiny": dict(
-        model="tiny", data=(grpo_vl.WORLD,), train="all", batch=32, steps=500, lr=1e-3,
+        model="tiny", data=(sampler.WORLD,), train="all", batch=32, steps=500, lr=1e-3,
         schedule="constant", max_tokens=256, eval_every=100, eval_tokens=24, checkpointing=False,
         micro_tokens=4096,
     ),

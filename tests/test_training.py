@@ -4,6 +4,7 @@ import json
 import pytest
 import ranks
 import torch
+from conftest import ROOT
 
 import grpo_vl
 import qwen_vl
@@ -126,8 +127,8 @@ def test_kl_in_the_reward_is_subtracted_before_advantages(alone, monkeypatch):
     seen, raw = [], []
     advantages, score = grpo_vl.group_advantages, grpo_vl.score_groups
 
-    def spy_on_rewards(run, groups):
-        score(run, groups)
+    def spy_on_rewards(run, step, groups):
+        score(run, step, groups)
         raw.append(groups)
 
     monkeypatch.setattr(grpo_vl, "group_advantages", lambda r, **k: seen.append(r) or advantages(r, **k))
@@ -166,6 +167,32 @@ def test_the_learning_rate_follows_its_schedule():
     assert rates(warmup=2, schedule="cosine") == [0.5, 1, 1, 0.5, 0.0381]
 
 
+def test_the_length_limit_by_step():
+    config = grpo_vl.Config(max_tokens=24, max_tokens_at=("300:32", "700:48"))
+    assert [grpo_vl.longest(config, step) for step in (0, 299, 300, 699, 700, 900)] == [24, 24, 32, 32, 48, 48]
+    ovr = grpo_vl.Config(**sampler.PRESETS["ovr-rl"])
+    assert [grpo_vl.longest(ovr, step) for step in (0, 300, 700)] == [24576, 32768, 49152]
+
+
+FILES = {"pr1-grounding": "refcoco-pr1:refcoco_pr1.json", "pr1-counting": "pixmo-pr1:pixmo_train.json",
+         "pr1-ocr": "fox:en_page_ocr.json", "pr1-detection": "coco:instances_val.json", "ovr-rl": "math500.jsonl"}
+
+
+@pytest.mark.parametrize("preset", FILES)
+def test_every_preset_takes_two_steps_on_a_file_in_the_true_format(alone, preset, tmp_path):
+    """All of the preset's own settings, on the tiny model and with fewer, shorter rollouts."""
+    kind, _, file = FILES[preset].rpartition(":")
+    spec = f"{kind or 'math500'}:{ROOT}/tests/fixtures/data/{file}"
+    small = dict(model="tiny", data=(spec,), prompts=2, group=2, max_tokens=6, max_tokens_at=(), out=str(tmp_path))
+    config = grpo_vl.Config(**(sampler.PRESETS[preset] | small))
+    run = grpo_vl.prepare(config, alone, config.model, beta=config.beta)
+    run.sampler.refresh(run.policy)
+    metrics = [grpo_vl.train_step(run, step) for step in range(2)]
+    assert metrics[1]["step"] == 1 and metrics[1]["sampler_gap"] < 1e-5 and metrics[1]["groups"] == 2
+    assert (tmp_path / "samples" / "step-0.json").exists()
+    assert ("kl" in metrics[0]) == preset.startswith("pr1")
+
+
 def test_overlong_rewards_by_hand(alone):
     run = ranks.make_run(alone, reward=lambda *a, **k: 1.0, max_tokens=10, overlong_buffer=4)
     sample = run.data[0]
@@ -175,7 +202,7 @@ def test_overlong_rewards_by_hand(alone):
                            ("soft", [1, 1, 0.5, 0])):
         object.__setattr__(run.config, "overlong", mode)
         done = [Completion([1] * n, [0.0] * n, truncated=n == 10) for n in lengths]
-        grpo_vl.score_groups(run, [Group(None, done, sample=sample)])
+        grpo_vl.score_groups(run, 0, [Group(None, done, sample=sample)])
         assert [c.reward for c in done] == expected
 
 
@@ -242,15 +269,15 @@ def test_two_ranks_load_a_checkpoint_that_only_rank_0_reads(alone, pair, tmp_pat
 
 # ── configuration ──
 def test_presets_and_command_line(tmp_path):
-    tiny = sampler.parse_config(grpo_vl.Config, [], grpo_vl.PRESETS, "")
+    tiny = sampler.parse_config(grpo_vl.Config, [], sampler.PRESETS, "")
     assert tiny.model == "tiny"  # no GPU, nothing asked for
-    changed = sampler.parse_config(grpo_vl.Config, ["--lr", "0.5", "--no-checkpointing"], grpo_vl.PRESETS, "")
+    changed = sampler.parse_config(grpo_vl.Config, ["--lr", "0.5", "--no-checkpointing"], sampler.PRESETS, "")
     assert (changed.lr, changed.checkpointing, changed.model) == (0.5, False, "tiny")
-    named = sampler.parse_config(grpo_vl.Config, ["--model", "x/y"], grpo_vl.PRESETS, "")
+    named = sampler.parse_config(grpo_vl.Config, ["--model", "x/y"], sampler.PRESETS, "")
     assert (named.model, named.lr) == ("x/y", 1e-6)
     saved = tmp_path / "config.json"
     saved.write_text(json.dumps({"lr": 0.25, "data": ["a.jsonl"], "model": "x"}))
-    replayed = sampler.parse_config(grpo_vl.Config, ["--config", str(saved), "--seed", "3"], grpo_vl.PRESETS, "")
+    replayed = sampler.parse_config(grpo_vl.Config, ["--config", str(saved), "--seed", "3"], sampler.PRESETS, "")
     assert (replayed.lr, list(replayed.data), replayed.seed) == (0.25, ["a.jsonl"], 3)
 
 
@@ -260,7 +287,7 @@ def test_presets_and_command_line(tmp_path):
 ])
 def test_wrong_options_stop_with_a_sentence(arguments, said, capsys):
     with pytest.raises((SystemExit, ValueError)) as stopped:
-        sampler.parse_config(grpo_vl.Config, arguments, grpo_vl.PRESETS, "")
+        sampler.parse_config(grpo_vl.Config, arguments, sampler.PRESETS, "")
     assert said in capsys.readouterr().err + str(stopped.value)
 
 
@@ -270,7 +297,7 @@ def test_wrong_options_stop_with_a_sentence(arguments, said, capsys):
 def test_wrong_config_files_stop_with_a_sentence(content, said, tmp_path, capsys):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(SystemExit):
-        sampler.parse_config(grpo_vl.Config, ["--config", str(tmp_path / "config.json")], grpo_vl.PRESETS, "")
+        sampler.parse_config(grpo_vl.Config, ["--config", str(tmp_path / "config.json")], sampler.PRESETS, "")
     assert said in capsys.readouterr().err
 
 
