@@ -1,8 +1,7 @@
 """What a sample is: readers of published formats, coordinate scaling, and a drawn synthetic world.
 
     mix = open_data(["a.jsonl:0.7", "synthetic:counting?size=448x448&objects=1-6:0.3"], seed=0)
-    mix[12345]   # draw 12,345 of an endless run, a pure function of (seed, 12345)
-    mix.at(0)    # plain order, for evaluation; len(mix) is one pass
+    mix[12345]   # a draw of an endless run, by (seed, 12345) alone; mix.at(0): plain order
 
 A spec is FILE.jsonl, FORMAT:FILE (see FORMATS) or synthetic:TASK, then `?option=value&…` (fields
 of FileSource or Synthetic), then `:weight`. A JSONL row is {"task", "question", "answer"}, perhaps
@@ -12,7 +11,6 @@ Qwen2.5-VL answers in pixels of the image AFTER its resize to multiples of 28. I
 here, once; `scale` moves true answers into that frame and predictions back out. A box is
 [x1, y1, x2, y2] by its edges: pixel columns 3 and 4 are x1 = 3, x2 = 5. Sizes are (width, height).
 """
-
 import io
 import json
 import math
@@ -304,6 +302,7 @@ class FileSource:
     frame: str = "pixels"  # of the answer: pixels of the stored image, or N: both axes are 0 … N
     folder: str = "."  # where images lie, from the file's folder
     allow_outside: str = ""  # any text: images may lie elsewhere too
+    in_order: str = ""  # any text: drawn in the file's order, as a curriculum is
     rows: object = plain_rows  # what field names cannot say
     read: object = read_rows
     limits: dict = field(default_factory=dict)  # min_pixels, max_pixels
@@ -535,11 +534,12 @@ class Mixture:
     def __getitem__(self, draw):
         block, slot = divmod(draw, len(self.block))
         names = self.shuffled(len(self.sources), block, self.block)
-        name = int(names[slot])
-        source = self.sources[name]
+        source = self.sources[name := int(names[slot])]
         earlier = block * np.sum(self.block == name) + np.sum(names[:slot] == name)
         again, place = divmod(int(earlier), len(source))
-        return source[int(self.shuffled(name, again, len(source))[place])]
+        if not getattr(source, "in_order", ""):
+            place = self.shuffled(name, again, len(source))[place]
+        return source[int(place)]
 
     def shuffled(self, stream, again, items):
         """Items (n: 0 … n - 1) in the order of one pass, kept until the stream's next pass."""

@@ -106,6 +106,7 @@ class Config:
     eval_data: tuple[str, ...] = ()  # held-out data; default: the held-out split of --data
     eval_samples: int = 200  # held-out samples
     pictures_every: int = 50  # steps between saved rollouts and pictures; 0: never
+    plan: str = ""  # 8x80: print what each of 8 GPUs of 80 GiB would hold, and stop
 
     def __post_init__(self):
         sampler.check_options(self)
@@ -584,6 +585,8 @@ def ensure_cold_start(config: Config) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     config = sampler.parse_config(Config, arguments, sampler.PRESETS, __doc__)
+    if config.plan:
+        return print(sampler.memory_plan(config, qwen_vl.load(config.model, weights=False)[0]))
     source = ensure_cold_start(config)
     processes = start_processes(config.timeout)
     run = prepare(config, processes, source, freeze_vision=config.freeze_vision, beta=config.beta,

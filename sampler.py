@@ -16,6 +16,7 @@ D width, H query heads, K key/value heads, R = H/K queries that share a key head
 import argparse
 import hashlib
 import json
+import math
 import shutil
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -407,6 +408,46 @@ def parse_config(config_class, arguments: list[str] | None, presets: dict, text:
         return tyro.cli(config_class, args=rest, default=default, description=text)
     except (OSError, ValueError, TypeError) as error:
         first.error(str(error))
+
+
+def memory_plan(config, model) -> str:
+    """What each GPU of --plan would hold, an estimate; the model's weights may be anything.
+
+    Sampling's keys and values are gone when training's activations come: the larger one counts.
+    """
+    gpus, gib = (int(part) for part in config.plan.split("x"))
+    text, decoder = model.config.text_config, model.model.language_model
+    size = {name: sum(p.numel() for p in part.parameters()) for name, part in
+            (("all", model), ("layer", decoder.layers[0]), ("vision", model.model.visual))}
+    trained = size["all"] - size["vision"] * config.freeze_vision
+    shards = gpus if not config.offload else math.inf  # offloaded: in host memory
+    per_token = 4 * text.num_hidden_layers * text.num_key_value_heads * (
+        text.hidden_size // text.num_attention_heads)  # bf16 key and value
+    longest = max([config.max_tokens, *(int(at.split(":")[1]) for at in config.max_tokens_at)])
+    prompts = -(-config.prompts // gpus)
+    need = prompts * (config.max_prompt + config.group * longest) * per_token
+    one_layer = 2 * config.micro_tokens * (8 * text.hidden_size + 4 * text.intermediate_size)
+    inputs = 2 * config.micro_tokens * text.hidden_size * text.num_hidden_layers
+    activations = inputs + one_layer * (1 if config.checkpointing else text.num_hidden_layers)
+    root = size["all"] - size["vision"] - text.num_hidden_layers * size["layer"]
+    held = {
+        "weights, fp32, sharded": 4 * size["all"] / shards,
+        "gradients, fp32, sharded": 4 * trained / shards,
+        "AdamW, fp32, sharded": 8 * trained / shards,
+        "reference, fp32, sharded": 4 * size["all"] / shards if config.beta else 0,
+        "gathered units, bf16": 2 * (root + 2 * size["layer"] + size["vision"]),
+        "sampling copy, bf16": 2 * size["all"],
+        "keys and values (sampling)": min(need, config.kv_gb * 2**30),
+        "activations (training)": activations,
+        "logits of a chunk (training)": 3 * 1024 * 4 * text.vocab_size,
+    }
+    *still, keys, active, logits = held.values()
+    peak = (sum(still) + max(keys, active + logits)) / 2**30
+    lines = [f"{name:30}{count / 2**30:8.2f} GiB" for name, count in held.items()]
+    verdict = "fits" if peak < 0.9 * gib else (
+        "does not fit: lower --micro-tokens, --kv-gb or --max-pixels, add --offload or GPUs")
+    total = f"{'peak, of ' + str(gib) + ' GiB':30}{peak:8.2f} GiB: {verdict}"
+    return "\n".join([f"{size['all']:,} parameters on {gpus} GPUs", *lines, total])
 
 
 def export(folder: Path, policy, tokenizer, source: str) -> None:

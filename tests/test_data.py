@@ -477,3 +477,12 @@ def test_draw_marks_boxes_and_points_and_survives_nonsense():
     odd = [[float("nan"), 1, 2, 3], [float("inf"), 5], [9, 9, -1e300, 10**400], "text", 7, None]
     data.draw(image, predicted=odd, true=[{"bbox_2d": [1, 2, 3, 4], "label": "x"}])
     assert image.getcolors() == [(84 * 84, (255, 255, 255))]  # the sample's own image is untouched
+
+
+def test_a_curriculum_is_drawn_in_the_files_order(tmp_path):
+    rows = [f'{{"task": "math", "id": "{i}", "question": "{i}", "answer": "{i}"}}\n' for i in range(5)]
+    (tmp_path / "easy_to_hard.jsonl").write_text("".join(rows))
+    mix = data.open_data([f"{tmp_path}/easy_to_hard.jsonl?in_order=1"], seed=3)
+    assert [mix[draw].id for draw in range(7)] == ["0", "1", "2", "3", "4", "0", "1"]
+    shuffled = data.open_data([f"{tmp_path}/easy_to_hard.jsonl"], seed=3)
+    assert [shuffled[draw].id for draw in range(5)] != ["0", "1", "2", "3", "4"]
