@@ -592,7 +592,7 @@ def main(arguments: list[str] | None = None) -> None:
     run = prepare(config, processes, source, freeze_vision=config.freeze_vision, beta=config.beta,
                   reward=config.reward)
     train(run, train_step, eval_tokens=config.max_tokens)
-    dist.destroy_process_group()
+    sampler.leave()
 
 
 if __name__ == "__main__":

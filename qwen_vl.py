@@ -146,9 +146,7 @@ class Prompt:
     grids: tuple = ()  # one (1, h, w) an image, in patches
 
 
-def encode_chat(
-    tokenizer, special: SpecialIds, text: str, images=(), system: str = SYSTEM
-) -> Prompt:
+def encode_chat(tokenizer, special: SpecialIds, text: str, images=(), system=SYSTEM) -> Prompt:
     """System and user turn in Qwen's chat format, up to where the assistant speaks.
 
     Images come before the text [PR1 code]. `text` is tokenised as plain text: a literal

@@ -17,7 +17,9 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import shutil
+import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import MethodType, SimpleNamespace
@@ -288,14 +290,11 @@ class Sampler:
         return ids_B.view(shape), logp_B1.view(shape)
 
     @torch.no_grad()
-    def generate(
-        self, prompts: list[Prompt], noise: list[torch.Tensor] | None, max_tokens: int,
-        temperature=1.0,
-    ) -> list[list[Completion]]:
-        """G completions of each prompt. noise: [G, ≥ max_tokens] a prompt, from `keyed_uniforms`.
+    def generate(self, prompts: list[Prompt], noise, max_tokens: int, temperature: float = 1.0):
+        """A list of G Completions for each prompt.
 
-        Without noise decoding is greedy, one completion a prompt. Prompts run in waves that fit the
-        key/value budget.
+        noise: [G, ≥ max_tokens] a prompt, from `keyed_uniforms`; None decodes greedily, G = 1.
+        Prompts run in waves that fit the key/value budget.
         """
         group = len(noise[0]) if noise else 1
         out = []
@@ -351,10 +350,8 @@ class Sampler:
 
 # §6 ───────────────────────────────────── the run folder ─────────────────────────────────────
 WORLD = "synthetic:grounding?size=56x56&shapes=2&colours=3&distractors=1-2&reach=0.3-0.5"
-PR1 = dict(  # what Perception-R1's tasks share: 8 GPUs, one of them sampling  [PR1 §4.3, code]
-    model="Qwen/Qwen2.5-VL-3B-Instruct", prompts=14, group=8, temperature=1.0, beta=0.04, kl="k3",
-    lr=1e-6, schedule="linear", max_prompt=2048, max_pixels=1_000_000, scale="group", seed=42,
-)
+PR1 = dict(  # what its tasks share and no default has yet  [PR1 §4.3, code]
+    model="Qwen/Qwen2.5-VL-3B-Instruct", prompts=14, beta=0.04, schedule="linear", seed=42)
 PRESETS = {  # of grpo_vl.py: named sets of differences from its defaults
     "tiny": dict(  # what a machine without a GPU trains in minutes; no paper's values
         model="tiny", data=(WORLD,), cold_start="runs/coldstart", max_tokens=24, prompts=32,
@@ -369,9 +366,8 @@ PRESETS = {  # of grpo_vl.py: named sets of differences from its defaults
         data=("coco:annotations/instances_train2017.json",), steps=7857, max_tokens=2048),
     "ovr-rl": dict(  # [OVR §3.2, §4.1]; loss: all tokens of the batch, as its base [ORZ code]
         model="Qwen/Qwen2.5-VL-7B-Instruct", data=("ovr_rl.jsonl",), cold_start="runs/coldstart",
-        prompts=512, group=16, temperature=1.0, beta=0.0, scale="batch", loss="dapo", lr=1e-6,
-        warmup=50, beta2=0.95, steps=900, max_tokens=24 * 1024, overlong="zero",
-        max_tokens_at=(f"300:{32 * 1024}", f"700:{48 * 1024}"), eval_every=10, save_every=50,
+        prompts=512, group=16, scale="batch", loss="dapo", warmup=50, beta2=0.95, steps=900,
+        max_tokens=24 * 1024, max_tokens_at=(f"300:{32 * 1024}", f"700:{48 * 1024}"), eval_every=10,
     ),
 }
 
@@ -424,11 +420,10 @@ def memory_plan(config, model) -> str:
     per_token = 4 * text.num_hidden_layers * text.num_key_value_heads * (
         text.hidden_size // text.num_attention_heads)  # bf16 key and value
     longest = max([config.max_tokens, *(int(at.split(":")[1]) for at in config.max_tokens_at)])
-    prompts = -(-config.prompts // gpus)
-    need = prompts * (config.max_prompt + config.group * longest) * per_token
+    need = -(-config.prompts // gpus) * (config.max_prompt + config.group * longest) * per_token
     one_layer = 2 * config.micro_tokens * (8 * text.hidden_size + 4 * text.intermediate_size)
-    inputs = 2 * config.micro_tokens * text.hidden_size * text.num_hidden_layers
-    activations = inputs + one_layer * (1 if config.checkpointing else text.num_hidden_layers)
+    activations = one_layer * (1 if config.checkpointing else text.num_hidden_layers)
+    activations += 2 * config.micro_tokens * text.hidden_size * text.num_hidden_layers  # inputs
     root = size["all"] - size["vision"] - text.num_hidden_layers * size["layer"]
     held = {
         "weights, fp32, sharded": 4 * size["all"] / shards,
@@ -509,3 +504,17 @@ def load_checkpoint(path: Path, policy, optimizer) -> dict:
     dist_state.set_state_dict(
         policy, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
     return json.loads((path / "state.json").read_text())
+
+
+def leave() -> None:
+    """The end of a script: all ranks go together.
+
+    Of many, none runs its destructors: there gloo's threads abort now and then ("terminate called
+    without an active exception"), and torchrun takes the run for failed.
+    """
+    if dist.get_world_size() == 1:
+        return dist.destroy_process_group()
+    dist.barrier()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

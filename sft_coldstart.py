@@ -14,8 +14,6 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-import torch.distributed as dist
-
 import grpo_vl
 import qwen_vl
 import rewards
@@ -118,7 +116,7 @@ def main(arguments: list[str] | None = None) -> None:
     processes = grpo_vl.start_processes(config.timeout)
     run = grpo_vl.prepare(config, processes, config.model, freeze_vision=config.train == "llm")
     grpo_vl.train(run, sft_step, eval_tokens=config.eval_tokens, seconds=config.seconds)
-    dist.destroy_process_group()
+    sampler.leave()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,471 @@
+"""eval.py: each metric against numbers worked by hand, each bad input, and that pictures show."""
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import eval as evaluation
+import rewards
+
+ROOT = Path(__file__).parent.parent
+HERE = ROOT / "tests" / "fixtures" / "eval"
+
+
+def write(path, *rows):
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def scored(capsys, task, path, *options):
+    """The JSON object that `eval.py metrics` prints, and that it prints nothing else."""
+    evaluation.main(["metrics", "--task", task, "--predictions", str(path), *map(str, options)])
+    (line,) = capsys.readouterr().out.splitlines()
+    return json.loads(line)
+
+
+def refused(*arguments):
+    """The sentence with which a command ends."""
+    with pytest.raises(SystemExit) as stop:
+        evaluation.main([str(argument) for argument in arguments])
+    return str(stop.value)
+
+
+def close(got, **want):
+    for name, value in want.items():
+        assert got[name] == pytest.approx(value, abs=1e-9), name
+
+
+# ---- metrics ----
+def test_grounding_by_hand(tmp_path, capsys):
+    true, size = [0, 0, 10, 10], [28, 28]
+    said = [
+        "[0, 0, 10, 10]",  # IoU 1
+        '```json\n[{"bbox_2d": [0, 0, 10, 20], "label": "cat"}]\n```',  # 100/200, centre (5, 10)
+        "no box",
+        "<think>[0, 0, 10, 10]</think><answer>[20, 20, 28, 28]</answer>",  # thoughts do not count
+    ]
+    rows = [{"id": i, "completion": text, "answer": true, "image_size": size}
+            for i, text in enumerate(said)]
+    got = scored(capsys, "grounding", write(tmp_path / "p.jsonl", *rows))
+    # at 0.5 two of four, at 0.75 and 0.95 one: their mean is (2 + 1 + 1)/12
+    close(got, **{"acc@0.5": 0.5, "acc@0.75": 0.25, "acc@0.95": 0.25, "acc_mean": 1 / 3,
+                  "centre_acc": 0.5, "mean_iou": 0.375, "samples": 4})
+
+
+def test_grounding_in_the_frame_of_box_tokens(tmp_path, capsys):
+    # Qwen2-VL writes 0 … 1000; in an image of 200 x 100 that is [20, 10, 100, 50].
+    said = "<|box_start|>(100,100),(500,500)<|box_end|>"
+    row = {"image_id": 3, "completion": said, "answer": [20, 10, 100, 50], "image_size": [200, 100]}
+    close(scored(capsys, "grounding", write(tmp_path / "p.jsonl", row)), mean_iou=1, centre_acc=1)
+
+
+def test_counting_by_hand(tmp_path, capsys):
+    two = '[{"point_2d": [1, 2], "label": "a"}, {"point_2d": [5, 6], "label": "a"}]'
+    rows = [
+        {"id": 1, "completion": two, "answer": 2},
+        {"id": 2, "completion": two, "answer": [[90, 90], [1, 1]]},  # the place does not matter
+        {"id": 3, "completion": two, "answer": 3},
+        {"id": 4, "completion": "2", "answer": [[0, 0], [1, 1]]},
+        {"id": 5, "completion": "[[", "answer": 1},
+    ]
+    close(scored(capsys, "counting", write(tmp_path / "p.jsonl", *rows)), accuracy=0.6, samples=5)
+
+
+def test_ocr_by_hand(tmp_path, capsys):
+    rows = [
+        # three characters and " on" of 14 are missing: 3/14; words 3 of 3 and 3 of 4
+        {"id": 1, "completion": "the cat sat", "answer": "the cat sat on"},
+        {"id": 2, "completion": "", "answer": "word"},  # distance 1, all else 0
+    ]
+    got = scored(capsys, "ocr", write(tmp_path / "p.jsonl", *rows))
+    close(got, edit_distance=(3 / 14 + 1) / 2, precision=0.5, recall=0.375, f1=(6 / 7) / 2)
+    # sets of words: a repeated word is one; white space is not folded: two differ in one of 3
+    assert evaluation.ocr({"completion": "a a b", "answer": "b a"})["f1"] == 1
+    assert evaluation.ocr({"completion": "a\nb", "answer": "a b"})["edit_distance"] == 1 / 3
+    empty = {"edit_distance": 0, "f1": 1, "precision": 1, "recall": 1}
+    assert evaluation.ocr({"completion": "", "answer": " "}) == empty
+
+
+def test_math_over_k_samples_by_hand(tmp_path, capsys):
+    right, wrong = {"completion": r"\boxed{4}", "answer": "4"}, {"completion": "4", "answer": "4"}
+    rows = [{"id": "a", **right}, {"id": "a", **right}, {"id": "a", **wrong}, {"id": "a", **wrong}]
+    rows += [{"id": "b", **right, "truncated": True}] + [{"id": "b", **wrong}] * 3
+    got = scored(capsys, "math", write(tmp_path / "p.jsonl", *rows))
+    # a: 2 of 4, b: 0 of 4. pass@2 of a: 1 − C(2,2)/C(4,2) = 5/6
+    close(got, **{"accuracy": 0.25, "pass@1": 0.25, "pass@2": 5 / 12, "pass@4": 0.5,
+                  "questions": 2, "truncated": 1, "samples": 8})
+
+
+def test_questions_weigh_the_same_and_k_is_the_least_number_of_samples(tmp_path, capsys):
+    right, wrong = {"completion": "B", "answer": "B"}, {"completion": "A", "answer": "B"}
+    rows = [{"id": 1, **right}] * 3 + [{"id": 2, **wrong}] * 5 + [{"id": 2, **right}]
+    got = scored(capsys, "choice", write(tmp_path / "p.jsonl", *rows))
+    # question 2: 1 of 6, pass@2 = 1 − C(5,2)/C(6,2) = 1/3, pass@3 = 1 − C(5,3)/C(6,3) = 1/2
+    close(got, **{"accuracy": 7 / 12, "pass@1": 7 / 12, "pass@2": 2 / 3, "pass@3": 3 / 4})
+    assert "pass@4" not in got
+    mixed = {"id": 3, "task": "math", "completion": r"\boxed{7}", "answer": "7"}
+    close(scored(capsys, "choice", write(tmp_path / "m.jsonl", mixed)), accuracy=1)
+
+
+def test_detection_in_the_frame_of_the_annotations(capsys):
+    got = scored(capsys, "detection", HERE / "detections.jsonl", "--annotations",
+                 HERE / "instances.json")
+    # cat: one of two found exactly once the boxes are doubled, so precision 1 up to recall 0.5:
+    # 51 of 101 points, whatever the threshold. dog: what lies in the crowd is no mistake; the
+    # other has IoU 31/50 = 0.62, found at 0.5, 0.55, 0.6: 3 of 10 thresholds. horse: none there.
+    half = 51 / 101
+    close(got, AP=(half + 0.3) / 2, AP50=(half + 1) / 2, AP75=half / 2)
+    assert (got["samples"], got["images_without_prediction"]) == (2, 0)
+
+
+def test_detection_of_annotations_without_area_and_crowd(tmp_path, capsys):
+    truth = json.loads((HERE / "instances.json").read_text())
+    for item in truth["annotations"]:
+        del item["area"], item["iscrowd"]
+    path = tmp_path / "instances.json"
+    path.write_text(json.dumps(truth))
+    got = scored(capsys, "detection", HERE / "detections.jsonl", "--annotations", path)
+    # The crowd is now one more dog that nobody found: precision 1/2 (after a mistake) up to recall
+    # 0.5 at three of ten thresholds.
+    close(got, AP=(51 / 101 + 0.3 * 51 / 101 / 2) / 2)
+
+
+def test_detection_keeps_the_order_and_misses_images_without_prediction(tmp_path, capsys):
+    cat, far = ({"bbox_2d": box, "label": "cat"} for box in ([0, 0, 100, 40], [0, 60, 9, 99]))
+    for items, factor in (([cat, far], 1), ([far, cat], 0.5)):  # found first, or second
+        row = {"image_id": 139, "completion": json.dumps(items), "image_size": [200, 100]}
+        path = write(tmp_path / "p.jsonl", row)
+        got = scored(capsys, "detection", path, "--annotations", HERE / "instances.json")
+        close(got, AP=factor * 51 / 101 / 2, images_without_prediction=1)  # no dog was found
+
+
+def test_detection_without_annotations_takes_the_answers(tmp_path, capsys):
+    true = [{"bbox_2d": [0, 0, 10, 10], "label": "red circle"},
+            {"bbox_2d": [20, 20, 28, 28], "label": "blue star"}]
+    rows = [{"id": "x", "completion": json.dumps(true), "answer": true, "image_size": [28, 28]},
+            {"id": "y", "completion": "[]", "answer": true[:1], "image_size": [28, 28]}]
+    got = scored(capsys, "detection", write(tmp_path / "p.jsonl", *rows))
+    close(got, AP=(51 / 101 + 1) / 2)  # a circle of two; the star
+    nothing = {"id": "x", "completion": "[]", "answer": []}
+    assert scored(capsys, "detection", write(tmp_path / "q.jsonl", nothing))["AP"] is None
+
+
+@pytest.mark.parametrize("task, row, sentence", [
+    ("ocr", "{", "p.jsonl:2: Expecting"),
+    ("ocr", "[1]", 'p.jsonl:2: a row needs "id" or "image_id"'),
+    ("ocr", {"completion": "a", "answer": "a"}, 'p.jsonl:2: a row needs "id"'),
+    ("ocr", {"id": 1, "answer": "a"}, 'p.jsonl:2: a row needs "id"'),
+    ("ocr", {"id": 1, "completion": 3, "answer": "a"}, 'text "completion"'),
+    ("ocr", {"id": 1, "completion": "a"}, 'an "answer"'),
+    ("ocr", {"id": 1, "completion": "a", "answer": 3}, "p.jsonl:2: the answer in ocr"),
+    ("grounding", {"id": 1, "completion": "a", "answer": "a"}, "p.jsonl:2: "),
+    ("grounding", {"id": 1, "completion": "a", "answer": [1, 2]}, "p.jsonl:2: the true answer"),
+    ("counting", {"id": 1, "completion": "a", "answer": -1}, "p.jsonl:2: the true answer"),
+    ("detection", {"id": 1, "completion": "[]", "answer": 5}, "p.jsonl:2: "),
+    ("detection", {"id": 0, "completion": "[]", "answer": []}, "answered before"),
+])
+def test_a_bad_row_is_named(tmp_path, task, row, sentence):
+    good = {"ocr": "a", "grounding": [0, 0, 1, 1], "counting": 1, "detection": []}[task]
+    path = write(tmp_path / "p.jsonl", {"id": 0, "completion": "a", "answer": good}, row)
+    assert sentence in refused("metrics", "--task", task, "--predictions", path)
+
+
+def test_bad_files_are_named(tmp_path):
+    assert "no rows" in refused("metrics", "--task", "ocr", "--predictions", write(tmp_path / "e"))
+    assert "none.jsonl" in refused("metrics", "--task", "ocr", "--predictions", "none.jsonl")
+    said = HERE / "detections.jsonl"
+    other = write(tmp_path / "list.json", [1])
+    for annotations, sentence in ((other, "list.json: images, annot"), ("no.json", "no.json")):
+        assert sentence in refused("metrics", "--task", "detection", "--predictions", said,
+                                   "--annotations", annotations)
+    row = {"image_id": 4, "completion": "[]"}
+    assert "p.jsonl:1: its image is not there" in refused(
+        "metrics", "--task", "detection", "--predictions", write(tmp_path / "p.jsonl", row),
+        "--annotations", HERE / "instances.json")
+
+
+def test_the_papers_row_stands_beside(capsys):
+    table = evaluation.beside_paper("detection", {"AP": 0.5, "AP50": None, "AP75": 0.123})
+    assert "measured here: 50.0 - 12.3" in table
+    assert "Perception-R1 3B 31.9 46.7 33.4" in table and "Qwen2.5-VL-3B 16.1" in table
+    one = dict.fromkeys(("acc@0.5", "acc@0.75", "acc@0.95", "acc_mean", "accuracy", "f1",
+                         "edit_distance", "precision", "recall"), 1)
+    for task, number in {"grounding": "89.1 79.5 35.0 67.9", "counting": "78.1", "ocr": "2.8 98.2",
+                         "math": "OVR-7B 95.3", "choice": "OVR-7B 51.8"}.items():
+        assert number in evaluation.beside_paper(task, one)
+
+
+# ---- behaviours ----
+@pytest.mark.parametrize("text, shown", [
+    ("Let me see the image again.", "visual reflection"),
+    ("Wait, the figure shows a cube.", "visual reflection"),
+    ("This approach won't work because it is odd.", "backtracking"),
+    ("My previous assumption about the sequence was wrong.", "backtracking"),
+    ("Let's first look at the numbers on the left.", "visual divide-and-conquer"),
+    ("First, we need to find x.", "subgoal setting"),
+    ("I will now verify this against the image.", "visual verification"),
+    ("Let me check that 3 + 4 = 7.", "verification"),
+    ("To get this answer, I need to find an object that is red.", "goal-driven visual tracing"),
+    ("To get 75, we need a number divisible by 5.", "backward chaining"),
+])
+def test_the_lexicon_finds_each_behaviour(text, shown):
+    assert evaluation.lexicon_count(shown, {"completion": f"It is so. {text} Done."}) == 1
+    plain = "The image shows a cat. Its area is 12. So the answer is 4."
+    assert evaluation.lexicon_count(shown, {"completion": plain}) == 0
+
+
+def test_rates_and_transfer_by_hand(tmp_path, capsys):
+    texts = ["This won't work. Let me see the image again.", "That was wrong. That is incorrect.",
+             "That was wrong.", "Fine."]
+    rows = [{"id": i, "completion": text} for i, text in enumerate(texts)]
+    paths = [write(tmp_path / name, *rows[:n]) for name, n in (("a.jsonl", 4), ("b.jsonl", 3))]
+    picture = tmp_path / "b.png"
+    evaluation.main(["behaviours", "--predictions", *map(str, paths), "--plot", str(picture)])
+    got = json.loads(capsys.readouterr().out)
+    first, second = got["files"].values()
+    # one of four looks again; three of four, however often, take something back
+    assert (first["rates"]["visual reflection"], first["rates"]["backtracking"]) == (0.25, 0.75)
+    assert first["transfer"]["visual reflection"] == pytest.approx(1 / 3)
+    assert first["transfer"]["visual verification"] is None and got["judge"] == "lexicon"
+    assert second["rates"]["backtracking"] == 1 and second["answers"] == 3
+    assert shows_something(picture)
+
+
+@pytest.fixture
+def judge():
+    """An endpoint that finds two verifications in "good", none elsewhere, and stays vague once."""
+    class Endpoint(BaseHTTPRequestHandler):
+        seen: list = []  # noqa: RUF012
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            self.seen.append((self.path, self.headers["Authorization"], body))
+            prompt = body["messages"][0]["content"]
+            count = 2 if "good" in prompt and "for verification" in prompt else 0
+            said = "I can not say" if "vague" in prompt else f"Well: <count> {count} </count>"
+            reply = json.dumps({"choices": [{"message": {"content": said}}]}).encode()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(reply)))
+            self.end_headers()
+            self.wfile.write(reply)
+
+        def log_message(self, *_):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Endpoint)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/v1", Endpoint.seen
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_judge_is_asked_as_published(tmp_path, capsys, monkeypatch, judge):
+    url, seen = judge
+    monkeypatch.setenv("JUDGE_API_KEY", "secret")
+    rows = [{"id": i, "question": "How many?", "completion": text}
+            for i, text in enumerate(("good", "bad", "vague"))]
+    path = write(tmp_path / "p.jsonl", *rows)
+    by = ["--judge", url, "--judge-model", "m"]
+    evaluation.main(["behaviours", "--predictions", str(path), *by])
+    (result,) = json.loads(capsys.readouterr().out)["files"].values()
+    assert result["rates"]["verification"] == 0.5 and result["rates"]["backtracking"] == 0
+    assert result["unjudged"] == 8  # the vague answer, once a behaviour
+    assert len(seen) == 24  # in any order: eight are asked at a time
+    for path, key, body in seen:
+        prompt = body["messages"][0]["content"]
+        assert (path, key, body["model"]) == ("/v1/chat/completions", "Bearer secret", "m")
+        assert prompt.startswith('Problem Statement: "How many?"\n\nModel\'s Reasoning: "')
+        assert prompt.endswith("If none, use <count>0</count>.")
+
+
+def test_a_judge_that_is_not_there(tmp_path):
+    path = write(tmp_path / "p.jsonl", {"id": 1, "completion": "x"})
+    command = ["behaviours", "--predictions", path, "--judge", "http://127.0.0.1:9/v1"]
+    assert "belong together" in refused(*command)
+    assert "no answer to a chat completion" in refused(*command, "--judge-model", "m")
+
+
+# ---- curves, sheets, averages ----
+def shows_something(path):
+    """A picture that opens and has more than a hundred colours, text and lines among them."""
+    with Image.open(path) as image:
+        pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
+    return len(pixels) > 10_000 and len(np.unique(pixels, axis=0)) > 100
+
+
+def metric_rows(steps=80):
+    return [{"step": i, "reward": 1 + i / 100, "reward/iou": 0.3, "kl": 0.01, "entropy": 1.0,
+             "length": 17, "clip_low": 0, "clip_high": 0.1, "zero_variance": 0.2,
+             "seconds/sample": 1.0, "seconds/train": 2.0, "seconds/refresh": 0.1,
+             "seconds/total": 3.1 * i, **({"eval/greedy": i / 80, "eval/sampled": i / 90}
+                                          if i % 20 == 19 else {})} for i in range(steps)]
+
+
+def make_run(folder, steps=80):
+    folder.mkdir(parents=True)
+    write(folder / "metrics.jsonl", *metric_rows(steps), '{"step": 80, "rew')
+    return folder
+
+
+def test_curves_by_hand_with_a_resume_and_half_a_line(tmp_path):
+    run = make_run(tmp_path / "run", steps=3)
+    with open(run / "metrics.jsonl", "a") as file:
+        file.write("\n" + json.dumps({"step": 1, "reward": 9.0}) + "\n")
+    panels = evaluation.curves([run])
+    assert panels["reward"] == {"reward": ([1, 2, 3], [1.0, 9.0, 1.02])}
+    assert list(panels["clipped tokens (share)"]) == ["clip_low", "clip_high"]
+    assert panels["parts of the reward"] == {"reward/iou": ([1, 3], [0.3, 0.3])}
+    assert "seconds/total" not in panels["seconds a step"] and "loss" not in panels
+
+
+def test_plot_of_one_run_and_of_two(tmp_path):
+    one, two = make_run(tmp_path / "one" / "grpo"), make_run(tmp_path / "two" / "grpo", steps=30)
+    evaluation.main(["plot", str(one)])
+    assert shows_something(one / "curves.png")
+    evaluation.main(["plot", str(one), str(two), "--out", str(tmp_path / "both.png")])
+    assert shows_something(tmp_path / "both.png")
+    assert len(evaluation.curves([one, two])["reward"]) == 2  # the same name, but two runs
+
+
+def test_plots_that_can_not_be_made(tmp_path):
+    assert "metrics.jsonl" in refused("plot", tmp_path)
+    write(tmp_path / "metrics.jsonl")
+    assert "no step has been logged yet" in refused("plot", tmp_path)
+    assert "--pictures-every" in refused("show", tmp_path)
+
+
+def test_show_puts_the_newest_pictures_on_a_sheet(tmp_path):
+    (tmp_path / "samples").mkdir()
+    for step in range(30):
+        colour = (8 * step, 255 - 8 * step, 90)
+        file = tmp_path / "samples" / f"step-{step}-0.png"
+        Image.new("RGB", (56, 56), colour).save(file)
+        os.utime(file, (step, step))
+    evaluation.main(["show", str(tmp_path)])
+    with Image.open(tmp_path / "samples.png") as sheet:
+        colours = {colour for _, colour in sheet.getcolors(10**6)}
+        assert sheet.size == (4 * 270 + 10, 44 + 6 * 270)  # 24 pictures in 6 rows
+    assert (8 * 29, 255 - 8 * 29, 90) in colours and (8 * 6, 255 - 8 * 6, 90) in colours
+    assert (8 * 5, 255 - 8 * 5, 90) not in colours  # the 25th newest
+
+
+def save_model(folder, **tensors):
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text('{"a": 1}')
+    return folder
+
+
+def test_average_by_hand(tmp_path):
+    # In bf16 1 + 1/128 is exact and 3·(1 + 1/128) is not: adding in fp32 keeps the mean exact.
+    fine = torch.tensor([1 + 1 / 128, 0.0], dtype=torch.bfloat16)
+    models = [save_model(tmp_path / str(i), w=torch.tensor([float(i), -1.0]), b=fine)
+              for i in (1, 2, 6)]
+    evaluation.main(["average", *map(str, models), "--out", str(tmp_path / "mean")])
+    mean = load_file(tmp_path / "mean" / "model.safetensors")
+    assert mean["w"].tolist() == [3.0, -1.0] and mean["b"].dtype == torch.bfloat16
+    assert torch.equal(mean["b"], fine)
+    assert (tmp_path / "mean" / "config.json").read_text() == '{"a": 1}'
+
+
+def test_averages_that_can_not_be_made(tmp_path):
+    one = save_model(tmp_path / "one", w=torch.zeros(2))
+    for name, tensors in (("shape", {"w": torch.zeros(3)}), ("name", {"v": torch.zeros(2)})):
+        other = save_model(tmp_path / name, **tensors)
+        assert "has other tensors" in refused("average", one, other, "--out", tmp_path / f"o{name}")
+    assert "no safetensors" in refused("average", HERE, one, "--out", tmp_path / "out")
+
+
+# ---- with a model ----
+SCENES = "synthetic:grounding?size=56x56&distractors=0-1&reach=0.3-0.5"
+
+
+def run_script(*arguments, ranks=0):
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    command = [sys.executable, *(launcher if ranks else []), str(ROOT / "eval.py"), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout, done.stderr
+
+
+def test_every_option_has_a_place_in_the_help(capsys):
+    for command in ("demo", "run", "metrics", "behaviours", "plot", "show", "average"):
+        with pytest.raises(SystemExit) as stop:
+            evaluation.main([command, "--help"])
+        assert stop.value.code == 0 and command in capsys.readouterr().out
+    for unknown in (["plot", "x", "--colour", "red"], ["fly"], []):
+        with pytest.raises(SystemExit) as stop:
+            evaluation.main(unknown)
+        assert stop.value.code == 2
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Run folders of two untrained tiny models."""
+    import grpo_vl
+    import qwen_vl
+
+    folders = []
+    for seed, name in enumerate(("coldstart", "grpo")):
+        folders.append(make_run(tmp_path_factory.mktemp("runs") / name))
+        tokenizer = qwen_vl.tiny_tokenizer()
+        model = qwen_vl.tiny_model(tokenizer, seed=seed)
+        model.save_pretrained(folders[-1] / "model")
+        tokenizer.save_pretrained(folders[-1] / "model")
+        config = grpo_vl.Config(model="tiny", data=[SCENES], max_tokens=12, checkpointing=False)
+        text = json.dumps(dataclasses.asdict(config))
+        (folders[-1] / "config.json").write_text(text)
+    return folders
+
+
+def test_demo_compares_two_models(runs, tmp_path):
+    out, _ = run_script("demo", *runs, "--samples", 6, "--out", tmp_path)
+    assert "6 samples" in out and "greedy" in out and "sampled" in out
+    table = json.loads((tmp_path / "table.json").read_text())
+    answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").open()]
+    assert len(answers) == 2 * 2 * 6 and table["data"] == [SCENES]
+    for model in ("before", "after"):
+        for mode in ("greedy", "sampled"):
+            rows = [r for r in answers if (r["model"], r["mode"]) == (model, mode)]
+            right = [rewards.correct("grounding", r["completion"], r["answer"]) for r in rows]
+            assert table[model][mode] == sum(right) / 6
+    assert {r["id"].split("-")[2] for r in answers} == {"heldout"}
+    assert shows_something(tmp_path / "curve.png") and shows_something(tmp_path / "rollouts.png")
+    assert not any(runs[1].glob("eval"))  # all went to --out
+
+
+def test_demo_table_by_hand():
+    table = {"samples": 400, "before": {"greedy": 0.25, "sampled": 0.0},
+             "after": {"greedy": 0.5, "sampled": 0.2}}
+    greedy, sampled = evaluation.demo_table(table).splitlines()[2:]
+    # standard errors √(0.25·0.75/400) = 2.165 %, √(0.25/400) = 2.5 %
+    assert " ".join(greedy.split()) == "greedy 25.0 ± 2.2 % 50.0 ± 2.5 % +25.0 points ×2.00"
+    assert sampled.split()[-2:] == ["points", "-"]
+
+
+def test_demo_needs_models(tmp_path, runs):
+    assert "finish the run" in refused("demo", tmp_path, runs[1])
+
+
+def test_run_answers_and_scores_on_two_ranks(runs, tmp_path):
+    out, beside = run_script("run", "--model", runs[0] / "model", "--task", "grounding", "--data",
+                             SCENES, "--out", tmp_path, "--samples", 5, "--max-tokens", 8,
+                             "--samples-per-question", 2, ranks=2)
+    got = json.loads(out)
+    rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").open()]
+    assert got["samples"] == len(rows) == 10 and len({row["id"] for row in rows}) == 5
+    assert "Perception-R1 2B" in beside and "measured here" in beside
+    again = evaluation.read_predictions(tmp_path / "predictions.jsonl", answers=True)
+    close(got, **evaluation.score_predictions("grounding", again))
