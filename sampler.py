@@ -364,7 +364,7 @@ PRESETS = {  # of grpo_vl.py: named sets of differences from its defaults
     "pr1-ocr": PR1 | dict(data=("fox:page_ocr_train.json",), steps=357, max_tokens=2048),
     "pr1-detection": PR1 | dict(
         data=("coco:annotations/instances_train2017.json",), steps=7857, max_tokens=2048),
-    "ovr-rl": dict(  # [OVR §3.2, §4.1]; loss: all tokens of the batch, as its base [ORZ code]
+    "ovr-rl": dict(  # [OVR §3.2, §4.1]; the loss as in its base, Open-Reasoner-Zero [ORZ code]
         model="Qwen/Qwen2.5-VL-7B-Instruct", data=("ovr_rl.jsonl",), cold_start="runs/coldstart",
         prompts=512, group=16, scale="batch", loss="dapo", warmup=50, beta2=0.95, steps=900,
         max_tokens=24 * 1024, max_tokens_at=(f"300:{32 * 1024}", f"700:{48 * 1024}"), eval_every=10,

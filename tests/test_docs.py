@@ -78,7 +78,7 @@ def test_sections_are_numbered_as_the_docstring_says():
 
 
 def test_paper_tags_are_known():
-    known = {"PR1", "OVR", "DSM", "DAPO", "DRG", "GSPO", "RLOO"}
+    known = {"PR1", "OVR", "ORZ", "DSM", "DAPO", "DRG", "GSPO", "RLOO"}
     for name in SCRIPTS:
         tags = re.findall(r"\[([A-Z][A-Za-z0-9]+) (?:§|Eq|T\d|Fig|code)", source(name))
         assert set(tags) <= known, name
@@ -96,6 +96,7 @@ def test_help_lists_each_option(module):
 def test_readme_flags_exist():
     options = {"--" + f.name.replace("_", "-") for m in (grpo_vl, sft_coldstart) for f in dataclasses.fields(m.Config)}
     options |= {"--no-checkpointing", "--preset", "--config", "--help", "--seeds", "--nproc"}
+    options |= set(re.findall(r"--[a-z][a-z-]+", source("eval").split('"""')[1]))  # its commands
     used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README.replace("--nproc_per_node", "--nproc")))
     assert used <= options, used - options
 
