@@ -8,7 +8,6 @@ import qwen_vl
 from qwen_vl import Policy, SpecialIds, encode_chat, pack_groups, scatter_BT
 from sampler import Completion, Group, Sampler, inverse_cdf, keyed_uniforms
 
-
 CPU = torch.device("cpu")
 
 
@@ -240,8 +239,7 @@ def test_order_of_groups_does_not_matter(world):
         )
 
 
-def test_varlen_layout_lists_the_keys_of_each_sequence(world):
-    _, _, _, _, prompts = world
+def test_varlen_layout_lists_the_keys_of_each_sequence():
     short = qwen_vl.Prompt([7, 8], qwen_vl.rope_positions([2])[0], 2)
     pack = pack_groups([Group(short, [Completion([1, 2, 3]), Completion([4])]), Group(short, [Completion([5])], 2)])
     layout = qwen_vl.varlen_layout(pack)

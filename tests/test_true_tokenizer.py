@@ -1,6 +1,7 @@
 """Once with Qwen2.5's own vocabulary: real ids, real special tokens, digits one by one."""
 import base64
 import zipfile
+from itertools import pairwise
 
 import pytest
 import ranks
@@ -18,7 +19,7 @@ def merge_parts(token, rank_of, rank):
     """The two pieces whose merge made `token`: byte-pair encoding stopped before rank `rank`."""
     parts = [token[i : i + 1] for i in range(len(token))]
     while len(parts) > 2:
-        ranks_of_pairs = [rank_of.get(a + b, rank) for a, b in zip(parts, parts[1:])]
+        ranks_of_pairs = [rank_of.get(a + b, rank) for a, b in pairwise(parts)]
         best = min(range(len(ranks_of_pairs)), key=ranks_of_pairs.__getitem__)
         assert ranks_of_pairs[best] < rank
         parts[best : best + 2] = [parts[best] + parts[best + 1]]
@@ -65,7 +66,7 @@ def test_ids_are_qwens(tokenizer):
     assert tokenizer.encode("1234") == [16, 17, 18, 19]
     box = '[{"bbox_2d": [12, 34, 560, 789], "label": "red circle"}]'
     assert tokenizer.decode(tokenizer.encode(box)) == box
-    assert [tokenizer.decode(t) for t in tokenizer.encode("[12, 560]")] == list("[12") + [","] + list(" 560]")
+    assert [tokenizer.decode(t) for t in tokenizer.encode("[12, 560]")] == [*"[12", ",", *" 560]"]
 
 
 def test_prompt_sampler_and_trainer_with_true_ids(tokenizer):
