@@ -2,6 +2,7 @@
 import pytest
 import ranks
 import torch
+from conftest import ROOT
 
 import grpo_vl
 import qwen_vl
@@ -108,3 +109,13 @@ def test_a_response_that_cannot_be_learnt_is_refused(alone, tmp_path, response, 
     run = make_run(alone, data=(str(tmp_path / "long.jsonl"),))
     with pytest.raises(ValueError, match=said):
         sft_coldstart.response_tokens(run, run.data[0])
+
+
+def test_the_ovr_preset_takes_two_steps_on_reasoning_traces(alone):
+    """All of the preset's settings (the language model alone, cosine, lr 2e-4) on the tiny model, few samples."""
+    config = sft_coldstart.PRESETS["ovr-coldstart"] | dict(
+        model="tiny", data=(f"traces:{ROOT}/tests/fixtures/data/traces.jsonl",), batch=4)
+    run = make_run(alone, **({name: getattr(sft_coldstart.Config(), name) for name in ("train", "lr", "warmup")} | config))
+    metrics = [sft_coldstart.sft_step(run, step) for step in range(2)]
+    assert run.config.train == "llm" and run.config.lr == 2e-4
+    assert metrics[0]["lr"] == pytest.approx(2e-4 / 50) and metrics[1]["grad_norm"] > 0
