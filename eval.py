@@ -142,8 +142,8 @@ def average_precision(rows, annotations: str = "") -> dict:
             if image is None:
                 raise ValueError("its image is not there, or was answered before")
             seen = row.get("image_size") if annotations else None
-            items = rewards._json(rewards.split_thinking(row["completion"])[0])
-            for thing in map(rewards._object, items if isinstance(items, list) else []):
+            items = rewards.read_json(rewards.split_thinking(row["completion"])[0])
+            for thing in map(rewards.read_object, items if isinstance(items, list) else []):
                 box, label = thing or (None, None)  # a malformed one is None
                 if label and seen:
                     box = datasets.scale(box, seen, (image["width"], image["height"]))

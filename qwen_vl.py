@@ -101,8 +101,7 @@ def patchify(image) -> tuple[torch.Tensor, tuple[int, int, int]]:
     """
     width, height = image.size
     if width % (PATCH * MERGE) or height % (PATCH * MERGE):
-        raise ValueError(
-            f"image is {width}×{height}; both sides must be multiples of {PATCH * MERGE}")
+        raise ValueError(f"image is {width}×{height}; sides must be multiples of {PATCH * MERGE}")
     pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255.0
     pixels = (pixels - np.float32(IMAGE_MEAN)) / np.float32(IMAGE_STD)
     rows, columns = height // PATCH, width // PATCH
@@ -276,8 +275,9 @@ def pack_for_ranks(groups: list, budget: int, special: SpecialIds, ranks) -> lis
     A short rank adds fillers that score no token; a row without images carries a dummy one if
     another rank has images in its turn. ranks: who we are (grpo_vl.Processes).
     """
-    for index, group in enumerate(groups):
-        group.row = sum(len(before.completions) for before in groups[:index])
+    row = 0
+    for group in groups:
+        group.row, row = row, row + len(group.completions)
     packs = [pack_groups(part) for part in split_groups(groups, budget)]
     image_flags = ranks.gather([pack.pixels_ND is not None for pack in packs])
     nothing = Prompt([special.im_start], torch.zeros(3, 1).long(), 1)

@@ -147,7 +147,7 @@ def _truth(task, answer):
             names = dict(zip(COCO_IDS, COCO_NAMES, strict=True))
             pairs = zip(value["target_box"], value["target_id"], strict=True)
             value = [{"bbox_2d": box, "label": names.get(number)} for box, number in pairs]
-        true, form = [_object(item) for item in value], 'a list of {"bbox_2d", "label"}'
+        true, form = [read_object(item) for item in value], 'a list of {"bbox_2d", "label"}'
     readable = None not in true if isinstance(true, list) else true is not None
     _check(readable, f"the true answer in {task} must be {form}, not {answer!r:.200}")
     return true
@@ -199,7 +199,7 @@ def _shapes(text, image_size):
         found = [match.groups() for match in re.finditer(CORNERS, text)]
         boxes = [[float(n) * s for n, s in zip(box, scale, strict=True)] for box in found]
         return boxes, "tokens" if TOKENS.fullmatch(text) else ""
-    items = _json(text)
+    items = read_json(text)
     if _numbers(items, 4):
         return [_numbers(items, 4)], "bare"
     if isinstance(items, list):
@@ -213,7 +213,7 @@ def _shapes(text, image_size):
     return [[float(n) for n in match.groups() if n is not None] for match in found], ""
 
 
-def _json(text):
+def read_json(text):
     """The value of a JSON text, bare or in a ```json fence; None if it is not JSON."""
     text = text.removeprefix("```json").removeprefix("```").removesuffix("```")
     try:
@@ -231,7 +231,7 @@ def _numbers(value, length):
     return [float(n) for n in value] if plain else None
 
 
-def _object(item):
+def read_object(item):
     """(box, label) of {"bbox_2d", "label"}; None without an upright box or without a label."""
     box = _numbers(item.get("bbox_2d"), 4) if isinstance(item, dict) else None
     good = box and box[0] <= box[2] and box[1] <= box[3] and isinstance(item.get("label"), str)
@@ -297,10 +297,10 @@ def _counting(text, true, image_size, truncated, weight, matching, gate=True):
 
 
 def _detection(text, true, image_size, truncated, weight, matching, penalty, components):
-    items = _json(text)
+    items = read_json(text)
     # Labels are COCO's where the true ones are (as released: always), else any.
     coco = matching == "detr" or (true and {label for _, label in true} <= set(COCO_NAMES))
-    pairs = map(_object, items if isinstance(items, list) else [])
+    pairs = map(read_object, items if isinstance(items, list) else [])
     said = [pair for pair in pairs if pair and (not coco or pair[1] in COCO_NAMES)]
     parts = dict.fromkeys(COMPONENTS, 0.0)
     if not true and items == []:
