@@ -1,31 +1,30 @@
 """GRPO on Qwen2.5-VL, top to bottom: sample groups → reward → advantage → clipped loss → step.
 
   python grpo_vl.py                             no GPU: the tiny stand-in, cold start included
-  torchrun --nproc_per_node=2 grpo_vl.py        the same on two processes
   torchrun --nproc_per_node=8 grpo_vl.py        GPUs: Qwen2.5-VL-3B counts shapes in drawn scenes
   torchrun --nproc_per_node=8 grpo_vl.py --data my.jsonl --model Qwen/Qwen2.5-VL-7B-Instruct
 
-§1 config · §2 processes and FSDP2 · §3 samples → prompts · §4 group sampling · §5 rewards →
+§1 config · §2 sharding by FSDP2 · §3 samples → prompts · §4 group sampling · §5 rewards →
 advantages · §6 token log-probs · §7 loss · §8 train_step · §9 logs and pictures · §10 main
-
-[PR1] Perception-R1, arXiv 2504.07954 · [OVR] Open-Vision-Reasoner, 2507.05255
-[DSM] DeepSeekMath, 2402.03300 · [DAPO] 2503.14476 · [DRG] Dr. GRPO, 2503.20783
-[GSPO] 2507.18071 · [RLOO] 2402.14740. Suffixes are shapes: P prompts, G completions a prompt,
-B = P·G rollouts, T completion tokens (padded), S scored tokens of a packed micro-batch.
+[PR1] Perception-R1, arXiv 2504.07954 · [OVR] Open-Vision-Reasoner, 2507.05255 · [DSM] DeepSeekMath,
+2402.03300 · [DAPO] 2503.14476 · [DRG] Dr. GRPO, 2503.20783 · [GSPO] 2507.18071 · [RLOO] 2402.14740.
+Suffixes are shapes: P prompts, G completions a prompt, B = P·G rollouts, T completion tokens
+(padded), S scored tokens of a packed micro-batch.
 
 DEVIATION D1: OVR trains with PPO and a critic (γ = λ = 1, so A_t = R − V(s_t)). Here the mean of
 the group stands in V's place, as in GRPO, and no critic is trained.
 DEVIATION D2: Perception-R1's grounding, counting and OCR rows come from Qwen2-VL-2B, which answers
 in 0–1000. Here Qwen2.5-VL answers every task in pixels of the resized image.
 """
+import contextlib
 import json
 import math
 import os
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
-from datetime import timedelta
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,14 +32,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict as dist_state
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
-from tqdm import tqdm
 
 import data as datasets
 import qwen_vl
 import rewards
 import sampler
 from qwen_vl import Policy, Prompt, SpecialIds, pad_BT, scatter_BT
-from sampler import Group, Sampler, keyed_uniforms
+from rewards import learning_rate, longest
+from sampler import Group, Interrupted, Processes, Sampler, keyed_uniforms, start_processes
 
 
 # §1 ───────────────────────────────────────── config ─────────────────────────────────────────
@@ -52,6 +51,8 @@ class Config:
     # files and drawn worlds, each with an optional :weight
     data: tuple[str, ...] = ("synthetic:counting?size=644x476&objects=2-10",)
     fields: str = ""  # names of the data's fields, e.g. question=problem,answer=solution
+    skip_bad: int = 0  # bad rows to leave out and list, instead of stopping
+    check: bool = False  # list each fault of --data as file:line, images too, and stop
     out: str = "runs/grpo"  # run folder
     cold_start: str = ""  # run folder of the cold start to begin from; run first if missing
     system_prompt: str = qwen_vl.SYSTEM  # system turn [PR1 code: this one]
@@ -59,14 +60,12 @@ class Config:
     min_pixels: int = 56 * 56  # least area of a resized image [PR1 code: 3136]
     max_pixels: int = 1_000_000  # largest area of a resized image [PR1 code: 1000000]
     max_prompt: int = 2048  # longest prompt, tokens; never truncated [PR1 code: 2048]
-    # sampling
     prompts: int = 16  # prompts a step, all ranks [PR1 code: 14; OVR §4.1: 512]
     group: int = 8  # G, completions a prompt [PR1 §4.3: 8; OVR §4.1: 16]
     max_tokens: int = 768  # longest completion [PR1 §4.3: 2048, code: 768; OVR §4.1: 24k]
     max_tokens_at: tuple[str, ...] = ()  # later limits [OVR §4.1: 300:32768 700:49152]
     temperature: float = 1.0  # of sampling and of the scored π [PR1 §4.3, OVR §4.1: 1.0]
     kv_gb: float = 8.0  # memory for keys and values while sampling, GiB a rank
-    # reward and advantage
     reward: str = ""  # path.py:function in place of rewards.score, same arguments
     reward_options: str = "{}"  # JSON for the reward, e.g. {"iou_power": 2}
     overlong: Literal["zero", "keep", "mask", "soft"] = "zero"  # truncated ones [OVR: zero]
@@ -75,7 +74,6 @@ class Config:
     std: Literal["sample", "population"] = "sample"  # over G−1 or G [PR1 code: sample]
     baseline: Literal["mean", "leave_one_out"] = "mean"  # of all or of the others [RLOO]
     dynamic_sampling: int = 0  # rounds to replace groups of equal rewards [DAPO §3.2]
-    # loss
     loss: Literal["grpo", "dapo", "dr_grpo"] = "grpo"  # average over tokens [DSM: grpo]
     ratio: Literal["token", "sequence"] = "token"  # importance ratio [GSPO: sequence]
     clip_low: float = -1.0  # ε below 1; −1: 0.2 [OVR §3.2], sequences 3e-4 [GSPO §5.1]
@@ -84,24 +82,24 @@ class Config:
     kl: Literal["k1", "k2", "k3"] = "k3"  # k2, k3: in the loss; k1: in the reward [PR1: k3]
     inner_steps: int = 1  # µ, optimizer steps on a batch [PR1, OVR: 1]
     tis: float = 0.0  # cap of the weight π_old/π_sampler; 0: off
-    # optimizer
     steps: int = 500  # batches to train on [PR1 code: 357–7900; OVR §4.1: 900]
     lr: float = 1e-6  # AdamW learning rate [PR1 §4.3, OVR §4.1: 1e-6]
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # [OVR; PR1: linear]
     warmup: int = 0  # steps of linear warm-up [PR1 code: 0; OVR §4.1: 50]
     beta2: float = 0.999  # AdamW β₂ [PR1 code: 0.999; OVR §4.1: 0.95]
-    weight_decay: float = 0.0  # AdamW weight decay [PR1, OVR: 0]
     max_norm: float = 1.0  # clip of the gradient's norm [PR1 code: 1.0]
+    max_bad_steps: int = 5  # skipped steps in a row (gradient not finite) that end the run
     freeze_vision: bool = False  # train neither vision tower nor merger [PR1: trains all]
-    # machine and running
     micro_tokens: int = 16384  # tokens of a packed micro-batch
     checkpointing: bool = True  # recompute activations in the backward pass [PR1 code: on]
     offload: bool = False  # sharded weights and optimizer in host memory
+    graphs: bool = True  # sample by captured CUDA graphs
     timeout: int = 3600  # seconds ranks wait for each other; above the longest rollout
     seed: int = 0  # of data order, sampling noise and tiny weights [PR1 code: 42]
     save_every: int = 100  # steps between checkpoints [PR1 code: 100]
     keep: int = 2  # newest checkpoints to keep
     resume: Literal["auto", "never"] = "auto"  # from the newest checkpoint in --out
+    log: Literal["", "wandb", "tensorboard"] = ""  # where metrics go besides metrics.jsonl
     eval_every: int = 0  # steps between held-out evaluations; 0: never [OVR: 10]
     eval_data: tuple[str, ...] = ()  # held-out data; default: the held-out split of --data
     eval_samples: int = 200  # held-out samples
@@ -109,69 +107,36 @@ class Config:
     plan: str = ""  # 8x80: print what each of 8 GPUs of 80 GiB would hold, and stop
 
     def __post_init__(self):
-        sampler.check_options(self)
-        for name, sequence in (("clip_low", 3e-4), ("clip_high", 4e-4)):
+        datasets.check_options(self)
+        for name, of_sequence in (("clip_low", 3e-4), ("clip_high", 4e-4)):
             if getattr(self, name) < 0:
-                object.__setattr__(self, name, 0.2 if self.ratio == "token" else sequence)
+                object.__setattr__(self, name, 0.2 if self.ratio == "token" else of_sequence)
 
 
-def longest(config: Config, step: int) -> int:
-    """The length limit at a step. OVR raises it when the mean length stalls [OVR §4.1]."""
-    later = [pair.split(":") for pair in config.max_tokens_at]
-    return max([config.max_tokens, *(int(limit) for at, limit in later if int(at) <= step)])
-
-
-# §2 ────────────────────────────────── processes and FSDP2 ───────────────────────────────────
-@dataclass(frozen=True)
-class Processes:
-    """Who we are among the ranks, and where tensors live."""
-
-    rank: int
-    world: int
-    device: torch.device
-
-    def gather(self, value: Any) -> list:
-        """A small Python object of every rank, in rank order."""
-        values = [None] * self.world
-        dist.all_gather_object(values, value)
-        return values
-
-
-def start_processes(timeout: int) -> Processes:
-    """torchrun's ranks; without torchrun a world of one, which takes the same path."""
-    rank, world, local = (int(os.environ.get(n, 0)) for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(local)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(seconds=timeout), rank=rank,
-        world_size=max(world, 1), store=None if world else dist.HashStore())
-    return Processes(rank, max(world, 1), torch.device(f"cuda:{local}" if cuda else "cpu"))
-
-
+# §2 ───────────────────────────────────────── FSDP2 ──────────────────────────────────────────
 def shard(policy: Policy, processes: Processes, *, offload: bool = False) -> Policy:
     """fully_shard by hand: vision tower, each decoder layer, and a root with all the rest.
 
     fp32 master weights are cut over all ranks; a unit gathers a bf16 copy (fp32 on CPU) to compute
-    with; gradients are reduced in fp32. lm_head stays in the root: ranks run different numbers of
-    its chunks, and a unit of its own would gather once a chunk.
+    with; gradients are reduced in fp32. lm_head stays in the root: ranks run it unequally often.
     """
-    how = {"mesh": dist.init_device_mesh(processes.device.type, (processes.world,))}
+    mesh = dist.init_device_mesh(processes.device.type, (processes.world,))
+    how = {"mesh": mesh} | ({"offload_policy": CPUOffloadPolicy()} if offload else {})
     if processes.device.type == "cuda":
         how["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
-    if offload:
-        how["offload_policy"] = CPUOffloadPolicy()
     for unit in [policy.vision, *policy.decoder.layers, policy]:
         fully_shard(unit, **how)
     return policy
 
 
-def load_policy(source: str, processes: Processes, config, *, freeze_vision: bool = False):
+def load_policy(source: str, processes: Processes, config, *, freeze_vision=False, dtype=None):
     """(sharded policy, tokenizer, special ids). Rank 0 reads the weights and broadcasts them."""
     model, tokenizer = qwen_vl.load(source, weights=processes.rank == 0, seed=config.seed)
     special = SpecialIds.read(tokenizer, model.config)
     policy = Policy(model, special.banned_V, checkpointing=config.checkpointing)
     policy.vision.requires_grad_(not freeze_vision)
+    for parameter in policy.parameters():  # fp32 if trained: bf16 loses most updates of lr 1e-6
+        parameter.data = parameter.data.to(dtype or torch.float32)
     full = policy.state_dict() if processes.rank == 0 else {}
     shard(policy, processes, offload=config.offload)  # moves weights and buffers to the device
     how = dist_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
@@ -183,28 +148,53 @@ def load_policy(source: str, processes: Processes, config, *, freeze_vision: boo
 def make_prompt(run: "Run", sample: datasets.Sample) -> Prompt:
     """The paper's prompt for the sample's task, tokenised with its images. Never truncated."""
     text = rewards.prompt(sample.task, sample.question, think=run.config.think)
-    prompt = qwen_vl.encode_chat(run.tokenizer, run.special, text, sample.images,
-                                 sample.system or run.config.system_prompt)
-    if len(prompt.ids) > run.config.max_prompt:
-        raise ValueError(
-            f"sample {sample.id}: its prompt has {len(prompt.ids)} tokens, --max-prompt is "
-            f"{run.config.max_prompt}; raise it, or lower --max-pixels")
+    system, most = sample.system or run.config.system_prompt, run.config.max_prompt
+    prompt = qwen_vl.encode_chat(run.tokenizer, run.special, text, sample.images, system)
+    if len(prompt.ids) > most:
+        raise datasets.DataError(f"sample {sample.id}: its prompt has {len(prompt.ids)} tokens, "
+                                 f"--max-prompt is {most}; raise it, or lower --max-pixels")
     return prompt
 
 
 # §4 ────────────────────────────────────── group sampling ────────────────────────────────────
+def draw_groups(run: "Run", count: int) -> list[Group]:
+    """This rank's share of the next draws; a thread decodes the ones after them meanwhile."""
+    def prepare(first):
+        draws = range(first + run.processes.rank, first + count, run.processes.world)
+        drawn = [(run.data[draw], draw) for draw in draws]
+        return [Group(make_prompt(run, s), [], sample=s, draw=draw) for s, draw in drawn]
+
+    for first in (run.cursor, run.cursor + count):
+        if first not in run.ahead:
+            run.ahead[first] = run.thread.submit(prepare, first)
+    groups = run.ahead.pop(run.cursor).result()
+    run.drawn = [group.sample.id for group in groups]
+    run.cursor += count
+    return groups
+
+
 def sample_groups(run: "Run", step: int, attempt: int = 0) -> list[Group]:
-    """This rank's share of the next draws, every world-th one, with G completions each."""
-    config, ranks = run.config, run.processes
-    draws = range(run.cursor + ranks.rank, run.cursor + config.prompts, ranks.world)
-    samples = [run.data[draw] for draw in draws]
-    prompts = [make_prompt(run, sample) for sample in samples]
-    keys = [f"{sample.id}/{attempt}" if attempt else sample.id for sample in samples]
-    limit = longest(config, step)
+    """This rank's next groups, G scored completions each. Noise is keyed by sample and attempt."""
+    config, limit = run.config, longest(run.config, step)
+    groups = draw_groups(run, config.prompts)
+    keys = [group.sample.id + f"/{attempt}" * (attempt > 0) for group in groups]
     noise = [keyed_uniforms(config.seed, step, key, config.group, limit) for key in keys]
-    completions = run.sampler.generate(prompts, noise, limit, config.temperature)
-    return [Group(prompt, done, sample=sample, draw=draw)
-            for prompt, done, sample, draw in zip(prompts, completions, samples, draws)]
+    prompts = [group.prompt for group in groups]
+    sampled = run.sampler.generate(prompts, noise, limit, config.temperature)
+    for group, completions in zip(groups, sampled):
+        group.completions = completions
+    score_groups(run, step, groups)
+    return groups
+
+
+def unless_interrupted(run: "Run", work, *arguments):
+    """work(*arguments); if any rank was told to stop meanwhile, all of them raise Interrupted."""
+    outcome = None
+    with contextlib.suppress(Interrupted):
+        outcome = work(*arguments)
+    if any(run.processes.gather(run.sampler.interrupted())):
+        raise Interrupted
+    return outcome
 
 
 # §5 ──────────────────────────────── rewards → advantages ────────────────────────────────────
@@ -225,21 +215,16 @@ def score_groups(run: "Run", step: int, groups: list[Group]) -> None:
 
 
 def group_advantages(rewards_PG, *, scale="group", std="sample", baseline="mean", eps=1e-4):
-    """How much better a completion is than its group: advantages_PG, fp32.
-
-    rewards_PG holds the whole global batch. A group of equal rewards gets zeros. G = 1 is defined:
-    there is no std to divide by, so `mean` gives 0 and `leave_one_out` the reward itself.
-    """
-    if scale not in ("group", "batch", "none") or std not in ("sample", "population"):
-        raise ValueError(f"scale={scale!r}, std={std!r}: see --scale and --std for the choices")
-    rewards_PG = rewards_PG.float()
-    size = rewards_PG.shape[1]
+    """How much better than its group: advantages_PG, fp32, from the global batch's rewards_PG.
+    Equal rewards give zeros; G = 1: `mean` gives 0, `leave_one_out` the reward itself."""
+    if (scale not in ("group", "batch", "none") or std not in ("sample", "population")
+            or baseline not in ("mean", "leave_one_out")):
+        raise ValueError(f"scale={scale!r}, std={std!r}, baseline={baseline!r}: see their options")
+    rewards_PG, size = rewards_PG.float(), rewards_PG.shape[1]
     if baseline == "mean":  # b_i = 1/G · Σ_j r_j  [DSM §4.1.2]
         baseline_PG = rewards_PG.mean(1, keepdim=True)
-    elif baseline == "leave_one_out":  # b_i = 1/(G−1) · Σ_{j≠i} r_j  [RLOO]
+    else:  # b_i = 1/(G−1) · Σ_{j≠i} r_j  [RLOO]
         baseline_PG = (rewards_PG.sum(1, keepdim=True) - rewards_PG) / max(size - 1, 1)
-    else:
-        raise ValueError(f"baseline={baseline!r}: choose mean or leave_one_out")
     advantages_PG = rewards_PG - baseline_PG
     dims, count = (1, size) if scale == "group" else ((0, 1), rewards_PG.numel())
     # A_i = (r_i − b_i) / (std(r) + ε)  [DSM §4.1.2]; Dr. GRPO leaves the division out [DRG §3.2]
@@ -253,14 +238,11 @@ def group_advantages(rewards_PG, *, scale="group", std="sample", baseline="mean"
 def collect_groups(run: "Run", step: int) -> tuple[list[Group], dict[int, list[float]]]:
     """This rank's scored groups, and {draw: its G rewards} of all ranks in global order.
 
-    Dynamic sampling [DAPO §3.2]: a group of equal rewards teaches nothing, so draw more until there
-    are enough, keep the first by global order, and train on a short batch if the rounds run out.
+    Dynamic sampling [DAPO §3.2] replaces groups of equal rewards, in a bounded number of rounds.
     """
     config, groups, rewards_of = run.config, [], {}
     for attempt in range(config.dynamic_sampling + 1):
-        new = sample_groups(run, step, attempt)
-        run.cursor += config.prompts
-        score_groups(run, step, new)
+        new = unless_interrupted(run, sample_groups, run, step, attempt)
         if config.dynamic_sampling:
             new = [group for group in new if max(group.rewards) - min(group.rewards) > 1e-6]
         groups += new
@@ -275,25 +257,22 @@ def collect_groups(run: "Run", step: int) -> tuple[list[Group], dict[int, list[f
 # §6 ───────────────────────────────────── token log-probs ────────────────────────────────────
 def reference_logps(run: "Run", packs: list[qwen_vl.Pack], shape) -> torch.Tensor | None:
     """log π_ref of every rollout token [B, T]; None without a reference model (β = 0)."""
-    if run.reference is None:
-        return None
     with torch.no_grad():
-        passes = [(run.reference(pack, run.config.temperature)[0], pack) for pack in packs]
-    return sum(scatter_BT(logp_S, pack, shape) for logp_S, pack in passes)
+        return run.reference and sum(
+            scatter_BT(run.reference(pack, run.config.temperature)[0], pack, shape)
+            for pack in packs)
 
 
 # §7 ─────────────────────────────────────────── loss ─────────────────────────────────────────
-def policy_loss(
-    logp_BT, old_logp_BT, advantages_B, mask_BT, *, loss="grpo", ratio="token", clip_low=0.2,
-    clip_high=0.2, beta=0.0, kl="k3", ref_logp_BT=None, sampler_logp_BT=None, tis_cap=None,
-    norm=None,
-):
+def policy_loss(logp_BT, old_logp_BT, advantages_B, mask_BT, *, loss="grpo", ratio="token",
+                clip_low=0.2, clip_high=0.2, beta=0.0, kl="k3", ref_logp_BT=None,
+                sampler_logp_BT=None, tis_cap=None, norm=None):
     """The clipped objective with its KL term: (loss, stats), stats being name → [sum, count].
 
-    norm: the average's denominator over the global batch, so that micro-batches and ranks add up to
-    one gradient (sequences; tokens; sequences · longest length); else the batch at hand counts.
-    On policy old = logp.detach(): every ratio is 1, no clip is active. The loss is then −mean(A),
-    about 0, but its gradient −mean(A·∇log π) is not.
+    norm: the denominator over the global batch (sequences; tokens; sequences · longest length), so
+    that micro-batches and ranks add up to one gradient; without it the batch at hand counts.
+    On policy every ratio is 1 and no clip active: the loss −mean(A) is about 0, but its gradient
+    −mean(A·∇log π) is not.
     """
     shapes = [tuple(x.shape) for x in (logp_BT, old_logp_BT, mask_BT)]
     if len(set(shapes)) > 1 or len(advantages_B) != len(logp_BT):
@@ -359,6 +338,9 @@ class Run:
     eval_data: datasets.Mixture
     reward: Any
     cursor: int = 0  # draws consumed so far
+    ahead: dict = field(default_factory=dict)  # first draw: the batch that the thread prepares
+    thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    drawn: list = field(default_factory=list)  # ids of the batch at hand, for reports
 
 
 def train_step(run: Run, step: int) -> dict:
@@ -382,8 +364,8 @@ def train_step(run: Run, step: int) -> dict:
 
     # 4. Advantages A_i from the rewards of the whole global batch; this rank's rows of them.
     rewards_PG = torch.tensor(list(rewards_of.values())).view(len(rewards_of), config.group)
-    advantages_PG = group_advantages(
-        rewards_PG, scale=config.scale, std=config.std, baseline=config.baseline)
+    how = {name: getattr(config, name) for name in ("scale", "std", "baseline")}
+    advantages_PG = group_advantages(rewards_PG, **how)
     own_P = [list(rewards_of).index(group.draw) for group in groups]
     advantages_B = advantages_PG[own_P].flatten().to(ranks.device)
 
@@ -441,17 +423,10 @@ def add_sums(sums: dict, stats: dict, **pairs) -> None:
         sums[name] = sums.get(name, 0) + torch.tensor([float(x) for x in pair], dtype=torch.float64)
 
 
-def learning_rate(config, step: int) -> float:
-    """Linear warm-up, then constant, linear to 0, or cosine to 0."""
-    done = (step - config.warmup) / max(config.steps - config.warmup, 1)
-    shape = {"constant": 1, "linear": 1 - done, "cosine": 0.5 + 0.5 * math.cos(math.pi * done)}
-    return config.lr * ((step + 1) / config.warmup if done < 0 else shape[config.schedule])
-
-
 def optimizer_step(run: Run, step: int) -> float:
     """Clip, step, clear; a gradient that is not finite is dropped. Returns the norm before."""
     norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), run.config.max_norm)
-    norm = getattr(norm, "full_tensor", lambda: norm)()
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(run.config, step)
     if torch.isfinite(norm):
@@ -479,29 +454,26 @@ def step_metrics(run: Run, step: int, rollouts, rewards_PG, sums: dict, clock: l
         "zero_variance": (spread_P < 1e-6).float().mean().item(),
         **{name: (pair[0] / pair[1].clamp(min=1e-9)).item() for name, pair in totals.items()},
         "lr": learning_rate(run.config, step), "cursor": run.cursor,
-        **{f"seconds/{name}": after - before for name, before, after in seconds},
-    }
+        **{f"seconds/{name}": after - before for name, before, after in seconds}}
 
 
 def evaluate(run: Run, max_tokens: int) -> tuple[list[dict], dict[str, float]]:
-    """Held-out samples answered greedily and at T = 1: (a row an answer, each mode's accuracy).
-
-    Accuracy is of the answer alone, without points for format (see rewards.correct).
-    """
+    """Held-out samples, greedily and at T = 1: (a row an answer, accuracy of the answers alone)."""
     ranks, rows, count = run.processes, [], min(run.config.eval_samples, len(run.eval_data))
     samples = [run.eval_data.at(i) for i in range(ranks.rank, count, ranks.world)]
     prompts = [make_prompt(run, sample) for sample in samples]
     noise = [keyed_uniforms(0, 0, f"eval {s.id}", 1, max_tokens) for s in samples]
     for mode, keyed in (("greedy", None), ("sampled", noise)):
-        for s, (c,) in zip(samples, run.sampler.generate(prompts, keyed, max_tokens)):
+        answers = unless_interrupted(run, run.sampler.generate, prompts, keyed, max_tokens)
+        for s, (c,) in zip(samples, answers):
             text = qwen_vl.decode(run.tokenizer, run.special, c.tokens)
             right = rewards.correct(s.task, text, s.answer, s.image_size, think=run.config.think)
-            rows.append(dict(id=s.id, task=s.task, mode=mode, question=s.question, completion=text,
-                             answer=s.answer, image_size=s.image_size, correct=right))
+            about = dict(id=s.id, task=s.task, question=s.question, answer=s.answer)
+            rows.append(about | {"image_size": s.image_size, "mode": mode, "completion": text,
+                                 "correct": right})
     rows = [row for part in ranks.gather(rows) for row in part]
-    right = {f"eval/{mode}": [row["correct"] for row in rows if row["mode"] == mode]
-             for mode in ("greedy", "sampled")}
-    return rows, {name: sum(values) / len(values) for name, values in right.items()}
+    return rows, {f"eval/{mode}": sum(row["correct"] for row in rows if row["mode"] == mode) / count
+                  for mode in ("greedy", "sampled")}
 
 
 def save_rollouts(run: Run, step: int, groups: list[Group]) -> None:
@@ -509,8 +481,8 @@ def save_rollouts(run: Run, step: int, groups: list[Group]) -> None:
     folder, rows = Path(run.config.out) / "samples", []
     folder.mkdir(parents=True, exist_ok=True)
     for s, group in [(group.sample, group) for group in groups[:4]]:
-        rows += [dict(id=s.id, task=s.task, question=s.question, text=c.text, answer=s.answer,
-                      reward=c.reward) for c in group.completions]
+        about = dict(id=s.id, task=s.task, question=s.question, answer=s.answer)
+        rows += [about | {"text": c.text, "reward": c.reward} for c in group.completions]
         best = max(group.completions, key=lambda c: c.reward).text
         said = rewards.parse_boxes(best) or rewards.parse_points(best)
         if s.images:
@@ -523,50 +495,68 @@ def save_rollouts(run: Run, step: int, groups: list[Group]) -> None:
 def prepare(config, processes: Processes, source: str, *, freeze_vision=False, beta=0.0, reward=""):
     """Load, shard, and build all that a run needs; `source` is the checkpoint to begin with."""
     policy, tokenizer, special = load_policy(source, processes, config, freeze_vision=freeze_vision)
-    reference = load_policy(source, processes, config)[0].requires_grad_(False) if beta else None
     dtype = torch.bfloat16 if processes.device.type == "cuda" else torch.float32
-    copy = Sampler(policy.model, special, device=processes.device, dtype=dtype, kv_gb=config.kv_gb)
-    trained = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained, lr=config.lr, betas=(0.9, config.beta2), weight_decay=config.weight_decay)
-    how = {name: getattr(config, name) for name in ("seed", "min_pixels", "max_pixels", "fields")}
-    data = datasets.open_data(config.data, split="train", **how)
-    heldout = datasets.open_data(config.eval_data or config.data, split="heldout", **how)
-    return Run(config, processes, policy, reference, tokenizer, special, copy, optimizer, data,
-               heldout, rewards.load(reward))
+    reference = load_policy(source, processes, config, dtype=dtype)[0] if beta else None
+    copy = Sampler(policy.model, special, device=processes.device, dtype=dtype, kv_gb=config.kv_gb,
+                   graphs=config.graphs and dtype == torch.bfloat16, keep_features=freeze_vision)
+    trained, betas = [p for p in policy.parameters() if p.requires_grad], (0.9, config.beta2)
+    optimizer = torch.optim.AdamW(trained, betas=betas, weight_decay=0)  # [PR1, OVR: 0]
+    specs = {"train": config.data, "heldout": config.eval_data or config.data}
+    opened = [datasets.open_data(specs[s], split=s, **data_options(config)) for s in specs]
+    return Run(config, processes, policy, reference, tokenizer, special, copy, optimizer, *opened,
+               rewards.load(reward))
+
+
+def data_options(config) -> dict:
+    names = ("seed", "min_pixels", "max_pixels", "fields", "skip_bad")
+    return {name: getattr(config, name) for name in names}
 
 
 def train(run: Run, one_step, *, eval_tokens: int, seconds: float = math.inf) -> None:
-    """The loop around one_step(run, step) → metrics: resume, log, evaluate, save, export."""
-    config, folder, ranks, first = run.config, Path(run.config.out), run.processes, 0
-    folder.mkdir(parents=True, exist_ok=True)
-    if config.resume == "auto" and (found := sampler.find_checkpoints(folder)):
-        state = sampler.load_checkpoint(found[-1], run.policy, run.optimizer)
-        first, run.cursor = state["step"], state["cursor"]
+    """The loop around one_step(run, step) → metrics: resume, log, evaluate, save, export.
+
+    Told to stop (SIGTERM, Ctrl-C), it saves the last completed step and returns.
+    """
+    config, folder, ranks = run.config, Path(run.config.out), run.processes
+    state = sampler.resume(config, run.policy, run.optimizer)
+    run.cursor, bad_steps, stop, last = state["cursor"], 0, False, state["step"] >= config.steps
     run.sampler.refresh(run.policy)
-    if ranks.rank == 0:
-        (folder / "config.json").write_text(json.dumps(asdict(config), indent=2))
+    run.sampler.interrupted = sampler.watch_signals()
+    log = sampler.RunLog(config, rewards.symptoms) if ranks.rank == 0 else None
     started = time.perf_counter()
-    bar = tqdm(desc=folder.name, initial=first, total=config.steps, disable=ranks.rank > 0)
-    for step in range(first, config.steps):
-        metrics = one_step(run, step)
-        metrics["seconds/total"] = max(ranks.gather(time.perf_counter() - started))
-        last = step + 1 == config.steps or metrics["seconds/total"] > seconds
-        if config.eval_every and ((step + 1) % config.eval_every == 0 or last):
-            run.sampler.refresh(run.policy)
-            metrics |= evaluate(run, eval_tokens)[1]
-        if ranks.rank == 0:
-            with open(folder / "metrics.jsonl", "a") as log:
-                print(json.dumps(metrics), file=log)
-        shown = {n: f"{metrics[n]:.3f}" for n in ("reward", "loss", "length") if n in metrics}
-        bar.set_postfix(shown, refresh=False)
-        bar.update()
-        if (step + 1) % config.save_every == 0 or last:
-            state = {"step": step + 1, "cursor": run.cursor}
-            sampler.save_checkpoint(folder, run.policy, run.optimizer, state, config.keep)
-        if last:
+    while not (stop or last or bad_steps == config.max_bad_steps):
+        try:
+            metrics = one_step(run, state["step"])
+        except Interrupted:  # nothing of this step has touched the weights
             break
-    sampler.export(folder / "model", run.policy, run.tokenizer, config.model)
+        state = {"step": state["step"] + 1, "cursor": run.cursor}
+        metrics["seconds/total"] = max(ranks.gather(time.perf_counter() - started))
+        last = state["step"] == config.steps or metrics["seconds/total"] > seconds
+        if config.eval_every and (state["step"] % config.eval_every == 0 or last):
+            run.sampler.refresh(run.policy)
+            with contextlib.suppress(Interrupted):  # seen again below
+                metrics |= evaluate(run, eval_tokens)[1]
+        bad_steps = 0 if math.isfinite(metrics["grad_norm"]) else bad_steps + 1
+        if bad_steps:  # the optimizer left this step out
+            metrics["skipped_samples"] = [name for part in ranks.gather(run.drawn) for name in part]
+        if log:
+            log.add(metrics)
+        stop = any(ranks.gather(run.sampler.interrupted()))
+        if state["step"] % config.save_every == 0:
+            sampler.save_checkpoint(folder, run.policy, run.optimizer, state, config.keep)
+    sampler.save_checkpoint(folder, run.policy, run.optimizer, state, config.keep)
+    if bad_steps == config.max_bad_steps:
+        raise SystemExit(f"{bad_steps} steps in a row without a finite gradient, the last one from "
+                         f"{metrics['skipped_samples']}: lower --lr or look at these samples")
+    if last:
+        qwen_vl.export(folder / "model", run.policy, run.tokenizer, config.model)
+
+
+def run_script(name: str, *arguments: str) -> None:
+    """Another script of this folder, in a process of its own and alone."""
+    alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    script = Path(__file__).with_name(name)
+    subprocess.run([sys.executable, script, *arguments], env=alone, check=True)
 
 
 def ensure_cold_start(config: Config) -> str:
@@ -575,24 +565,24 @@ def ensure_cold_start(config: Config) -> str:
     if config.cold_start and not model.exists() and os.environ.get("RANK", "0") == "0":
         print(f"no cold start in {config.cold_start}: running sft_coldstart.py first", flush=True)
         how = ["--preset", "tiny"] if config.model == "tiny" else ["--model", config.model]
-        command = [sys.executable, Path(__file__).with_name("sft_coldstart.py"), *how]
-        alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-        subprocess.run([*command, "--out", config.cold_start], env=alone, check=True)
+        run_script("sft_coldstart.py", *how, "--out", config.cold_start)
     while config.cold_start and not model.exists():  # other ranks wait; it appears by one rename
         time.sleep(1)
     return str(model) if config.cold_start else config.model
 
 
 def main(arguments: list[str] | None = None) -> None:
-    config = sampler.parse_config(Config, arguments, sampler.PRESETS, __doc__)
+    gpu = torch.cuda.is_available()
+    config = datasets.parse_config(Config, arguments, rewards.PRESETS, __doc__, gpu)
     if config.plan:
-        return print(sampler.memory_plan(config, qwen_vl.load(config.model, weights=False)[0]))
+        return run_script("eval.py", "plan", json.dumps(asdict(config)))
+    if config.check:  # faults and exit status 1, or nothing and 0
+        sys.exit("\n".join(datasets.check(config.data, **data_options(config))) or 0)
     source = ensure_cold_start(config)
-    processes = start_processes(config.timeout)
-    run = prepare(config, processes, source, freeze_vision=config.freeze_vision, beta=config.beta,
-                  reward=config.reward)
-    train(run, train_step, eval_tokens=config.max_tokens)
-    sampler.leave()
+    how = {name: getattr(config, name) for name in ("freeze_vision", "beta", "reward")}
+    with sampler.one_run():
+        run = prepare(config, start_processes(config.timeout), source, **how)
+        train(run, train_step, eval_tokens=config.max_tokens)
 
 
 if __name__ == "__main__":

@@ -1,30 +1,31 @@
 """Qwen2.5-VL as a policy: text and image in, log-probabilities of completions out.
 
-Read in this order:
-  §1 special ids        which tokens stop a completion, which ones may never be sampled
-  §2 image and prompt   an image becomes patches, a chat becomes ids and M-RoPE positions
-  §3 packing            [prompt | completion 1 | … | completion G]: the prompt is paid once
-  §4 attention          a completion sees its prompt and itself, nothing else
-  §5 policy             packed row → log-probability and entropy of each completion token
-  §6 load, tiny         hub checkpoints, local folders, the stand-in that needs no GPU and no hub
+§1 special ids · §2 image and prompt · §3 packing: the prompt is paid once · §4 attention · §5 a
+packed row → log-probabilities, entropies · §6 load, export, the stand-in without GPU and hub
 
 The network itself (weights, norms, MLPs) is Hugging Face's `Qwen2_5_VLForConditionalGeneration`;
-only its two attention forwards are replaced (§4): packing is a statement about attention.
+its two attention forwards are replaced (§4), as packing is a statement about attention, and the
+patch embedding, a convolution that is a matrix product.
 
 Shapes, as suffixes: L packed tokens, S scored completion tokens, P groups in a row, N image
 patches, V vocabulary, D width, H heads, K key/value heads, B rollouts, T longest completion.
 """
 import inspect
 import math
+import shutil
 from dataclasses import dataclass, field, replace
 from functools import partial
 from types import MethodType, SimpleNamespace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.checkpoint import state_dict as dist_state
 from torch.utils.checkpoint import checkpoint
+
+from data import DataError
 
 try:  # the GPU extra; PyTorch's own variable-length attention, then masked attention, stand in
     from flash_attn import flash_attn_varlen_func
@@ -44,8 +45,7 @@ SPECIAL_TOKENS = [  # Qwen2.5's 22 added tokens, in order (151643 … 151664 in 
     "<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>",
     "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>", "<tool_call>",
     "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>",
-    "<|repo_name|>", "<|file_sep|>",
-]
+    "<|repo_name|>", "<|file_sep|>"]
 
 
 # §1 ────────────────────────────────────── special ids ───────────────────────────────────────
@@ -64,15 +64,15 @@ class SpecialIds:
 
     @staticmethod
     def read(tokenizer, config) -> "SpecialIds":
-        """Errors: ValueError naming a token that the tokenizer lacks or numbers otherwise."""
+        """Errors: DataError naming a token that the tokenizer lacks or numbers otherwise."""
         names = ("im_start", "im_end", "image_pad", "vision_start", "vision_end", "endoftext")
         vocabulary = tokenizer.get_vocab()
         missing = [f"<|{name}|>" for name in names if f"<|{name}|>" not in vocabulary]
         if missing:
-            raise ValueError(f"the tokenizer lacks {', '.join(missing)}: no Qwen2.5-VL tokenizer")
+            raise DataError(f"the tokenizer lacks {', '.join(missing)}: no Qwen2.5-VL tokenizer")
         ids = [vocabulary[f"<|{name}|>"] for name in names]
         if vocabulary["<|image_pad|>"] != config.image_token_id:
-            raise ValueError(
+            raise DataError(
                 f"<|image_pad|> is {vocabulary['<|image_pad|>']} in the tokenizer and "
                 f"{config.image_token_id} in the model's config: they do not belong together")
         # A sampled placeholder would be taken for an image slot by the next forward pass; and
@@ -126,14 +126,13 @@ def rope_positions(kinds: list, start: int = 0) -> tuple[torch.Tensor, int]:
             start += kind
         else:
             rows, columns = kind[1] // MERGE, kind[2] // MERGE
-            row = torch.arange(rows).repeat_interleave(columns)
-            column = torch.arange(columns).repeat(rows)
+            row, column = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).T
             parts.append(start + torch.stack([torch.zeros_like(row), row, column]))
             start += max(rows, columns)
     return torch.cat(parts, dim=1), start
 
 
-@dataclass(frozen=True)
+@dataclass
 class Prompt:
     """One chat turn, ready for the model. Image slots are already expanded in `ids`."""
 
@@ -143,6 +142,7 @@ class Prompt:
     image_slots: list[int] = field(default_factory=list)  # indices of ids that are image tokens
     pixels_ND: torch.Tensor | None = None
     grids: tuple = ()  # one (1, h, w) an image, in patches
+    features_ID: torch.Tensor | None = None  # a frozen tower's, kept by the sampler for training
 
 
 def encode_chat(tokenizer, special: SpecialIds, text: str, images=(), system=SYSTEM) -> Prompt:
@@ -154,10 +154,9 @@ def encode_chat(tokenizer, special: SpecialIds, text: str, images=(), system=SYS
     plain = partial(tokenizer.encode, add_special_tokens=False, split_special_tokens=True)
     newline, start, end = plain("\n"), [special.im_start], [special.im_end]
     ids = start + plain(f"system\n{system}") + end + newline + start + plain("user\n")
-    kinds, slots, pixels, grids = [], [], [], []
-    text_since = 0
-    for image in images:
-        patches_ND, grid = patchify(image)
+    kinds, slots, text_since = [], [], 0
+    pixels, grids = zip(*map(patchify, images)) if images else ((), ())
+    for grid in grids:
         count = grid[1] * grid[2] // MERGE**2
         ids += [special.vision_start]
         kinds += [len(ids) - text_since, grid]
@@ -165,12 +164,10 @@ def encode_chat(tokenizer, special: SpecialIds, text: str, images=(), system=SYS
         ids += [special.image_pad] * count
         text_since = len(ids)
         ids += [special.vision_end]
-        pixels.append(patches_ND)
-        grids.append(grid)
     ids += plain(text) + end + newline + start + plain("assistant\n")
     positions_3L, next_position = rope_positions([*kinds, len(ids) - text_since])
     pixels_ND = torch.cat(pixels) if pixels else None
-    return Prompt(ids, positions_3L, next_position, slots, pixels_ND, tuple(grids))
+    return Prompt(ids, positions_3L, next_position, slots, pixels_ND, grids)
 
 
 # §3 ──────────────────────────────────────── packing ─────────────────────────────────────────
@@ -189,6 +186,7 @@ class Pack:
     image_slots: torch.Tensor  # indices into L, in the order of the image features
     pixels_ND: torch.Tensor | None
     grids_I3: torch.Tensor | None
+    features_ID: torch.Tensor | None = None  # in place of pixels, where they are known
     attention: dict = field(default_factory=dict)  # §4's index tensors, from `prepare_attention`
 
     def to(self, device) -> "Pack":
@@ -204,19 +202,18 @@ def split_groups(groups: list, budget: int) -> list[list]:
     A group over the budget is split and its prompt repeated; a prompt with one completion over the
     budget stands alone (nothing is ever dropped here).
     """
-
-    def piece(group, first, last):
-        return replace(group, completions=group.completions[first:last], row=group.row + first)
-
     pieces = []
     for group in groups:
-        first, used = 0, len(group.prompt.ids)
+        room = budget - len(group.prompt.ids)
+        starts, used = [0], 0
         for i, completion in enumerate(group.completions):
-            if i > first and used + len(completion.tokens) > budget:
-                pieces.append(piece(group, first, i))
-                first, used = i, len(group.prompt.ids)
             used += len(completion.tokens)
-        pieces.append(piece(group, first, None))
+            if used > room and i > starts[-1]:
+                starts.append(i)
+                used = len(completion.tokens)
+        for first, end in zip(starts, [*starts[1:], None]):
+            part = group.completions[first:end]
+            pieces.append(replace(group, completions=part, row=group.row + first))
     micro_batches, filled = [], math.inf
     for part in pieces:
         tokens = len(part.prompt.ids) + sum(len(c.tokens) for c in part.completions)
@@ -252,14 +249,14 @@ def pack_groups(groups: list) -> Pack:
             segment += [number + 1] * length
             positions.append(rope_positions([length], prompt.next_position)[0])
         group_of += [index] * (len(ids) - start)
-    with_image = [group.prompt for group in groups if group.prompt.pixels_ND is not None]
     lists = (group_of, segment, source, target, row, column, slots)
-    tensors = [torch.tensor(x).long() for x in lists]
+    known = [group.prompt.features_ID for group in groups if group.prompt.features_ID is not None]
+    unknown = [group.prompt for group in groups if group.prompt.grids and not known]
     return Pack(
-        torch.tensor(ids), torch.cat(positions, dim=1), *tensors,
-        torch.cat([prompt.pixels_ND for prompt in with_image]) if with_image else None,
-        torch.tensor([g for p in with_image for g in p.grids]) if with_image else None,
-    )
+        torch.tensor(ids), torch.cat(positions, dim=1), *(torch.tensor(x).long() for x in lists),
+        torch.cat([prompt.pixels_ND for prompt in unknown]) if unknown else None,
+        torch.tensor([g for p in unknown for g in p.grids]) if unknown else None,
+        torch.cat(known) if known else None)
 
 
 def ensure_image(pack: Pack) -> None:
@@ -302,17 +299,14 @@ def pad_BT(rows: list[list[float]]) -> torch.Tensor:
 
 # §4 ─────────────────────────────────────── attention ────────────────────────────────────────
 # Token i attends to j ≤ i with group(j) = group(i) and segment(j) ∈ {0, segment(i)}: the prompt and
-# its own completion.
-# Two ways to compute the same thing:
+# its own completion. Two ways to compute the same thing:
 #   mask    (CPU, reference) groups side by side in a padded batch [P, longest group], one SDPA call
 #   varlen  (CUDA) each prompt and each completion is a sequence of queries; a completion's keys are
 #           gathered as prompt + completion, causal aligned at the bottom right, one call a layer
 def prepare_attention(pack: Pack, device: torch.device) -> Pack:
     """Fill `pack.attention`, once for all layers, and move the row to the device."""
-    if device.type == "cuda" and (flash_attn_varlen_func or varlen_attn):
-        pack.attention = varlen_layout(pack)
-    else:
-        pack.attention = mask_layout(pack)
+    varlen = device.type == "cuda" and (flash_attn_varlen_func or varlen_attn)
+    pack.attention = varlen_layout(pack) if varlen else mask_layout(pack)
     return pack.to(device)
 
 
@@ -327,36 +321,22 @@ def mask_layout(pack: Pack) -> dict:
     key, query = segment_PL[:, None, :], segment_PL[:, :, None]
     causal_LL = place_L[:, None] >= place_L[None, :]
     seen_PLL = causal_LL & ((key == 0) | (key == query))  # empty places see each other
-    return {
-        "gather_PL": gather_PL,
-        "mask_P1LL": seen_PLL[:, None],
-        "scatter_L": torch.nonzero(filled_PL.flatten()).squeeze(1),
-    }
+    return {"gather_PL": gather_PL, "mask_P1LL": seen_PLL[:, None],
+            "scatter_L": torch.nonzero(filled_PL.flatten()).squeeze(1)}
 
 
 def varlen_layout(pack: Pack) -> dict:
     """Queries stay in place; `key_index` lists each sequence's keys: own prompt, then itself."""
-    border_L = torch.ones(len(pack.ids_L), dtype=torch.bool)
-    border_L[1:] = (pack.group_L.diff() != 0) | (pack.segment_L.diff() != 0)
-    starts = torch.nonzero(border_L).squeeze(1)
-    ends = torch.cat([starts[1:], torch.tensor([len(pack.ids_L)])])
-    keys, key_lengths, prompt = [], [], None
-    for start, end in zip(starts.tolist(), ends.tolist()):
-        own = torch.arange(start, end)
-        if pack.segment_L[start] == 0:
-            prompt = own
-        else:
-            own = torch.cat([prompt, own])
-        keys.append(own)
-        key_lengths.append(len(own))
-    zero = torch.zeros(1, dtype=torch.int32)
-    return {
-        "key_index": torch.cat(keys),
-        "cu_q": torch.cat([zero, (ends - starts).cumsum(0).int()]),
-        "cu_k": torch.cat([zero, torch.tensor(key_lengths).cumsum(0).int()]),
-        "max_q": int((ends - starts).max()),
-        "max_k": max(key_lengths),
-    }
+    sequences, keys, prompt = pack.group_L * (pack.segment_L.max() + 1) + pack.segment_L, [], None
+    lengths = torch.unique_consecutive(sequences, return_counts=True)[1]
+    for own in torch.arange(len(sequences)).split(lengths.tolist()):
+        in_prompt = pack.segment_L[own[0]] == 0
+        prompt = own if in_prompt else prompt
+        keys.append(own if in_prompt else torch.cat([prompt, own]))
+    key_lengths = torch.tensor([len(index) for index in keys])
+    cu_q, cu_k = (F.pad(x.cumsum(0), (1, 0)).int() for x in (lengths, key_lengths))
+    return {"key_index": torch.cat(keys), "cu_q": cu_q, "cu_k": cu_k,
+            "max_q": int(lengths.max()), "max_k": int(key_lengths.max())}
 
 
 def varlen_attention(q_LHd, k_LKd, v_LKd, cu_q, cu_k, max_q: int, max_k: int, *, causal: bool):
@@ -366,10 +346,8 @@ def varlen_attention(q_LHd, k_LKd, v_LKd, cu_q, cu_k, max_q: int, max_k: int, *,
     repeats = q_LHd.shape[1] // k_LKd.shape[1]
     if repeats > 1:  # torch 2.11 has no enable_gqa here; the gathered keys are small
         k_LKd, v_LKd = (x.repeat_interleave(repeats, dim=1) for x in (k_LKd, v_LKd))
-    if "window_size" in inspect.signature(varlen_attn).parameters:
-        how = {"window_size": (-1, 0) if causal else (-1, -1)}
-    else:  # before torch 2.11 or so
-        how = {"is_causal": causal}
+    old = "is_causal" in inspect.signature(varlen_attn).parameters  # before torch 2.11
+    how = {"is_causal": causal} if old else {"window_size": (-1, 0 if causal else -1)}
     return varlen_attn(q_LHd, k_LKd, v_LKd, cu_q, cu_k, max_q, max_k, **how)
 
 
@@ -379,10 +357,9 @@ def shared_prefix_attention(q_LHd, k_LKd, v_LKd, layout: dict) -> torch.Tensor:
         index = layout["key_index"]
         borders = (layout[name] for name in ("cu_q", "cu_k", "max_q", "max_k"))
         return varlen_attention(q_LHd, k_LKd[index], v_LKd[index], *borders, causal=True)
-    # three tensors [P, heads, L, d]
-    side_by_side = [x[layout["gather_PL"]].transpose(1, 2) for x in (q_LHd, k_LKd, v_LKd)]
-    out = F.scaled_dot_product_attention(
-        *side_by_side, attn_mask=layout["mask_P1LL"], enable_gqa=True)
+    index, mask = layout["gather_PL"], layout["mask_P1LL"]
+    side_by_side = [x[index].transpose(1, 2) for x in (q_LHd, k_LKd, v_LKd)]  # [P, heads, L, d]
+    out = F.scaled_dot_product_attention(*side_by_side, attn_mask=mask, enable_gqa=True)
     return out.transpose(1, 2).flatten(0, 1)[layout["scatter_L"]]
 
 
@@ -400,6 +377,19 @@ def decoder_attention(self, hidden_states, position_embeddings, layout: dict, **
     cos, sin = (x[0][:, None] for x in position_embeddings)  # [L, 1, d]
     out_LHd = shared_prefix_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, layout)
     return self.o_proj(out_LHd.flatten(1))[None], None
+
+
+def replace_vision_forwards(vision) -> None:
+    """Our attention in each block, and the patch embedding as the matrix product that it is."""
+    vision.patch_embed.forward = MethodType(patch_embedding, vision.patch_embed)
+    for block in vision.blocks:
+        block.attn.forward = MethodType(vision_attention, block.attn)
+
+
+def patch_embedding(self, pixels_ND):
+    """Replaces a 3-D convolution whose stride is its kernel: one product, many times faster."""
+    weight = self.proj.weight.flatten(1)
+    return F.linear(pixels_ND.to(weight.dtype), weight)
 
 
 def vision_attention(self, hidden_states, cu_seqlens, position_embeddings, **_):
@@ -455,8 +445,7 @@ class Policy(nn.Module):
         super().__init__()
         self.model = model
         self.register_buffer("banned_V", banned_V, persistent=False)
-        for block in self.vision.blocks:
-            block.attn.forward = MethodType(vision_attention, block.attn)
+        replace_vision_forwards(self.vision)
         for layer in self.decoder.layers:
             layer.self_attn.forward = MethodType(decoder_attention, layer.self_attn)
         if checkpointing:  # inside the modules' forward, so inside FSDP's hooks: no extra gathers
@@ -475,12 +464,13 @@ class Policy(nn.Module):
         """(logp_S, entropy_S) of the pack's scored tokens, fp32. `pack.attention` must be set."""
         decoder = self.decoder
         hidden_LD = decoder.embed_tokens(pack.ids_L)
+        features_ID = pack.features_ID
         if pack.pixels_ND is not None:
             features_ID = self.vision(pack.pixels_ND, grid_thw=pack.grids_I3).pooler_output
-            features_ID = features_ID.to(hidden_LD.dtype)
-            count = len(pack.image_slots)  # 0 in a text-only pack with a dummy (see ensure_image)
-            hidden_LD = hidden_LD.index_copy(0, pack.image_slots, features_ID[:count])
             hidden_LD = hidden_LD + 0.0 * features_ID.sum()  # a dummy's gradient exists: FSDP waits
+        if features_ID is not None:
+            features_ID = features_ID[: len(pack.image_slots)].to(hidden_LD.dtype)
+            hidden_LD = hidden_LD.index_copy(0, pack.image_slots, features_ID)  # a dummy has none
         hidden_1LD = hidden_LD[None]
         cos_sin = decoder.rotary_emb(hidden_1LD, pack.positions_3L[:, None])
         for layer in decoder.layers:
@@ -490,11 +480,11 @@ class Policy(nn.Module):
             hidden_SD, self.model.lm_head, pack.target_S, self.banned_V, temperature)
 
 
-# §6 ─────────────────────────────────────── load, tiny ───────────────────────────────────────
+# §6 ────────────────────────────────────── load, export ──────────────────────────────────────
 QWEN_SPLIT = (  # Qwen2.5's pre-tokenizer: words, single digits, punctuation, white space
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+TINY = ("tiny", "tiny-untied")  # names of the stand-in
 TINY_CORPUS = """\
 You are a helpful assistant. system user assistant Output the bounding box of the in the image.
 Output all the bounding boxes of the Please output bbox coordinates and names of OCR this image.
@@ -505,8 +495,7 @@ the answer
 Put your final answer within boxed option letter think answer plus minus times"""
 TINY_FRAGMENTS = (
     '[{"bbox_2d": [', '{"bbox_2d": [', '[{"point_2d": [', '{"point_2d": [', ", ", '], "label": "',
-    '"}, ', '"}]', "\\boxed{", "<think>", "</think>", "<answer>", "</answer>",
-)
+    '"}, ', '"}]', "\\boxed{", "<think>", "</think>", "<answer>", "</answer>")
 
 
 def tiny_tokenizer():
@@ -519,10 +508,9 @@ def tiny_tokenizer():
     from transformers import PreTrainedTokenizerFast
 
     core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    split = pre_tokenizers.Split(Regex(QWEN_SPLIT), "isolated")
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     core.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
@@ -550,16 +538,13 @@ def tiny_model(tokenizer, *, tied: bool = True, seed: int = 0, hidden: int = 128
             num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-6, initializer_range=0.06,
             max_position_embeddings=4096, tie_word_embeddings=tied,
             rope_parameters=dict(rope_type="default", rope_theta=10_000.0, mrope_section=[4, 6, 6]),
-            bos_token_id=ids["<|endoftext|>"], eos_token_id=ids["<|im_end|>"],
-        ),
+            bos_token_id=ids["<|endoftext|>"], eos_token_id=ids["<|im_end|>"]),
         vision_config=dict(
             depth=3, hidden_size=96, intermediate_size=192, num_heads=4, out_hidden_size=hidden,
-            fullatt_block_indexes=[2], window_size=112, initializer_range=0.06,
-        ),
+            fullatt_block_indexes=[2], window_size=112, initializer_range=0.06),
         image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
         vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
-        tie_word_embeddings=tied,
-    )
+        tie_word_embeddings=tied)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return Qwen2_5_VLForConditionalGeneration(config).float()
@@ -568,26 +553,47 @@ def tiny_model(tokenizer, *, tied: bool = True, seed: int = 0, hidden: int = 128
 def load(name: str, *, weights: bool = True, seed: int = 0):
     """(model in fp32, tokenizer) of "tiny", "tiny-untied", a hub id or a local directory.
 
-    weights=False builds the same modules without reading or touching the weights' memory: what
-    ranks other than 0 need, since rank 0 broadcasts. Weights are read from safetensors only.
-    Errors: ValueError if the checkpoint is not a Qwen2.5-VL.
+    weights=False builds the same modules without touching the weights' memory: for ranks other than
+    0, which broadcasts. Weights are read from safetensors only. Errors: DataError if no Qwen2.5-VL.
     """
-    from transformers import AutoConfig, AutoTokenizer, Qwen2_5_VLForConditionalGeneration
+    from transformers import AutoConfig, AutoTokenizer
+    from transformers import Qwen2_5_VLForConditionalGeneration as Network
     from transformers.initialization import no_init_weights
 
-    if name in ("tiny", "tiny-untied"):
+    if name in TINY:
         tokenizer = tiny_tokenizer()
         return tiny_model(tokenizer, tied=name == "tiny", seed=seed), tokenizer
     config = AutoConfig.from_pretrained(name)
     if config.model_type != "qwen2_5_vl":
-        raise ValueError(
-            f"{name} is a {config.model_type}, not a qwen2_5_vl: give a Qwen2.5-VL checkpoint")
+        raise DataError(f"{name} is a {config.model_type}: give a Qwen2.5-VL checkpoint")
     tokenizer = AutoTokenizer.from_pretrained(name)
     if not weights:
         with no_init_weights():
-            model = Qwen2_5_VLForConditionalGeneration(config).float()
+            model = Network(config).float()
         model.tie_weights()  # which no_init_weights leaves out
         return model, tokenizer
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        name, dtype=torch.float32, use_safetensors=True)
-    return model, tokenizer
+    return Network.from_pretrained(name, dtype=torch.float32, use_safetensors=True), tokenizer
+
+
+def export(folder, policy, tokenizer, source: str) -> None:
+    """Write the sharded policy as a Hugging Face checkpoint; every rank calls it, rank 0 writes.
+
+    bf16 on GPUs, fp32 on CPU, with the image processor of `source` (a hub id or directory), so that
+    `from_pretrained` and vLLM load the folder. One rename makes it appear.
+    """
+    from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as processing
+
+    options = dist_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    full = dist_state.get_model_state_dict(policy, options=options)
+    if dist.get_rank() == 0:
+        partial_folder = folder.with_suffix(".partial")
+        shutil.rmtree(partial_folder, ignore_errors=True)
+        dtype = torch.bfloat16 if policy.banned_V.is_cuda else torch.float32
+        state = {name.removeprefix("model."): tensor.to(dtype) for name, tensor in full.items()}
+        policy.model.save_pretrained(partial_folder, state_dict=state)
+        images = processing.Qwen2VLImageProcessorPil
+        for part in (images() if source in TINY else images.from_pretrained(source), tokenizer):
+            part.save_pretrained(partial_folder)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial_folder.rename(folder)
+    dist.barrier()

@@ -1,4 +1,4 @@
-r"""What a good answer is. Per task: the prompt, the reader of the answer, the reward, its parts.
+"""What a good answer is. Per task: the prompt, the reader of the answer, the reward, its parts.
 
     python rewards.py score rollouts.jsonl        # or -: one row in, one row out, in order
     {"task": "grounding", "completion": "[0, 0, 10, 10]", "answer": [0, 0, 10, 20]}
@@ -7,24 +7,19 @@ r"""What a good answer is. Per task: the prompt, the reader of the answer, the r
 [PR1] is Perception-R1, arXiv 2504.07954 (grounding, counting, OCR, detection), [PR1 code] its
 release; [OVR] is Open-Vision-Reasoner, arXiv 2507.05255 (math, choice). Worked, each one a test:
   counting   true (0,0) (30,40), said (0,0): min/max = 1/2 at no distance, so 0.5
-  detection  two true boxes, one of them said exactly and nothing else: format 1, F1 2/3, class 1,
-             IoU 1, missed 1/2, so 0.25·1 + 0.75·2/3 + 1 + 1 − 0.5·1/2 = 2.5
+  detection  two true boxes, one said exactly, so 0.25·1 + 0.75·2/3 + 1 + 1 − 0.5·1/2 = 2.5
   ocr        "kitten" read as "sitting": Levenshtein 3, longer length 7, so 4/7
-  math       "so it is \boxed{0.5}" with the reference \frac{1}{2}: 1
 
 `score` is pure: whatever the model writes becomes a number in bounded time; only the caller's own
-mistakes (task, option, true answer) are errors. Coordinates are pixels of the resized image that
-the model sees; `image_size` is its [W, H]. Departures from the papers and from the released code:
-  D2  Answers are Qwen2.5-VL's absolute pixels in JSON. Qwen2-VL's box tokens (0-1000), with which
-      [PR1] trained grounding and counting, are read too, with or without their final <|im_end|>.
-  -   Thinking adds format_weight · think to any task. The weight, on format and think, is 1, but 0
-      for math and choice: [OVR] ignores the format. Text before </think> is never the answer.
-  -   No reward by accident. The release divides by zero or lets an exception make the total 0; here
-      IoU without area is 0, a malformed or inverted box is one invalid item, class indices line up,
-      far-off points earn 0 and not less, a format is its whole pattern and not its first "<".
-      Nothing to find and "[]" said is right: 3 in detection, 1 in counting. Empty OCR texts stay 0.
+mistakes (task, option, true answer) are errors. Departures from the papers and the released code:
+D2 Answers are JSON in absolute pixels of the resized image, as Qwen2.5-VL's. Qwen2-VL's box tokens
+   (0-1000), with which [PR1] trained grounding and counting, are read too.
+-  Thinking adds format_weight · think to any task. The weight, on format and think, is 1, but 0 for
+   math and choice: [OVR] ignores the format. Text before </think> is never the answer.
+-  No reward by accident, as an exception's 0: IoU without area is 0, a bad box is one invalid item,
+   class indices line up, far-off points earn 0 and not less, a format is its whole pattern. Nothing
+   to find and "[]" said is right: 3 in detection, 1 in counting. Empty OCR texts stay 0.
 """
-
 import argparse
 import contextlib
 import functools
@@ -48,11 +43,8 @@ COMPONENTS = ("format", "f1", "class", "iou", "penalty")
 OPTIONS = {
     "grounding": {"iou_power": (1, 2)},  # 1 [PR1 §4.1], 2 [PR1 code]
     "counting": {"matching": ("optimal", "order")},  # order: [PR1 T5] "w/o reward matching"
-    "detection": {
-        "matching": ("iou", "detr", "order"),  # iou [PR1 §4.2], detr [PR1 code], order [PR1 T5]
-        "penalty": (0.5, 0.0),  # 0.5 [PR1 T6] "missing penalty", 0 in the released script
-        "components": (COMPONENTS,),
-    },
+    "detection": {"matching": ("iou", "detr", "order"),  # [PR1 §4.2], [PR1 code], [PR1 T5]
+                  "penalty": (0.5, 0.0), "components": (COMPONENTS,)},  # 0.5 [PR1 T6], 0 [PR1 code]
     "math": {"exact": (False, True)},  # False: by math-verify; True: the same text [OVR §3.2]
 }
 # COCO's 80 names in COCO's order, and their ids: of 1 to 90, ten are not in use.
@@ -74,17 +66,8 @@ class Score:
 
 
 # ---- §1 prompts ----------------------------------------------------------------------------------
-SYSTEM_DEFAULT = "You are a helpful assistant. "  # [PR1 code] with this space, in training
-SYSTEM_THINK = (  # [PR1 code] where it is called "r1v"
-    "A conversation between User and Assistant. The user asks a question, and the Assistant solves "
-    "it. The assistant first thinks about the reasoning process in the mind and then provides the "
-    "user with the answer. The reasoning process and answer are enclosed within <think> </think> "
-    "and <answer> </answer> tags, respectively, i.e., <think> reasoning process here </think>"
-    "<answer> answer here </answer>"
-)
-THINK = (  # [PR1 code] says "final answer (number)"; here answers are boxes, texts and letters too
-    " Output the thinking process in <think> </think> and final answer in <answer> </answer> tags."
-)
+THINK = (" Output the thinking process in <think> </think> and final answer in <answer> </answer>"
+         " tags.")  # [PR1 code] says "final answer (number)"; here they are boxes and texts too
 PROMPTS = {
     "grounding": "Output the bounding box of the {} in the image.",  # [PR1 T8]
     "counting": "Output all the bounding boxes of the {}",  # [PR1 T8]
@@ -135,38 +118,34 @@ def _truth(task, answer):
     if task in ("ocr", "math", "choice"):
         return str(answer)
     value = json.loads(answer) if isinstance(answer, str) else answer  # [PR1 code] stores strings
-    _check(isinstance(value, (list, dict, int, float)), f"not an answer in {task}: {answer!r:.200}")
+    if task == "detection" and isinstance(value, dict):  # [PR1 code] {"target_id", "target_box"}
+        names = dict(zip(COCO_IDS, COCO_NAMES, strict=True))
+        pairs = zip(value["target_box"], value["target_id"], strict=True)
+        value = [{"bbox_2d": box, "label": names.get(number)} for box, number in pairs]
+    if task == "counting" and isinstance(value, (int, float)) and value >= 0 and value % 1 == 0:
+        return int(value)
+    items = value if isinstance(value, list) else [None]
     if task == "grounding":
-        true, form = _numbers(value, 4), "[x1, y1, x2, y2]"
-    elif task == "counting" and isinstance(value, (int, float)):
-        true, form = int(value) if value >= 0 and value % 1 == 0 else None, "a whole number"
+        true, form = _numbers(value, 4) or [None], "[x1, y1, x2, y2]"
     elif task == "counting":
-        true, form = [_numbers(point, 2) for point in value], "a list of [x, y]"
+        true, form = [_numbers(item, 2) for item in items], "a whole number or a list of [x, y]"
     else:
-        if isinstance(value, dict):  # [PR1 code] {"target_id": [1, …], "target_box": [[…], …]}
-            names = dict(zip(COCO_IDS, COCO_NAMES, strict=True))
-            pairs = zip(value["target_box"], value["target_id"], strict=True)
-            value = [{"bbox_2d": box, "label": names.get(number)} for box, number in pairs]
-        true, form = [read_object(item) for item in value], 'a list of {"bbox_2d", "label"}'
-    readable = None not in true if isinstance(true, list) else true is not None
-    _check(readable, f"the true answer in {task} must be {form}, not {answer!r:.200}")
+        true, form = [read_object(item) for item in items], 'a list of {"bbox_2d", "label"}'
+    _check(None not in true, f"the true answer in {task} must be {form}, not {answer!r:.200}")
     return true
 
 
 # ---- §2 from a completion to the text of its answer ----------------------------------------------
-# [PR1 code] 1 if the completion has this form, else 0; there a newline broke it, here it may not.
-THINK_FORM = re.compile(r"\s*<think>.*</think>\s*<answer>.*</answer>\s*", re.DOTALL)
-
-
 def split_thinking(completion: str) -> tuple[str, bool]:
-    """-> the answer's text (none of the thinking); whether all has THINK_FORM, each tag once."""
+    """-> the answer's text (none of the thinking); whether all has the form, each tag once."""
     text = completion.partition("<|im_end|>")[0].partition("<|endoftext|>")[0]
-    once = all(text.count(tag) == 1 for tag in ("<think>", "</think>", "<answer>", "</answer>"))
-    formed = once and THINK_FORM.fullmatch(text) is not None
+    # [PR1 code] 1 if all has this form, else 0; there a newline broke it, here it does not.
+    once = len(re.findall("</?(?:think|answer)>", text)) == 4
+    formed = once and re.fullmatch(r"(?s)\s*<think>.*</think>\s*<answer>.*</answer>\s*", text)
     rest = text.rpartition("</think>")[2]
     if "<think>" in rest:
         return "", False  # still thinking
-    return rest.rpartition("<answer>")[2].partition("</answer>")[0].strip(), formed
+    return rest.rpartition("<answer>")[2].partition("</answer>")[0].strip(), bool(formed)
 
 
 # ---- §3 from text to boxes and points ------------------------------------------------------------
@@ -176,9 +155,8 @@ PAIR = f"{NUMBER},{NUMBER}"
 CORNERS = rf"\({PAIR}\),\s*\({PAIR}\)"
 KEYED = re.compile(rf'"(?:bbox|point)_2d"\s*:\s*\[{PAIR}(?:,{PAIR})?\]')
 LOOSE = re.compile(rf"\[{PAIR},{PAIR}\]|\({PAIR},{PAIR}\)|{CORNERS}")  # the spellings of [PR1 code]
-TOKENS = re.compile(  # [PR1 code], its pipes escaped: a name, then boxes
-    r"<\|object_ref_start\|>[^<]*<\|object_ref_end\|>(?:<\|box_start\|>[^<]*<\|box_end\|>)+"
-)
+TOKENS = re.compile(r"<\|object_ref_start\|>[^<]*<\|object_ref_end\|>"  # [PR1 code], its pipes
+                    r"(?:<\|box_start\|>[^<]*<\|box_end\|>)+")  # escaped: a name, then boxes
 
 
 def parse_boxes(completion: str, image_size=None) -> list[list[float]]:
@@ -194,14 +172,12 @@ def parse_points(completion: str, image_size=None) -> list[list[float]]:
 def _shapes(text, image_size):
     """-> boxes and points in the order said; the form: tokens, list, bare, number or "" (none)."""
     if "<|box_start|>" in text:
-        width, height = image_size or (1000, 1000)
-        scale = (width / 1000, height / 1000) * 2
-        found = [match.groups() for match in re.finditer(CORNERS, text)]
-        boxes = [[float(n) * s for n, s in zip(box, scale, strict=True)] for box in found]
-        return boxes, "tokens" if TOKENS.fullmatch(text) else ""
+        boxes_N4 = np.array(re.findall(CORNERS, text), float).reshape(-1, 4)
+        boxes_N4 *= np.tile(image_size or (1000, 1000), 2) / 1000
+        return boxes_N4.tolist(), "tokens" if TOKENS.fullmatch(text) else ""
     items = read_json(text)
-    if _numbers(items, 4):
-        return [_numbers(items, 4)], "bare"
+    if box := _numbers(items, 4):
+        return [box], "bare"
     if isinstance(items, list):
         said = [item if isinstance(item, dict) else {} for item in items]
         said = [_numbers(d.get("bbox_2d"), 4) or _numbers(d.get("point_2d"), 2) for d in said]
@@ -216,18 +192,15 @@ def _shapes(text, image_size):
 def read_json(text):
     """The value of a JSON text, bare or in a ```json fence; None if it is not JSON."""
     text = text.removeprefix("```json").removeprefix("```").removesuffix("```")
-    try:
-        # parse_int: int() refuses long numbers with an error, float() makes them infinite.
-        return json.loads(text, parse_int=float)
-    except (ValueError, RecursionError):  # not JSON; nested too deeply
-        return None
+    with contextlib.suppress(ValueError, RecursionError):  # not JSON; nested too deeply
+        return json.loads(text, parse_int=float)  # int() refuses long numbers, float() says inf
+    return None
 
 
 def _numbers(value, length):
     """A list of so many numbers as floats; None if it is not, or has NaN or impossible sizes."""
-    if not isinstance(value, (list, tuple)) or len(value) != length:
-        return None
-    plain = all(type(n) in (int, float) and abs(n) <= 1e7 for n in value)  # True is an int as well
+    fits = isinstance(value, (list, tuple)) and len(value) == length
+    plain = fits and all(type(n) in (int, float) and abs(n) <= 1e7 for n in value)  # no bool
     return [float(n) for n in value] if plain else None
 
 
@@ -239,7 +212,7 @@ def read_object(item):
 
 
 def _centre(shape):
-    return shape if len(shape) == 2 else [(shape[0] + shape[2]) / 2, (shape[1] + shape[3]) / 2]
+    return [(shape[0] + shape[-2]) / 2, (shape[1] + shape[-1]) / 2]  # a point's is itself
 
 
 # ---- §4 perception: each reward returns its total and its parts ----------------------------------
@@ -255,15 +228,11 @@ def _grounding(text, true, image_size, truncated, weight, iou_power):
 
 def _overlaps(boxes_N4, true_M4):
     """-> IoU and GIoU of each pair, both [N, M]; 0 where there is no area."""
-    boxes, true = boxes_N4[:, None], true_M4[None]
-    area_N1, area_1M = (np.prod(b[..., 2:] - b[..., :2], axis=-1) for b in (boxes, true))
-    low = np.maximum(boxes[..., :2], true[..., :2])
-    high = np.minimum(boxes[..., 2:], true[..., 2:])
-    both_NM = np.prod(np.clip(high - low, 0, None), axis=-1)
-    either_NM = area_N1 + area_1M - both_NM
-    low = np.minimum(boxes[..., :2], true[..., :2])
-    high = np.maximum(boxes[..., 2:], true[..., 2:])
-    hull_NM = np.prod(high - low, axis=-1)
+    low, high = boxes_N4[:, None, :2], boxes_N4[:, None, 2:]
+    true_low, true_high = true_M4[None, :, :2], true_M4[None, :, 2:]
+    both_NM = (np.minimum(high, true_high) - np.maximum(low, true_low)).clip(0).prod(axis=-1)
+    either_NM = (high - low).prod(axis=-1) + (true_high - true_low).prod(axis=-1) - both_NM
+    hull_NM = (np.maximum(high, true_high) - np.minimum(low, true_low)).prod(axis=-1)
     # IoU = |A ∩ B| / |A ∪ B|,  GIoU = IoU − |hull \ (A ∪ B)| / |hull|
     iou_NM = both_NM / np.where(either_NM > 0, either_NM, 1)
     return iou_NM, iou_NM - (hull_NM - either_NM) / np.where(hull_NM > 0, hull_NM, 1)
@@ -290,7 +259,6 @@ def _counting(text, true, image_size, truncated, weight, matching, gate=True):
         said_N2, true_M2 = np.array([_centre(shape) for shape in shapes]), np.array(true)
         distance_NM = np.linalg.norm(said_N2[:, None] - true_M2[None], axis=-1)
         mean = distance_NM[_matched(distance_NM, matching)].mean().item()
-        # Not below 0: in the release, points far outside the image make the reward negative.
         closeness = max(0.0, 1 - mean / math.hypot(*(image_size or (1000, 1000))))
     # [PR1 code] r = gate · min(n, m)/max(n, m) · (1 − mean matched distance / diagonal)
     return count * closeness, {"format": 1.0, "count": count, "distance": closeness}
@@ -306,8 +274,7 @@ def _detection(text, true, image_size, truncated, weight, matching, penalty, com
     if not true and items == []:
         parts |= {"format": 1.0, "f1": 1.0, "class": 1.0, "iou": 1.0}
     elif said:
-        # [PR1 code] An invalid item lowers the format; it is not in n_pred.
-        parts["format"] = len(said) / len(items)
+        parts["format"] = len(said) / len(items)  # [PR1 code] an invalid item lowers it
         parts |= _found(said, true, matching) if true else {}
     weights = {"format": 0.25 * weight, "f1": 0.75, "class": 1.0, "iou": 1.0, "penalty": -penalty}
     # [PR1 code] r = 0.25·format + 0.75·F1 + class + IoU − penalty·(FP/n_pred + FN/n_gt)
@@ -327,26 +294,22 @@ def _found(said, true, matching):
         to_size = np.array([[0.5, 0, -1, 0], [0, 0.5, 0, -1], [0.5, 0, 1, 0], [0, 0.5, 0, 1]])
         l1_NM = np.abs((boxes_N4 @ to_size)[:, None] - (true_M4 @ to_size)[None]).sum(axis=-1)
         cost_NM = 5 * l1_NM - np.where(same_NM, math.e, 1) / (math.e + 89) - 2 * giou_NM
-    rows, columns = _matched(cost_NM, matching)
-    kept = iou_NM[rows, columns] > 0.5  # [PR1 code] strictly, and only after the assignment
-    rows, columns = rows[kept], columns[kept]
-    hits, n_pred, n_gt = len(rows), len(said), len(true)
+    pairs = _matched(cost_NM, matching)
+    kept = iou_NM[pairs] > 0.5  # [PR1 code] strictly, and only after the assignment
+    hits, n_pred, n_gt = kept.sum().item(), len(said), len(true)  # n_pred: valid items only
     if hits == 0:
         return {}
-    return {
-        "f1": 2 * hits / (n_pred + n_gt),  # = 2PR/(P + R),  P = hits/n_pred,  R = hits/n_gt
-        "class": same_NM[rows, columns].mean().item(),
-        "iou": iou_NM[rows, columns].mean().item(),
-        "penalty": (n_pred - hits) / n_pred + (n_gt - hits) / n_gt,
-    }
+    # F1 = 2PR/(P + R),  P = hits/n_pred,  R = hits/n_gt
+    return {"f1": 2 * hits / (n_pred + n_gt),
+            "class": same_NM[pairs][kept].mean().item(), "iou": iou_NM[pairs][kept].mean().item(),
+            "penalty": (n_pred - hits) / n_pred + (n_gt - hits) / n_gt}
 
 
 def _ocr(text, true, image_size, truncated, weight):
-    distance = _library("rapidfuzz.distance", "rapidfuzz").Levenshtein.distance
+    levenshtein = _library("rapidfuzz.distance", "rapidfuzz").Levenshtein
     text, true = " ".join(text.split()), " ".join(true.split())
-    longer = max(len(text), len(true))
     # [PR1 §4.1] Φ = edit distance: 1 − Levenshtein / longer length, white space folded
-    similarity = 1 - distance(text, true) / longer if longer else 0.0
+    similarity = levenshtein.normalized_similarity(text, true) if text or true else 0.0
     return similarity, {"similarity": similarity}
 
 
@@ -356,13 +319,9 @@ LONGEST = 400  # characters of a formula that is worth comparing
 # Powers of powers, long exponents, factorials of long numbers: hours of work in few characters.
 POWER = r"(?:\^|\*\*)[{(\s]*-?"
 TOO_HARD = re.compile(rf"{POWER}[0-9]+[)}}\s]*{POWER}|{POWER}[0-9]{{5,}}|[0-9]{{4,}}\s*!|!\s*!")
-SPELLINGS = (  # several ways to write the same
-    (re.compile(r"\\(?:left|right)(?![a-zA-Z])|\\[!,;:]|[$\s]"), ""),
-    (re.compile(r"\\[dt]frac"), r"\\frac"),
-    (re.compile(r"\\(?:text|mathrm|mbox)\{([^{}]*)\}"), r"\1"),
-    (re.compile(r"\.0*$"), ""),
-    (re.compile(r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))"), ""),
-)
+SPELLINGS = ((r"\\(?:left|right)(?![a-zA-Z])|\\[!,;:]|[$\s]", ""), (r"\\[dt]frac", r"\\frac"),
+             (r"\\(?:text|mathrm|mbox)\{([^{}]*)\}", r"\1"), (r"\.0*$", ""),
+             (r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", ""))  # several ways to write the same
 
 
 def _formula(text):
@@ -380,35 +339,26 @@ def _formula(text):
 
 def _math(text, true, image_size, truncated, weight, exact, compare):
     said, true = _formula(text) if "\\boxed{" in text and not truncated else "", _formula(true)
-    # [OVR §3.2] r = 1 if the answer in the box matches the reference, else 0
-    right = said == true if exact else _same_formula(said, true, compare or _equal_in_child)
-    return float(right and said != ""), {"correct": float(right and said != "")}
-
-
-def _same_formula(said, true, compare):
-    """Spelt alike, or else equal by symbols, unless that is hopeless or both are whole numbers."""
-    if said == true or not said or max(len(said), len(true)) > LONGEST:
-        return said == true
     plain, plain_true = said, true
     for pattern, spelling in SPELLINGS:
-        plain, plain_true = pattern.sub(spelling, plain), pattern.sub(spelling, plain_true)
+        plain, plain_true = (re.sub(pattern, spelling, formula) for formula in (plain, plain_true))
     whole = re.fullmatch(r"-?[1-9][0-9]*=-?[1-9][0-9]*", f"{plain}={plain_true}")
-    if plain == plain_true or whole or TOO_HARD.search(said) or TOO_HARD.search(true):
-        return plain == plain_true
-    return compare(said, true)
+    # [OVR §3.2] r = 1 if the answer in the box matches the reference (0.5 and \frac{1}{2}), else 0
+    if exact or not said or max(len(said), len(true)) > LONGEST:
+        right = said != "" and said == true  # the same text
+    elif plain == plain_true or whole or TOO_HARD.search(said) or TOO_HARD.search(true):
+        right = plain == plain_true  # spelt alike; symbols would not help, or not end
+    else:
+        right = (compare or _equal_in_child)(said, true)
+    return float(right), {"correct": float(right)}
 
 
-def symbolically_equal(said: str, true: str, deadline: float = 0) -> bool:
-    """Whether math-verify finds two formulas equal; at the deadline this process is killed."""
+def symbolically_equal(said: str, true: str) -> bool:
+    """Whether math-verify finds two formulas equal. Its own timeouts do not work within C."""
     verifier = _library("math_verify", "'math-verify[antlr4_13_2]'")
-    # Its own timeouts work in the main thread only, and not within C; the system's alarm does.
-    signal.setitimer(signal.ITIMER_REAL, deadline)
-    latex = [verifier.LatexExtractionConfig()]
-    said, true = (f"${formula.replace('$', ' ')}$" for formula in (said, true))
-    said, true = (verifier.parse(s, latex, parsing_timeout=None) for s in (said, true))
-    equal = verifier.verify(true, said, timeout_seconds=None)
-    signal.setitimer(signal.ITIMER_REAL, 0)
-    return bool(equal)
+    how = {"extraction_config": [verifier.LatexExtractionConfig()], "parsing_timeout": None}
+    said, true = (verifier.parse(f"${s.replace('$', ' ')}$", **how) for s in (said, true))
+    return verifier.verify(true, said, timeout_seconds=None)
 
 
 def _equal_in_child(said, true, children=None):
@@ -425,22 +375,18 @@ def _equal_in_child(said, true, children=None):
             child.kill()
             child.wait()
             child = _start_child()
-        children.put(child)
+        children.put(child)  # at the end: a new one is ready when it is needed
     return reply != "" and json.loads(reply)["reward"] == 1
 
 
 @functools.lru_cache(maxsize=1)
 def _children(process_id):
-    """A queue of idle children, one queue a process: a fork must not write to its parent's pipes.
-
-    SymPy cannot be interrupted from within, as 9^(9^9) is one endless call into C. An alarm kills
-    the child that is late; a new one goes to the end of the queue, and is ready when it is needed.
-    """
+    """A queue of idle children, one queue a process: a fork must not use its parent's pipes."""
     children = queue.SimpleQueue()
     for _ in range(2):
         children.put(_start_child())
-    hint = "pip install 'math-verify[antlr4_13_2]', or see `python rewards.py score - --child` fail"
-    _check(_equal_in_child("x+x", "2x", children), f"formulas can not be compared: {hint}")
+    _check(_equal_in_child("x+x", "2x", children), "formulas can not be compared: pip install "
+           "'math-verify[antlr4_13_2]', or see `python rewards.py score - --child` fail")
     return children
 
 
@@ -475,19 +421,24 @@ def _choice(text, true, image_size, truncated, weight):
 
 
 # ---- §6 the score --------------------------------------------------------------------------------
-def score(
-    task: str, completion: str, answer: object, image_size=None, *, truncated: bool = False,
-    think: bool = False, format_weight: float | None = None, compare=None, **options,
-) -> Score:
+def score(task: str, completion: str, answer: object, image_size=None, *, truncated=False,
+          think=False, format_weight: float | None = None, compare=None, **options) -> Score:
     """The reward of a completion; `options` are the task's in OPTIONS.
     image_size: [W, H] that the model saw; without it nothing is rescaled, and distances are divided
     by 1000·√2. truncated (too long) makes counting, math, choice, think and grounding's form 0.
     compare: a function (said, true) -> bool in place of the children that compare formulas.
     """
-    true, settings = _truth(task, answer), _settings(task, options)
+    true, own = _truth(task, answer), OPTIONS.get(task, {})
+    for name, value in options.items():
+        _check(name in own, f"{task} has no option {name!r}; its own are {list(own)}")
+        fits = set(value) <= set(COMPONENTS) if name == "components" else value in own[name]
+        if name == "penalty":
+            fits = bool(_numbers([value], 1)) and value >= 0
+        _check(fits, f"{name} in {task} can be {own[name]}, not {value!r}")
     _check(isinstance(completion, str), f"a completion must be text, not {type(completion)}")
     sized = image_size is None or (_numbers(image_size, 2) and min(image_size) > 0)
     _check(sized, f"image_size must be [W, H] in pixels, not {image_size!r:.200}")
+    settings = {name: values[0] for name, values in own.items()} | options
     settings |= {"compare": compare} if task == "math" else {}
     weight = format_weight if format_weight is not None else float(task not in ("math", "choice"))
     text, think_formed = split_thinking(completion)
@@ -497,19 +448,6 @@ def score(
         parts["think"] = float(think_formed and not truncated)
         total += weight * parts["think"]
     return Score(float(total), parts)
-
-
-def _settings(task, options):
-    """The task's options with their defaults; an unknown name or value is an error."""
-    settings = {name: allowed[0] for name, allowed in OPTIONS.get(task, {}).items()}
-    for name, value in options.items():
-        _check(name in settings, f"{task} has no option {name!r}; its own are {list(settings)}")
-        allowed = OPTIONS[task][name]
-        fits = set(value) <= set(COMPONENTS) if name == "components" else value in allowed
-        if name == "penalty":
-            fits = bool(_numbers([value], 1)) and value >= 0
-        _check(fits, f"{name} in {task} can be {allowed}, not {value!r}")
-    return settings | options
 
 
 def load(spec: str):
@@ -532,26 +470,68 @@ def correct(task: str, completion: str, answer: object, image_size=None, *, thin
         parts = _counting(text, true, image_size, False, 1.0, "order", gate=False)[1]
         return float(parts["count"] == 1)
     parts = score(task, completion, answer, image_size, think=think).parts
-    if task == "grounding":
-        return float(parts["iou"] > 0.5)
-    return parts[{"detection": "f1", "ocr": "similarity"}.get(task, "correct")]
+    part = {"grounding": "iou", "detection": "f1", "ocr": "similarity"}.get(task, "correct")
+    return float(parts[part] > 0.5) if task == "grounding" else parts[part]
 
 
-# ---- §7 command line -----------------------------------------------------------------------------
-def score_rows(lines, compare=None) -> None:
-    """Print a JSON object for each one in a file, flushed: other programs talk to this one."""
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-            complete = isinstance(row, dict) and {"task", "completion", "answer"} <= row.keys()
-            _check(complete, "a row must be a JSON object with task, completion and answer")
-            inputs = row["task"], row["completion"], row["answer"], row.get("image_size")
-            result = score(*inputs, compare=compare, **row.get("options", {}))
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise SystemExit(f"{lines.name}:{number}: {error}") from None
-        print(json.dumps({"reward": result.total, "parts": result.parts}), flush=True)
+# ---- §7 presets, schedules, symptoms: what papers and practice say of a run ----------------------
+WORLD = "synthetic:grounding?size=56x56&shapes=2&colours=3&distractors=1-2&reach=0.3-0.5"
+PR1 = dict(  # what its tasks share and no default has yet  [PR1 §4.3, code]
+    model="Qwen/Qwen2.5-VL-3B-Instruct", prompts=14, beta=0.04, schedule="linear", seed=42)
+PRESETS = {  # of grpo_vl.py: differences from its defaults
+    "tiny": dict(  # what a machine without a GPU trains in minutes; no paper's values
+        model="tiny", data=(WORLD,), cold_start="runs/coldstart", max_tokens=24, prompts=32,
+        steps=400, lr=1e-4, warmup=10, schedule="linear", reward_options='{"iou_power": 2}',
+        eval_every=50, checkpointing=False, micro_tokens=4096),
+    # steps: samples used / 14 prompts a step [PR1 T7, code]; max_tokens [PR1 code]
+    "pr1-grounding": PR1 | dict(data=("refcoco-pr1:refcoco_train.json",), steps=357),
+    "pr1-counting": PR1 | dict(data=("pixmo-pr1:pixmo_count_train.json",), steps=714),
+    "pr1-ocr": PR1 | dict(data=("fox:page_ocr_train.json",), steps=357, max_tokens=2048),
+    "pr1-detection": PR1 | dict(
+        data=("coco:annotations/instances_train2017.json?folder=../train2017",), steps=7857,
+        max_tokens=2048),
+    "ovr-rl": dict(  # [OVR §3.2, §4.1]; the loss as in its base, Open-Reasoner-Zero [ORZ code]
+        model="Qwen/Qwen2.5-VL-7B-Instruct", data=("ovr_rl.jsonl",), cold_start="runs/coldstart",
+        prompts=512, group=16, scale="batch", loss="dapo", warmup=50, beta2=0.95, steps=900,
+        max_tokens=24 * 1024, max_tokens_at=("300:32768", "700:49152"), eval_every=10)}
 
 
+def longest(config, step: int) -> int:
+    """The length limit at a step. OVR raises it when the mean length stalls [OVR §4.1]."""
+    later = [pair.split(":") for pair in config.max_tokens_at]
+    return max([config.max_tokens, *(int(limit) for at, limit in later if int(at) <= step)])
+
+
+def learning_rate(config, step: int) -> float:
+    """Linear warm-up, then constant, linear to 0, or cosine to 0."""
+    done = (step - config.warmup) / max(config.steps - config.warmup, 1)
+    shape = {"constant": 1, "linear": 1 - done, "cosine": 0.5 + 0.5 * math.cos(math.pi * done)}
+    return config.lr * ((step + 1) / config.warmup if done < 0 else shape[config.schedule])
+
+
+SYMPTOMS = (  # metric; sick by its mean over ten steps, and over the first ten; what to try
+    ("zero_variance", lambda now, first: now > 0.8,
+     "most groups have equal rewards: try --dynamic-sampling 3 or other prompts"),
+    ("entropy", lambda now, first: now < 0.1 * first,
+     "hardly any variety is left: try a lower --lr, --clip-high 0.28, --beta 0.04"),
+    ("sampler_gap", lambda now, first: now > 0.05, "sampler and trainer disagree: try --tis 2"),
+    ("truncated", lambda now, first: now > 0.5, "answers are cut: try a higher --max-tokens"),
+    ("kl", lambda now, first: now > max(1, 10 * first), "try a higher --beta or a lower --lr"),
+    ("reward/format", lambda now, first: now < first - 0.2, "look at samples/, lower --lr"))
+
+
+def symptoms(history: list[dict]) -> list[str]:
+    """What looks sick in the last ten of these steps' metrics, in words, and what to try."""
+    found = []
+    for name, sick, advice in SYMPTOMS:
+        values = [row[name] for row in history if row.get(name) is not None]
+        now, first = (sum(part) / max(len(part), 1) for part in (values[-10:], values[:10]))
+        if values and sick(now, first):
+            found.append(f"{name} is {now:.3g}, at first {first:.3g}: {advice}")
+    return found
+
+
+# ---- §8 command line -----------------------------------------------------------------------------
 def main() -> None:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
@@ -559,14 +539,25 @@ def main() -> None:
     parser.add_argument("command", choices=["score"])
     parser.add_argument("file", type=argparse.FileType("rb"), help="rows, one a line; - is stdin")
     parser.add_argument("--child", action="store_true", help="compare formulas in this process")
-    given, compare = parser.parse_args(), None
+    given, compare, deadline = parser.parse_args(), None, 0
     if given.child:
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends even one endless call to C: 9^(9^9)
         symbolically_equal("\\frac{1}{2}", "0.5")  # the first comparison is slow
-        compare = functools.partial(symbolically_equal, deadline=DEADLINE)
+        compare, deadline = symbolically_equal, DEADLINE
         with contextlib.suppress(ValueError, OSError):  # where the system knows no such limit
             resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))  # bytes, for huge integers
-    score_rows(given.file, compare)
+    for number, line in enumerate(given.file, start=1):
+        signal.setitimer(signal.ITIMER_REAL, deadline)
+        try:
+            row = json.loads(line)
+            complete = isinstance(row, dict) and {"task", "completion", "answer"} <= row.keys()
+            _check(complete, "a row must be a JSON object with task, completion and answer")
+            inputs = row["task"], row["completion"], row["answer"], row.get("image_size")
+            result = score(*inputs, compare=compare, **row.get("options", {}))
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise SystemExit(f"{given.file.name}:{number}: {error}") from None
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        print(json.dumps({"reward": result.total, "parts": result.parts}), flush=True)  # to a pipe
 
 
 if __name__ == "__main__":

@@ -1,28 +1,25 @@
 """Group sampling: G completions a prompt, the prompt computed once.
 
-Read in this order:
-  §1 noise      keyed uniforms: a rollout depends on (seed, step, sample, completion, token) alone
-  §2 weights    a plain copy of the policy in compute dtype, allocated once, refreshed each step
-  §3 prefill    vision tower and prompt, once per prompt → the prompt's keys and values
-  §4 decode     one token a row and round; all rows of a group read the same prompt keys
-  §5 sample     temperature, banned ids, inverse CDF, stop ids; finished rows make room
-  §6 run folder options (config.json), checkpoints, the model in Hugging Face's format
+§1 keyed noise · §2 the weights' copy · §3 prefill: vision tower and prompt, once per prompt · §4
+decode: all rows of a group read the same prompt keys · §5 sample · §6 processes and the run folder
 
 Decoding issues no collectives: ranks finish at different lengths, and a collective would hang.
 
 Shapes: P prompts, G completions a prompt, L longest prompt, T completion tokens, V vocabulary,
 D width, H query heads, K key/value heads, R = H/K queries that share a key head, d head width.
 """
-import argparse
+import contextlib
 import hashlib
 import json
 import math
 import os
 import shutil
+import signal
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
-from types import MethodType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,18 +27,18 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-import tyro
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint import state_dict as dist_state
+from tqdm import tqdm
 
-from qwen_vl import Prompt, SpecialIds, rotate, vision_attention
+from qwen_vl import DataError, Prompt, SpecialIds, replace_vision_forwards, rotate
 
 
 # §1 ───────────────────────────────────────── noise ──────────────────────────────────────────
 def keyed_uniforms(seed: int, step: int, sample_id: str, group: int, length: int) -> torch.Tensor:
-    """Uniforms in [0, 1) for the G completions of one sample. Returns [G, T] float64.
+    """Uniforms in [0, 1) for the G completions of one sample: [G, T] float64.
 
-    A pure function of its arguments: a rollout is the same on any rank, in any batch, after a
-    resume.
+    A pure function: a rollout is the same on any rank, in any batch, after a resume.
     """
     sample_key = int.from_bytes(hashlib.sha256(sample_id.encode()).digest()[:8], "little")
     rows = [np.random.default_rng([seed, step, sample_key, g]).random(length) for g in range(group)]
@@ -56,6 +53,18 @@ def inverse_cdf(probabilities_BV: torch.Tensor, uniform_B: torch.Tensor) -> torc
     id_B = id_B.clamp(max=cdf_BV.shape[1] - 1)
     chosen_B = probabilities_BV.gather(1, id_B[:, None]).squeeze(1)
     return torch.where(chosen_B > 0, id_B, probabilities_BV.argmax(-1))  # a parallel sum may wobble
+
+
+def product_fp32(a, b) -> torch.Tensor:
+    """a @ b with its sums kept in fp32: attention's scores must not be rounded to bf16."""
+    if not a.is_cuda or a.dtype == torch.float32:
+        return (a @ b).float()
+    out = torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out_dtype=torch.float32)
+    return out.unflatten(0, a.shape[:-2])
+
+
+class Interrupted(Exception):
+    """A rollout was abandoned because the run shall end."""
 
 
 @dataclass
@@ -86,70 +95,64 @@ class Group:
 
 
 # §2 ──────────────────────────────────────── weights ─────────────────────────────────────────
+LAYER = {  # a decoding step is bound by reading weights, so fewer, larger reads: some are stacked
+    "norm_in": "input_layernorm.weight",
+    "qkv": "self_attn.q_proj.weight self_attn.k_proj.weight self_attn.v_proj.weight",
+    "qkv_bias": "self_attn.q_proj.bias self_attn.k_proj.bias self_attn.v_proj.bias",
+    "out": "self_attn.o_proj.weight", "norm_mlp": "post_attention_layernorm.weight",
+    "gate_up": "mlp.gate_proj.weight mlp.up_proj.weight", "down": "mlp.down_proj.weight"}
+
+
 class Sampler:
     """Owns the weight copy; `refresh` fills it, `generate` samples from it.
 
-    model: a Hugging Face Qwen2.5-VL whose shapes count; device, dtype: where and how to sample;
-    kv_gb: memory for keys and values, GiB.
+    model: a Qwen2.5-VL whose shapes count; kv_gb: GiB for keys and values; graphs: shapes padded to
+    buckets, on CUDA replayed as captured graphs; keep_features: leave images' features in prompts
+    (frozen tower); interrupted: asked every round, True abandons the rollout by Interrupted.
     """
 
-    def __init__(self, model, special: SpecialIds, *, device="cpu", dtype=torch.float32, kv_gb=8.0):
+    def __init__(self, model, special: SpecialIds, *, device="cpu", dtype=torch.float32, kv_gb=8.0,
+                 graphs=False, keep_features=False, interrupted=lambda: False):
         self.special, self.device, self.dtype = special, torch.device(device), dtype
+        self.graphs, self.keep_features, self.interrupted = graphs, keep_features, interrupted
+        self.stages, self.pool = {}, torch.empty(0, device=device, dtype=dtype)
+        self.graph_pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
         self.banned_V, self.kv_bytes = special.banned_V.to(device), kv_gb * 2**30
         self.stops = torch.tensor(special.stops, device=device)
         text = model.config.text_config
         self.heads, self.kv_heads = text.num_attention_heads, text.num_key_value_heads
-        self.eps = text.rms_norm_eps
+        self.head_width, self.eps = text.hidden_size // self.heads, text.rms_norm_eps
         decoder, vision = model.model.language_model, model.model.visual
         self.rotary = type(decoder.rotary_emb)(text).to(device)
         self.vision = type(vision)(vision.config).to(device, dtype).eval().requires_grad_(False)
-        for block in self.vision.blocks:
-            block.attn.forward = MethodType(vision_attention, block.attn)
-        # `targets` maps each of the policy's parameters to its place here. Query, key and value lie
-        # in one matrix, gate and up in another: a decoding step is bound by reading weights, so
-        # fewer, larger reads.
+        replace_vision_forwards(self.vision)
+        # `targets` maps each of the policy's parameters to its place in this copy.
         vision_weights = self.vision.named_parameters()
         self.targets = {f"model.model.visual.{n}": p.data for n, p in vision_weights}
-        self.layers = [self._allocate_layer(i, layer) for i, layer in enumerate(decoder.layers)]
-        prefix, embedding = "model.model.language_model.", decoder.embed_tokens.weight
-        self.norm = self._allocate(prefix + "norm.weight", [decoder.norm.weight])
-        self.embed = self.head = self._allocate(prefix + "embed_tokens.weight", [embedding])
-        if model.lm_head.weight is not embedding:
-            self.head = self._allocate("model.lm_head.weight", [model.lm_head.weight])
+        weights = {f"model.{name}": parameter for name, parameter in model.named_parameters()}
+        prefix = "model.model.language_model."
+        self.layers = [
+            SimpleNamespace(**{short: self.allocate(weights, f"{prefix}layers.{i}.", names)
+                               for short, names in LAYER.items()})
+            for i in range(len(decoder.layers))]
+        self.norm = self.allocate(weights, prefix, "norm.weight")
+        self.embed = self.head = self.allocate(weights, prefix, "embed_tokens.weight")
+        if "model.lm_head.weight" in weights:  # not tied
+            self.head = self.allocate(weights, "model.", "lm_head.weight")
 
-    def _allocate(self, names, parameters) -> torch.Tensor:
+    def allocate(self, weights: dict, prefix: str, names: str) -> torch.Tensor:
         """One tensor for several parameters stacked along their first dimension."""
-        names = [names] if isinstance(names, str) else names
-        rows = [parameter.shape[0] for parameter in parameters]
-        shape = (sum(rows), *parameters[0].shape[1:])
+        names = [prefix + name for name in names.split()]
+        rows = [len(weights[name]) for name in names]
+        shape = (sum(rows), *weights[names[0]].shape[1:])
         fused = torch.empty(shape, device=self.device, dtype=self.dtype)
         self.targets.update(zip(names, fused.split(rows)))
         return fused
 
-    def _allocate_layer(self, index: int, layer) -> SimpleNamespace:
-        prefix = f"model.model.language_model.layers.{index}."
-        named = dict(layer.named_parameters())
-
-        def fuse(*names):
-            return self._allocate([prefix + n for n in names], [named[n] for n in names])
-
-        return SimpleNamespace(
-            norm_in=fuse("input_layernorm.weight"),
-            qkv=fuse(*(f"self_attn.{x}_proj.weight" for x in "qkv")),
-            qkv_bias=fuse(*(f"self_attn.{x}_proj.bias" for x in "qkv")),
-            out=fuse("self_attn.o_proj.weight"),
-            norm_mlp=fuse("post_attention_layernorm.weight"),
-            gate_up=fuse("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-            down=fuse("mlp.down_proj.weight"),
-        )
-
     @torch.no_grad()
     def refresh(self, policy) -> None:
         """Copy the policy's weights here. Gathers shards, so all ranks must call it together."""
-        parameters = dict(policy.named_parameters())
-        if odd := parameters.keys() ^ self.targets.keys():
-            raise ValueError(f"policy and sampler differ in {sorted(odd)[:3]}: two architectures?")
-        for name, parameter in parameters.items():
+        for name, parameter in policy.named_parameters():
             full = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
             self.targets[name].copy_(full)
 
@@ -161,7 +164,7 @@ class Sampler:
         """
         for index, w in enumerate(self.layers):
             qkv = F.linear(self.rms(x, w.norm_in), w.qkv, w.qkv_bias)
-            qkv = qkv.unflatten(-1, (-1, cos.shape[-1]))
+            qkv = qkv.unflatten(-1, (-1, self.head_width))
             q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=-2)
             out = attend(index, rotate(q, cos, sin), rotate(k, cos, sin), v)
             x = x + F.linear(out.flatten(-2), w.out)
@@ -174,11 +177,11 @@ class Sampler:
         scale = torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
         return weight * (x32 * scale).to(x.dtype)
 
-    def prefill(self, prompts: list[Prompt]):
+    def prefill(self, prompts: list[Prompt], prompt_cache) -> torch.Tensor:
         """Vision tower and decoder once per prompt, right-padded to the longest.
 
-        Returns the last hidden state of each prompt [P, D] and, a layer, keys and values
-        [P, K, L, d]. Padding lies behind, so causal attention never sees it; decoding masks it.
+        Fills `prompt_cache` [layers, 2, P, K, ≥ L, d] and returns the last hidden state of each
+        prompt [P, D]. Padding lies behind: causal attention never sees it, decoding masks it.
         """
         longest = max(len(prompt.ids) for prompt in prompts)
         ids_PL = torch.full((len(prompts), longest), self.special.pad)
@@ -192,284 +195,239 @@ class Sampler:
             features_ID = self.image_features([p for p in prompts if p.pixels_ND is not None])
             x_PLD.view(-1, x_PLD.shape[-1])[torch.tensor(slots, device=self.device)] = features_ID
         cos, sin = (t[:, :, None] for t in self.rotary(x_PLD, positions_3PL.to(self.device)))
-        cache = []
 
-        def attend(_, q, k, v):
+        def attend(layer, q, k, v):
             q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-            cache.append((k, v))
+            prompt_cache[layer, 0, :, :, :longest], prompt_cache[layer, 1, :, :, :longest] = k, v
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
             return out.transpose(1, 2)
 
         x_PLD = self.run_layers(x_PLD, cos, sin, attend)
         last_P = torch.tensor([len(prompt.ids) - 1 for prompt in prompts], device=self.device)
-        return x_PLD[torch.arange(len(prompts), device=self.device), last_P], cache
+        return x_PLD[torch.arange(len(prompts), device=self.device), last_P]
 
     def image_features(self, prompts: list[Prompt]) -> torch.Tensor:
         """Merged vision features of all images in order, [image tokens, D]."""
         pixels_ND = torch.cat([prompt.pixels_ND for prompt in prompts]).to(self.device, self.dtype)
         grids_I3 = torch.tensor([grid for prompt in prompts for grid in prompt.grids])
         features_ID = self.vision(pixels_ND, grid_thw=grids_I3.to(self.device)).pooler_output
-        return features_ID.to(self.dtype)
+        features_ID = features_ID.to(self.dtype)
+        parts = features_ID.split([len(prompt.image_slots) for prompt in prompts])
+        for prompt, part_ID in zip(prompts, parts):
+            prompt.features_ID = part_ID if self.keep_features else None
+        return features_ID
 
     # §4 ─────────────────────────────────────── decode ───────────────────────────────────────
-    def decode(self, ids_PG, position_P, wave: SimpleNamespace, t: int) -> torch.Tensor:
-        """One token of every row through the decoder; its key and value join the cache at place t.
+    def decode(self, wave: SimpleNamespace, room: int) -> torch.Tensor:
+        """One token of every row through the decoder; its key and value join the cache.
 
         Attention of a row runs over [its group's prompt | its own tokens]: one softmax over both,
-        the prompt's keys read once a group, not once a row. Returns hidden states [P, G, D].
+        the prompt's keys read once a group, not once a row. All that changes from round to round
+        lies in `wave`'s tensors (`place_1`: how many own tokens are cached); `room` places of the
+        own cache are read, those past `place_1` masked. Returns hidden states [P, G, D].
         """
-        x_PGD = F.embedding(ids_PG, self.embed)
-        cos, sin = (c[:, :, None] for c in self.rotary(x_PGD, position_P.expand(3, -1)[:, :, None]))
-        repeats = self.heads // self.kv_heads
+        x_PGD = F.embedding(wave.ids_PG, self.embed)
+        position_3P1 = (wave.next_P + wave.place_1).expand(3, -1)[:, :, None]
+        cos, sin = (c[:, :, None] for c in self.rotary(x_PGD, position_3P1))
+        later_T = torch.arange(room, device=self.device) > wave.place_1
+        later_T = torch.zeros_like(later_T, dtype=torch.float32).masked_fill(later_T, -math.inf)
 
         def attend(layer, q, k, v):  # q [P, G, H, d]; k, v [P, G, K, d]
-            keys_PKGTd, values_PKGTd = wave.own[layer]
-            keys_PKGTd[:, :, :, t], values_PKGTd[:, :, :, t] = k.transpose(1, 2), v.transpose(1, 2)
-            keys_PKGTd, values_PKGTd = keys_PKGTd[..., : t + 1, :], values_PKGTd[..., : t + 1, :]
+            for cached_PKGTd, new_PGKd in zip(wave.own[layer], (k, v)):
+                cached_PKGTd.index_copy_(3, wave.place_1, new_PGKd.transpose(1, 2)[:, :, :, None])
+            keys_PKTd, values_PKTd = (cached[:, :, :, :room] for cached in wave.own[layer])
             keys_PKLd, values_PKLd = wave.prompt[layer]
-            q_PKGRd = q.unflatten(2, (self.kv_heads, repeats)).transpose(1, 2)
-            to_prompt = q_PKGRd.flatten(2, 3) @ keys_PKLd.mT + wave.padding_P11L  # [P, K, G·R, L]
-            to_own = (q_PKGRd @ keys_PKGTd.mT).flatten(2, 3)  # [P, K, G·R, t+1]
-            scores = torch.cat([to_prompt, to_own], dim=-1).float() * q.shape[-1] ** -0.5
-            weights = scores.softmax(-1).to(q.dtype)
-            weights_prompt, weights_own = weights.split([keys_PKLd.shape[2], t + 1], dim=-1)
+            q_PKGRd = q.unflatten(2, (self.kv_heads, -1)).transpose(1, 2)
+            to_prompt = product_fp32(q_PKGRd.flatten(2, 3), keys_PKLd.mT) + wave.padding_P11L
+            to_own = (product_fp32(q_PKGRd, keys_PKTd.mT) + later_T).flatten(2, 3)
+            scores = torch.cat([to_prompt, to_own], dim=-1)  # [P, K, G·R, L + room]
+            weights = (scores * self.head_width**-0.5).softmax(-1).to(q.dtype)
+            weights_prompt, weights_own = weights.split([keys_PKLd.shape[2], room], dim=-1)
             out = (weights_prompt @ values_PKLd).view_as(q_PKGRd)
-            out = out + weights_own.view(*q_PKGRd.shape[:-1], t + 1) @ values_PKGTd
+            out = out + weights_own.unflatten(2, q_PKGRd.shape[2:4]) @ values_PKTd
             return out.transpose(1, 2).flatten(2, 3)
 
         return self.run_layers(x_PGD, cos, sin, attend)
 
+    def next_hidden(self, wave: SimpleNamespace, t: int) -> torch.Tensor:
+        """`decode` at place t; on CUDA a graph captured once a shape: one launch, not hundreds."""
+        wave.place_1.fill_(t)
+        if not self.graphs:
+            return self.decode(wave, t + 1)
+        bucket = max(128, (1 << t.bit_length()) // 4)
+        room = min(-(-(t + 1) // bucket) * bucket, wave.shape[3])
+        if self.device.type != "cuda":
+            return self.decode(wave, room)
+        if room not in wave.captured:
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):  # libraries allocate what they need on a first call
+                self.decode(wave, room)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=self.graph_pool):
+                wave.captured[room] = graph, self.decode(wave, room)
+        graph, hidden_PGD = wave.captured[room]
+        graph.replay()
+        return hidden_PGD
+
+    def stage(self, prompts: int, group: int, width: int, length: int) -> SimpleNamespace:
+        """The tensors of a wave of this shape, keys and values as views of one pool.
+
+        Equal shapes lie at equal addresses: graphs need that. Zeros first, as 0 · NaN is NaN.
+        """
+        if (prompts, group, width, length) in self.stages:
+            return self.stages[prompts, group, width, length]
+        prompt_shape = (len(self.layers), 2, prompts, self.kv_heads, width, self.head_width)
+        own_shape = (len(self.layers), 2, prompts, self.kv_heads, group, length, self.head_width)
+        sizes = [math.prod(prompt_shape), math.prod(own_shape)]
+        if sum(sizes) > len(self.pool):
+            self.stages.clear()  # their graphs know the old addresses only
+            self.pool = torch.zeros(sum(sizes), device=self.device, dtype=self.dtype)
+        prompt, own = self.pool[: sum(sizes)].split(sizes)
+        ids_PG = torch.zeros(prompts, group, dtype=torch.long, device=self.device)
+        stage = SimpleNamespace(
+            shape=(prompts, group, width, length), captured={}, prompt=prompt.view(prompt_shape),
+            own=own.view(own_shape), ids_PG=ids_PG, rows_PG=ids_PG.clone(), alive_PG=ids_PG.bool(),
+            next_P=ids_PG[:, 0].clone(), place_1=ids_PG[0, :1].clone(),
+            padding_P11L=torch.zeros(prompts, 1, 1, width, device=self.device))
+        self.stages |= {stage.shape: stage} if self.graphs else {}
+        return stage
+
     def start_wave(self, prompts: list[Prompt], group: int, length: int) -> SimpleNamespace:
         """Prefill, and room for `length` tokens of each of the P·G rows."""
-        hidden_PD, cache = self.prefill(prompts)
         lengths_P = torch.tensor([len(prompt.ids) for prompt in prompts], device=self.device)
-        place_L = torch.arange(cache[0][0].shape[2], device=self.device)
-        padding_PL = torch.zeros(len(prompts), len(place_L), device=self.device, dtype=self.dtype)
-        padding_PL.masked_fill_(place_L >= lengths_P[:, None], float("-inf"))
-        shape = (len(prompts), self.kv_heads, group, length, cache[0][0].shape[-1])
-        how = {"device": self.device, "dtype": self.dtype}
-        empty = [[torch.empty(shape, **how) for _ in "kv"] for _ in cache]
-        rows_PG = torch.arange(len(prompts) * group, device=self.device).view(len(prompts), group)
-        next_P = torch.tensor([prompt.next_position for prompt in prompts], device=self.device)
-        return SimpleNamespace(
-            hidden_PGD=hidden_PD[:, None].expand(-1, group, -1), prompt=cache, own=empty,
-            padding_P11L=padding_PL[:, None, None], next_P=next_P, rows_PG=rows_PG,
-            alive_PG=torch.ones_like(rows_PG).bool(),
-        )
+        bucket = 128 if self.graphs else 1
+        width = -(-int(lengths_P.max()) // bucket) * bucket
+        wave = self.stage(len(prompts), group, width, length)
+        wave.hidden_PGD = self.prefill(prompts, wave.prompt)[:, None].expand(-1, group, -1)
+        padding_PL = torch.arange(width, device=self.device) >= lengths_P[:, None]
+        wave.padding_P11L.zero_().masked_fill_(padding_PL[:, None, None], -math.inf)
+        wave.next_P.copy_(torch.tensor([prompt.next_position for prompt in prompts]))
+        wave.rows_PG.copy_(torch.arange(len(prompts) * group).view(-1, group))
+        wave.alive_PG.fill_(True)
+        return wave
 
-    @staticmethod
-    def compact(wave: SimpleNamespace) -> None:
-        """Drop groups without a living row, then as many columns of G as the fullest can spare."""
-        keep_P = wave.alive_PG.any(1).nonzero().squeeze(1)
-        alive_PG = wave.alive_PG[keep_P]
-        columns_PG = alive_PG.int().argsort(dim=1, descending=True, stable=True)
-        columns_PG = columns_PG[:, : int(alive_PG.sum(1).max())]
-        pick = torch.arange(len(keep_P), device=keep_P.device)[:, None]
-
-        def keep(own_PKGTd):
-            return own_PKGTd[keep_P].transpose(1, 2)[pick, columns_PG].transpose(1, 2)
-
-        wave.alive_PG = alive_PG[pick, columns_PG]
-        wave.rows_PG = wave.rows_PG[keep_P][pick, columns_PG]
-        wave.ids_PG = wave.ids_PG[keep_P][pick, columns_PG]
-        wave.padding_P11L, wave.next_P = wave.padding_P11L[keep_P], wave.next_P[keep_P]
-        wave.prompt = [[t[keep_P] for t in pair] for pair in wave.prompt]
-        wave.own = [[keep(t) for t in pair] for pair in wave.own]
+    def compact(self, wave: SimpleNamespace, t: int) -> SimpleNamespace:
+        """The wave after t tokens without finished groups, in the fewest columns that do."""
+        living_P = wave.alive_PG.sum(1)
+        keep_P = living_P.nonzero().squeeze(1)
+        keep_PG = wave.alive_PG[keep_P].int().argsort(dim=1, descending=True, stable=True)
+        pick = keep_P[:, None], keep_PG[:, : int(living_P.max())]
+        # Read all of the old wave before writing: the smaller one lies in the same pool.
+        kept = {name: getattr(wave, name)[keep_P] for name in ("next_P", "padding_P11L")}
+        kept |= {name: getattr(wave, name)[pick] for name in ("alive_PG", "rows_PG", "ids_PG")}
+        prompt = wave.prompt[:, :, keep_P]
+        own = wave.own[..., :t, :].transpose(3, 4)[:, :, pick[0], pick[1]]  # […, P, G, K, t, d]
+        smaller = self.stage(*pick[1].shape, *wave.shape[2:])
+        for name, tensor in kept.items():
+            getattr(smaller, name).copy_(tensor)
+        smaller.prompt.copy_(prompt)
+        smaller.own[..., :t, :] = own.transpose(3, 4)
+        return smaller
 
     # §5 ─────────────────────────────────────── sample ───────────────────────────────────────
-    def choose(self, hidden_PGD, uniform_PG, temperature: float):
-        """Each row's token and log-probability, from the distribution that training scores."""
-        hidden_BD = self.rms(hidden_PGD, self.norm).flatten(0, 1)
-        logits_BV = F.linear(hidden_BD, self.head).float() / temperature
-        logp_BV = logits_BV.masked_fill(self.banned_V, float("-inf")).log_softmax(-1)
+    def choose(self, hidden_PGD, uniform_PG, temperature: float, seen_PGV=None, penalty=1.0):
+        """Each row's token and log-probability, from the distribution that training scores.
+
+        `penalty` (evaluation only) makes ids in `seen_PGV`, of prompt and answer, less likely.
+        """
+        logits_PGV = F.linear(self.rms(hidden_PGD, self.norm), self.head).float() / temperature
+        if seen_PGV is not None:  # as in Hugging Face's and vLLM's repetition_penalty
+            factor = torch.where(logits_PGV > 0, 1 / penalty, penalty)
+            logits_PGV = torch.where(seen_PGV, logits_PGV * factor, logits_PGV)
+        logp_PGV = logits_PGV.masked_fill(self.banned_V, -math.inf).log_softmax(-1)
         if uniform_PG is None:
-            ids_B = logp_BV.argmax(-1)
+            ids_PG = logp_PGV.argmax(-1)
         else:
-            ids_B = inverse_cdf(logp_BV.exp(), uniform_PG.flatten())
-        shape, logp_B1 = hidden_PGD.shape[:2], logp_BV.gather(1, ids_B[:, None])
-        return ids_B.view(shape), logp_B1.view(shape)
+            ids_B = inverse_cdf(logp_PGV.flatten(0, 1).exp(), uniform_PG.flatten())
+            ids_PG = ids_B.view(uniform_PG.shape)
+        return ids_PG, logp_PGV.gather(-1, ids_PG[..., None]).squeeze(-1)
 
     @torch.no_grad()
-    def generate(self, prompts: list[Prompt], noise, max_tokens: int, temperature: float = 1.0):
+    def generate(self, prompts: list[Prompt], noise, max_tokens: int, temperature: float = 1.0,
+                 repetition_penalty: float = 1.0):
         """A list of G Completions for each prompt.
 
         noise: [G, ≥ max_tokens] a prompt, from `keyed_uniforms`; None decodes greedily, G = 1.
         Prompts run in waves that fit the key/value budget.
         """
-        group = len(noise[0]) if noise else 1
-        out = []
-        for first, last in self.waves(prompts, group, max_tokens):
-            uniform_PGT = None if noise is None else torch.stack(noise[first:last]).to(self.device)
-            rows = self.run_wave(prompts[first:last], uniform_PGT, group, max_tokens, temperature)
+        group, how, out = len(noise[0]) if noise else 1, (temperature, repetition_penalty), []
+        per_token = 2 * len(self.layers) * self.kv_heads * self.head_width * self.dtype.itemsize
+        row = max((len(prompt.ids) for prompt in prompts), default=0) + group * max_tokens
+        most = max(1, int(self.kv_bytes // (row * per_token)))
+        for first in range(0, len(prompts), most):
+            wave, end = prompts[first : first + most], first + most
+            uniform_BT = torch.cat(noise[first:end]).to(self.device) if noise else None
+            rows = self.run_wave(wave, uniform_BT, group, max_tokens, *how)
             out += [rows[i : i + group] for i in range(0, len(rows), group)]
         return out
 
-    def waves(self, prompts, group: int, max_tokens: int) -> list[tuple[int, int]]:
-        """Cut the prompts so that a wave's keys and values fit the budget (one prompt at least)."""
-        per_token = 2 * len(self.layers) * self.kv_heads * self.layers[0].qkv_bias.shape[0]
-        per_token = per_token // (self.heads + 2 * self.kv_heads) * self.embed.element_size()
-        cuts, longest = [0], 0
-        for index, prompt in enumerate(prompts):
-            longest = max(longest, len(prompt.ids))
-            rows = index + 1 - cuts[-1]
-            if rows > 1 and rows * (longest + group * max_tokens) * per_token > self.kv_bytes:
-                cuts.append(index)
-                longest = len(prompt.ids)
-        return list(zip(cuts, [*cuts[1:], len(prompts)])) if prompts else []
-
-    def run_wave(self, prompts, uniform_PGT, group, max_tokens, temperature) -> list[Completion]:
+    def run_wave(self, prompts, uniform_BT, group, max_tokens, temperature, penalty):
+        """Rounds of one token a row, until all rows have stopped: their Completions."""
         wave = self.start_wave(prompts, group, max_tokens)
         rows = len(prompts) * group
         tokens_BT = torch.full((rows, max_tokens), self.special.pad, device=self.device)
         logp_BT = torch.zeros(rows, max_tokens, device=self.device)
         length_B = torch.full((rows,), max_tokens, device=self.device)
-        uniform_BT = None if uniform_PGT is None else uniform_PGT.flatten(0, 1)
-        hidden_PGD, t = wave.hidden_PGD, 0
-        while True:
-            uniform_PG = None if uniform_BT is None else uniform_BT[wave.rows_PG, t]
-            wave.ids_PG, logp_PG = self.choose(hidden_PGD, uniform_PG, temperature)
-            living = wave.rows_PG[wave.alive_PG]
-            tokens_BT[living, t] = wave.ids_PG[wave.alive_PG]
-            logp_BT[living, t] = logp_PG[wave.alive_PG]
-            stopped_PG = wave.alive_PG & torch.isin(wave.ids_PG, self.stops)
-            length_B[wave.rows_PG[stopped_PG]] = t + 1
-            wave.alive_PG = wave.alive_PG & ~stopped_PG
+        seen_BV = None
+        if penalty != 1:
+            seen_BV = torch.zeros_like(self.banned_V).repeat(rows, 1)
+            for row in range(rows):
+                seen_BV[row, prompts[row // group].ids] = True
+        hidden_PGD = wave.hidden_PGD
+        for t in range(max_tokens):
+            at = wave.rows_PG
+            uniform_PG = None if uniform_BT is None else uniform_BT[at, t]
+            seen_PGV = None if seen_BV is None else seen_BV[at]
+            ids_PG, logp_PG = self.choose(hidden_PGD, uniform_PG, temperature, seen_PGV, penalty)
+            tokens_BT[at, t] = ids_PG.where(wave.alive_PG, self.special.pad)
+            logp_BT[at, t] = logp_PG.where(wave.alive_PG, 0.0)
+            stopped_PG = wave.alive_PG & torch.isin(ids_PG, self.stops)
+            length_B[at] = torch.where(stopped_PG, t + 1, length_B[at])
+            wave.alive_PG &= ~stopped_PG
             living = int(wave.alive_PG.sum())  # the round's one wait for the device
-            t += 1
-            if not living or t == max_tokens:
+            if self.interrupted():
+                raise Interrupted
+            if not living or t + 1 == max_tokens:
                 break
-            if living <= wave.alive_PG.numel() // 2:
-                self.compact(wave)
-            hidden_PGD = self.decode(wave.ids_PG, wave.next_P + t - 1, wave, t - 1)
-        rows = zip(tokens_BT.tolist(), logp_BT.tolist(), length_B.tolist())
-        return [
-            Completion(tokens[:n], logps[:n], truncated=tokens[n - 1] not in self.special.stops)
-            for tokens, logps, n in rows
-        ]
+            wave.ids_PG.copy_(ids_PG)
+            if seen_BV is not None:
+                seen_BV[at, ids_PG] = True
+            if 2 * living <= wave.alive_PG.numel():
+                wave = self.compact(wave, t)
+            hidden_PGD = self.next_hidden(wave, t)
+        results = zip(tokens_BT.tolist(), logp_BT.tolist(), length_B.tolist())
+        return [Completion(tokens[:n], logps[:n], tokens[n - 1] not in self.special.stops)
+                for tokens, logps, n in results]
 
 
-# §6 ───────────────────────────────────── the run folder ─────────────────────────────────────
-WORLD = "synthetic:grounding?size=56x56&shapes=2&colours=3&distractors=1-2&reach=0.3-0.5"
-PR1 = dict(  # what its tasks share and no default has yet  [PR1 §4.3, code]
-    model="Qwen/Qwen2.5-VL-3B-Instruct", prompts=14, beta=0.04, schedule="linear", seed=42)
-PRESETS = {  # of grpo_vl.py: named sets of differences from its defaults
-    "tiny": dict(  # what a machine without a GPU trains in minutes; no paper's values
-        model="tiny", data=(WORLD,), cold_start="runs/coldstart", max_tokens=24, prompts=32,
-        steps=400, lr=1e-4, warmup=10, schedule="linear", reward_options='{"iou_power": 2}',
-        eval_every=50, checkpointing=False, micro_tokens=4096,
-    ),
-    # steps: samples used / 14 prompts a step [PR1 T7, code]; max_tokens [PR1 code]
-    "pr1-grounding": PR1 | dict(data=("refcoco-pr1:refcoco_train.json",), steps=357),
-    "pr1-counting": PR1 | dict(data=("pixmo-pr1:pixmo_count_train.json",), steps=714),
-    "pr1-ocr": PR1 | dict(data=("fox:page_ocr_train.json",), steps=357, max_tokens=2048),
-    "pr1-detection": PR1 | dict(
-        data=("coco:annotations/instances_train2017.json",), steps=7857, max_tokens=2048),
-    "ovr-rl": dict(  # [OVR §3.2, §4.1]; the loss as in its base, Open-Reasoner-Zero [ORZ code]
-        model="Qwen/Qwen2.5-VL-7B-Instruct", data=("ovr_rl.jsonl",), cold_start="runs/coldstart",
-        prompts=512, group=16, scale="batch", loss="dapo", warmup=50, beta2=0.95, steps=900,
-        max_tokens=24 * 1024, max_tokens_at=(f"300:{32 * 1024}", f"700:{48 * 1024}"), eval_every=10,
-    ),
-}
+# §6 ───────────────────────────── processes and the run folder ──────────────────────────────
+@dataclass(frozen=True)
+class Processes:
+    """Who we are among the ranks, and where tensors live."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    def gather(self, value: Any) -> list:
+        """A small Python object of every rank, in rank order."""
+        values = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
 
 
-def check_options(config) -> None:
-    """Errors: ValueError naming the option, its value, and what it may be."""
-    whole = ("prompts", "group", "max_tokens", "inner_steps", "micro_tokens", "steps", "batch",
-             "keep", "save_every", "eval_samples")
-    for f in fields(config):
-        value, flag = getattr(config, f.name), "--" + f.name.replace("_", "-")
-        choices = getattr(f.type, "__args__", ()) if isinstance(value, str) else (value,)
-        if choices and value not in choices:
-            raise ValueError(f"{flag} is {value!r}; choose from {', '.join(choices)}")
-        if (f.name in whole and value < 1) or (f.name in ("temperature", "lr") and value <= 0):
-            raise ValueError(f"{flag} is {value}; it must be {1 if f.name in whole else 'above 0'}")
-
-
-def parse_config(config_class, arguments: list[str] | None, presets: dict, text: str):
-    """Defaults < --preset < --config FILE < command line, each option's help the comment beside it.
-
-    Without a GPU, and with none of --preset, --config and --model, the preset is "tiny".
-    """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", choices=presets)
-    first.add_argument("--config", type=Path)
-    chosen, rest = first.parse_known_args(arguments)
-    if not (chosen.preset or chosen.config or "--model" in rest or torch.cuda.is_available()):
-        chosen.preset = "tiny"
-    try:
-        saved = json.loads(chosen.config.read_text()) if chosen.config else {}
-        saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
-        text += f"\n--preset {' | '.join(presets)}; --config FILE: a run's config.json"
-        default = config_class(**(presets.get(chosen.preset, {}) | saved))
-        return tyro.cli(config_class, args=rest, default=default, description=text)
-    except (OSError, ValueError, TypeError) as error:
-        first.error(str(error))
-
-
-def memory_plan(config, model) -> str:
-    """What each GPU of --plan would hold, an estimate; the model's weights may be anything.
-
-    Sampling's keys and values are gone when training's activations come: the larger one counts.
-    """
-    gpus, gib = (int(part) for part in config.plan.split("x"))
-    text, decoder = model.config.text_config, model.model.language_model
-    size = {name: sum(p.numel() for p in part.parameters()) for name, part in
-            (("all", model), ("layer", decoder.layers[0]), ("vision", model.model.visual))}
-    trained = size["all"] - size["vision"] * config.freeze_vision
-    shards = gpus if not config.offload else math.inf  # offloaded: in host memory
-    per_token = 4 * text.num_hidden_layers * text.num_key_value_heads * (
-        text.hidden_size // text.num_attention_heads)  # bf16 key and value
-    longest = max([config.max_tokens, *(int(at.split(":")[1]) for at in config.max_tokens_at)])
-    need = -(-config.prompts // gpus) * (config.max_prompt + config.group * longest) * per_token
-    one_layer = 2 * config.micro_tokens * (8 * text.hidden_size + 4 * text.intermediate_size)
-    activations = one_layer * (1 if config.checkpointing else text.num_hidden_layers)
-    activations += 2 * config.micro_tokens * text.hidden_size * text.num_hidden_layers  # inputs
-    root = size["all"] - size["vision"] - text.num_hidden_layers * size["layer"]
-    held = {
-        "weights, fp32, sharded": 4 * size["all"] / shards,
-        "gradients, fp32, sharded": 4 * trained / shards,
-        "AdamW, fp32, sharded": 8 * trained / shards,
-        "reference, fp32, sharded": 4 * size["all"] / shards if config.beta else 0,
-        "gathered units, bf16": 2 * (root + 2 * size["layer"] + size["vision"]),
-        "sampling copy, bf16": 2 * size["all"],
-        "keys and values (sampling)": min(need, config.kv_gb * 2**30),
-        "activations (training)": activations,
-        "logits of a chunk (training)": 3 * 1024 * 4 * text.vocab_size,
-    }
-    *still, keys, active, logits = held.values()
-    peak = (sum(still) + max(keys, active + logits)) / 2**30
-    lines = [f"{name:30}{count / 2**30:8.2f} GiB" for name, count in held.items()]
-    verdict = "fits" if peak < 0.9 * gib else (
-        "does not fit: lower --micro-tokens, --kv-gb or --max-pixels, add --offload or GPUs")
-    total = f"{'peak, of ' + str(gib) + ' GiB':30}{peak:8.2f} GiB: {verdict}"
-    return "\n".join([f"{size['all']:,} parameters on {gpus} GPUs", *lines, total])
-
-
-def export(folder: Path, policy, tokenizer, source: str) -> None:
-    """Write the sharded policy as a Hugging Face checkpoint; every rank calls it, rank 0 writes.
-
-    bf16 on GPUs, fp32 on CPU. The image processor's settings come along from `source`, a hub id or
-    directory, so that `from_pretrained` and vLLM load the folder. One rename makes it appear.
-    """
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-    options = dist_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    full = dist_state.get_model_state_dict(policy, options=options)
-    if dist.get_rank() == 0:
-        partial_folder = folder.with_name(folder.name + ".partial")
-        shutil.rmtree(partial_folder, ignore_errors=True)
-        dtype = torch.bfloat16 if policy.banned_V.is_cuda else torch.float32
-        state = {name.removeprefix("model."): tensor.to(dtype) for name, tensor in full.items()}
-        policy.model.save_pretrained(partial_folder, state_dict=state)
-        if source in ("tiny", "tiny-untied"):
-            processor = Qwen2VLImageProcessorPil()
-        else:
-            processor = Qwen2VLImageProcessorPil.from_pretrained(source)
-        processor.save_pretrained(partial_folder)
-        tokenizer.save_pretrained(partial_folder)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial_folder.rename(folder)
-    dist.barrier()
+def start_processes(timeout: int) -> Processes:
+    """torchrun's ranks; without torchrun a world of one, which takes the same path."""
+    rank, world, local = (int(os.environ.get(n, 0)) for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(local)
+    how = {} if world else {"rank": 0, "world_size": 1, "store": dist.HashStore()}
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **how)
+    return Processes(rank, max(world, 1), torch.device(f"cuda:{local}" if cuda else "cpu"))
 
 
 def find_checkpoints(folder: Path) -> list[Path]:
@@ -479,42 +437,150 @@ def find_checkpoints(folder: Path) -> list[Path]:
 
 
 def save_checkpoint(folder: Path, policy, optimizer, state: dict, keep: int) -> None:
-    """Sharded weights and AdamW state. One rename makes it appear: it is whole or not there."""
-    final = folder / f"checkpoint-{state['step']}"
-    partial_folder = final.with_suffix(".partial")
-    model, optim = dist_state.get_state_dict(policy, optimizer)
-    if dist.get_rank() == 0:
+    """Sharded weights and AdamW state. One rename makes it appear: it is whole or not there.
+
+    Errors: SystemExit on every rank if one cannot write; the earlier checkpoints stay.
+    """
+    final, troubles = folder / f"checkpoint-{state['step']}", [None] * dist.get_world_size()
+    partial_folder, first, trouble = final.with_suffix(".partial"), dist.get_rank() == 0, None
+    if final.exists():  # a step has but one state
+        return
+    if first:
         shutil.rmtree(partial_folder, ignore_errors=True)
     dist.barrier()
-    dcp.save({"model": model, "optimizer": optim}, checkpoint_id=partial_folder)
-    if dist.get_rank() == 0:
-        (partial_folder / "state.json").write_text(json.dumps(state))
-        shutil.rmtree(final, ignore_errors=True)
-        partial_folder.rename(final)
-        for old in find_checkpoints(folder)[:-keep]:
-            shutil.rmtree(old)
-    dist.barrier()
+    try:
+        model, optim = dist_state.get_state_dict(policy, optimizer)
+        dcp.save({"model": model, "optimizer": optim}, checkpoint_id=partial_folder)
+        state = state | {"ranks": len(troubles), "shapes": shapes_of(policy)}
+        if first:
+            (partial_folder / "state.json").write_text(json.dumps(state))
+            partial_folder.rename(final)
+    except (OSError, CheckpointException) as error:
+        trouble = str(error)
+    dist.all_gather_object(troubles, trouble)
+    if any(troubles):
+        shutil.rmtree(partial_folder, ignore_errors=True)
+        raise SystemExit(f"{final} could not be written, earlier checkpoints are whole: {troubles}")
+    for old in find_checkpoints(folder)[:-keep] if first else ():
+        shutil.rmtree(old)
+
+
+def shapes_of(policy) -> dict:
+    return {name: list(p.shape) for name, p in policy.named_parameters()}
 
 
 def load_checkpoint(path: Path, policy, optimizer) -> dict:
-    """Restore weights and AdamW state, whatever the number of ranks that saved them."""
-    model, optim = dist_state.get_state_dict(policy, optimizer)
-    saved = {"model": model, "optimizer": optim}
+    """Restore weights and AdamW state, whatever the number of ranks that saved them.
+
+    Errors: SystemExit naming a parameter that is another one there.
+    """
+    state, here = json.loads((path / "state.json").read_text()), shapes_of(policy)
+    for name in sorted(here.keys() | state["shapes"].keys()):
+        if here.get(name) != (there := state["shapes"].get(name)):
+            raise SystemExit(f"{path} is of another architecture: {name} is {here.get(name)} in "
+                             f"--model and {there} there; choose another --out")
+    saved = dict(zip(("model", "optimizer"), dist_state.get_state_dict(policy, optimizer)))
     dcp.load(saved, checkpoint_id=path)
-    dist_state.set_state_dict(
-        policy, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
-    return json.loads((path / "state.json").read_text())
+    how = {"model_state_dict": saved["model"], "optim_state_dict": saved["optimizer"]}
+    dist_state.set_state_dict(policy, optimizer, **how)
+    return state
+
+
+def resume(config, policy, optimizer) -> dict:
+    """{"step", "cursor"}: steps done and draws consumed, of the newest checkpoint in --out.
+
+    What a killed run logged after that checkpoint is done again, so it leaves metrics.jsonl.
+    """
+    folder, ranks = Path(config.out), dist.get_world_size()
+    state, found = {"step": 0, "cursor": 0, "ranks": ranks}, find_checkpoints(folder)
+    if found and config.resume == "never":
+        raise SystemExit(f"--resume never, but {found[-1]} exists: choose another --out")
+    if found:
+        state = load_checkpoint(found[-1], policy, optimizer)
+    if dist.get_rank() == 0:
+        if state["ranks"] != ranks:
+            print(f"{found[-1]} was saved by {state['ranks']} ranks, here are {ranks}: weights and "
+                  "optimizer are the same, but sums run in another order", file=sys.stderr)
+        folder.mkdir(parents=True, exist_ok=True)
+        log = folder / "metrics.jsonl"
+        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+        for path, text in ((log, "".join(lines[: state["step"]])),
+                           (folder / "config.json", json.dumps(asdict(config), indent=2))):
+            path.with_suffix(".partial").write_text(text)
+            path.with_suffix(".partial").rename(path)
+    return state
+
+
+def watch_signals():
+    """A function that says whether SIGTERM or Ctrl-C has come. A second one ends the process."""
+    received = []
+
+    def note(number, frame):
+        received.append(number)
+        listen(signal.SIG_DFL)
+
+    def listen(handler):
+        for kind in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(kind, handler)
+
+    listen(note)
+    return lambda: bool(received)
+
+
+class RunLog:
+    """Rank 0's record: metrics.jsonl, flushed each step, a progress bar, --log's tracker, and every
+    ten steps what `diagnose`, a function of all metrics so far, has to say."""
+
+    def __init__(self, config, diagnose):
+        self.diagnose, self.track = diagnose, open_tracker(config)
+        path = Path(config.out) / "metrics.jsonl"
+        self.history = [json.loads(line) for line in path.read_text().splitlines()]
+        self.file, done = path.open("a"), len(self.history)
+        self.bar = tqdm(desc=path.parent.name, initial=done, total=config.steps)
+
+    def add(self, metrics: dict) -> None:
+        finite = {n: v for n, v in metrics.items() if v not in (math.inf, -math.inf) and v == v}
+        self.history.append(dict.fromkeys(metrics) | finite)  # JSON has no NaN: null
+        print(json.dumps(self.history[-1]), file=self.file, flush=True)
+        self.track(finite)
+        shown = {n: f"{finite[n]:.3f}" for n in ("reward", "loss", "length") if n in finite}
+        self.bar.set_postfix(shown, refresh=False)
+        self.bar.update()
+        for sentence in self.diagnose(self.history) if len(self.history) % 10 == 0 else ():
+            tqdm.write(f"step {metrics['step']}: {sentence}", file=sys.stderr)
+
+
+def open_tracker(config):
+    """A function that takes a step's metrics: to Weights & Biases, to TensorBoard, or nowhere."""
+    if config.log == "wandb":
+        import wandb
+        return wandb.init(project="grpo-vl", dir=config.out, config=asdict(config)).log
+    if config.log == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+        writer = SummaryWriter(config.out)
+        return lambda metrics: [writer.add_scalar(n, v, metrics["step"])
+                                for n, v in metrics.items() if isinstance(v, (int, float))]
+    return lambda metrics: None
+
+
+@contextlib.contextmanager
+def one_run():
+    """The frame of a run: bad data ends it with one sentence; else all ranks leave together."""
+    try:
+        yield
+    except DataError as error:
+        raise SystemExit(str(error)) from None
+    leave()
 
 
 def leave() -> None:
-    """The end of a script: all ranks go together.
+    """The end of a script: of several ranks, none runs its destructors.
 
-    Of many, none runs its destructors: there gloo's threads abort now and then ("terminate called
-    without an active exception"), and torchrun takes the run for failed.
+    There gloo's threads abort now and then, and torchrun takes the run for failed.
     """
     if dist.get_world_size() == 1:
         return dist.destroy_process_group()
     dist.barrier()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
     os._exit(0)

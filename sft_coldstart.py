@@ -7,18 +7,21 @@
 also tunes vision tower and merger, which the tiny stand-in needs: it starts from random weights.
 
 A sample is a packed group with one completion: the prompt is masked from the loss, positions
-restart with each sample, and no sample sees another (qwen_vl.py §3, §4). Text-only and image
-samples mix freely.
+restart with each sample, and no sample sees another (qwen_vl.py §3). Texts and images mix freely.
 """
 import math
+import sys
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
+import data as datasets
 import grpo_vl
 import qwen_vl
 import rewards
 import sampler
-from sampler import Completion, Group
+from sampler import Completion
 
 
 @dataclass(frozen=True)
@@ -29,6 +32,8 @@ class Config:
     # FILE.jsonl[:weight] or synthetic:TASK?…
     data: tuple[str, ...] = ("synthetic:counting?size=644x476&objects=2-10",)
     fields: str = ""  # names of fields in the data, e.g. question=problem,response=solution
+    skip_bad: int = 0  # bad rows to leave out and list, instead of stopping
+    check: bool = False  # list each fault of --data as file:line, images too, and stop
     out: str = "runs/coldstart"  # run folder
     train: Literal["llm", "all"] = "llm"  # llm: vision tower and merger stay [OVR §3.1]
     system_prompt: str = qwen_vl.SYSTEM  # system turn
@@ -44,61 +49,58 @@ class Config:
     schedule: Literal["constant", "linear", "cosine"] = "cosine"  # [OVR: not given]
     warmup: int = 50  # steps of linear warm-up [OVR: not given]
     beta2: float = 0.999  # AdamW β₂
-    weight_decay: float = 0.0  # AdamW weight decay
     max_norm: float = 1.0  # gradient norm is clipped to this
+    max_bad_steps: int = 5  # skipped steps in a row (gradient not finite) that end the run
     micro_tokens: int = 16384  # tokens of a packed micro-batch
     checkpointing: bool = True  # compute activations again in the backward pass
     offload: bool = False  # keep sharded weights and optimizer in host memory
+    graphs: bool = True  # evaluate by captured CUDA graphs
     timeout: int = 3600  # seconds a rank waits for the others
     kv_gb: float = 8.0  # memory for keys and values while evaluating, GiB a rank
     seed: int = 0  # of data order and tiny weights
     save_every: int = 200  # steps between checkpoints
     keep: int = 2  # checkpoints kept
     resume: Literal["auto", "never"] = "auto"  # from the newest checkpoint in --out
+    log: Literal["", "wandb", "tensorboard"] = ""  # where metrics go besides metrics.jsonl
     eval_every: int = 0  # steps between evaluations on held-out samples; 0 is off
     eval_data: tuple[str, ...] = ()  # held-out data; default: the held-out split of --data
     eval_samples: int = 200  # held-out samples
     eval_tokens: int = 768  # longest completion when evaluating
 
     def __post_init__(self):
-        sampler.check_options(self)
+        datasets.check_options(self)
 
 
 PRESETS = {
     "ovr-coldstart": dict(data=("traces:cold_start.jsonl",)),  # the defaults are OVR's
     "tiny": dict(
-        model="tiny", data=(sampler.WORLD,), train="all", batch=32, steps=500, lr=1e-3,
+        model="tiny", data=(rewards.WORLD,), train="all", batch=32, steps=500, lr=1e-3,
         schedule="constant", max_tokens=256, eval_every=100, eval_tokens=24, checkpointing=False,
-        micro_tokens=4096,
-    ),
+        micro_tokens=4096),
 }
 
 
 def response_tokens(run, sample) -> list[int]:
     """The response to learn, with its stop token: the data's own, else the reference answer."""
-    text = sample.response
-    if text is None:
-        text = rewards.reference(
-            sample.task, sample.answer, sample.question, think=run.config.think)
+    about = sample.task, sample.answer, sample.question
+    own = sample.response is not None
+    text = sample.response if own else rewards.reference(*about, think=run.config.think)
     tokens = [*run.tokenizer.encode(text, add_special_tokens=False), run.special.im_end]
     if run.special.banned_V[tokens].any():
-        raise ValueError(f"sample {sample.id}: its response holds an image or video placeholder")
+        raise datasets.DataError(f"sample {sample.id}: its response holds an image placeholder")
     if len(tokens) > run.config.max_tokens:
-        raise ValueError(
+        raise datasets.DataError(
             f"sample {sample.id}: its response has {len(tokens)} tokens, --max-tokens is "
-            f"{run.config.max_tokens}; raise it or drop the sample"
-        )
+            f"{run.config.max_tokens}; raise it or drop the sample")
     return tokens
 
 
 def sft_step(run, step: int) -> dict:
     """−Σ log π(response token | prompt, response so far) / all response tokens of the batch."""
-    config, ranks, groups = run.config, run.processes, []
-    for draw in range(run.cursor + ranks.rank, run.cursor + config.batch, ranks.world):
-        sample = run.data[draw]
-        response = Completion(response_tokens(run, sample))
-        groups.append(Group(grpo_vl.make_prompt(run, sample), [response]))
-    run.cursor += config.batch
+    config, ranks = run.config, run.processes
+    groups = grpo_vl.draw_groups(run, config.batch)
+    for group in groups:
+        group.completions = [Completion(response_tokens(run, group.sample))]
     targets = sum(ranks.gather(sum(len(group.completions[0].tokens) for group in groups)))
     total = 0.0
     for pack in qwen_vl.pack_for_ranks(groups, config.micro_tokens, run.special, ranks):
@@ -112,11 +114,13 @@ def sft_step(run, step: int) -> dict:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    config = sampler.parse_config(Config, arguments, PRESETS, __doc__)
-    processes = grpo_vl.start_processes(config.timeout)
-    run = grpo_vl.prepare(config, processes, config.model, freeze_vision=config.train == "llm")
-    grpo_vl.train(run, sft_step, eval_tokens=config.eval_tokens, seconds=config.seconds)
-    sampler.leave()
+    config = datasets.parse_config(Config, arguments, PRESETS, __doc__, torch.cuda.is_available())
+    if config.check:  # faults and exit status 1, or nothing and 0
+        sys.exit("\n".join(datasets.check(config.data, **grpo_vl.data_options(config))) or 0)
+    with sampler.one_run():
+        processes = sampler.start_processes(config.timeout)
+        run = grpo_vl.prepare(config, processes, config.model, freeze_vision=config.train == "llm")
+        grpo_vl.train(run, sft_step, eval_tokens=config.eval_tokens, seconds=config.seconds)
 
 
 if __name__ == "__main__":

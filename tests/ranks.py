@@ -125,5 +125,16 @@ def export(ranks, folder, model):
     """A trained step's weights in Hugging Face format, and the policy's own log-probs to compare with."""
     run = make_run(ranks, model=model, lr=0.1)
     grpo_vl.train_step(run, 0)
-    sampler.export(Path(folder), run.policy, run.tokenizer, model)
+    grpo_vl.qwen_vl.export(Path(folder), run.policy, run.tokenizer, model)
     return json.loads((Path(folder) / "config.json").read_text())["tie_word_embeddings"]
+
+
+def train_and_save(ranks, folder):
+    """Two steps, saved: the full weights and, of each parameter, AdamW's two moments and its step."""
+    run = make_run(ranks, optimizer="adamw", lr=1e-3, out=folder)
+    for step in range(2):
+        grpo_vl.train_step(run, step)
+    sampler.save_checkpoint(Path(folder), run.policy, run.optimizer, {"step": 2, "cursor": run.cursor}, keep=1)
+    states = [run.optimizer.state[p] for p in run.policy.parameters()]
+    moments = [(s["exp_avg"].full_tensor(), s["exp_avg_sq"].full_tensor(), s["step"]) for s in states]
+    return full_weights(run.policy), moments

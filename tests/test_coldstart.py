@@ -74,7 +74,7 @@ def test_samples_do_not_see_each_other(alone):
     for draw in range(4):
         sample = run.data[draw]
         response = sft_coldstart.Completion(sft_coldstart.response_tokens(run, sample))
-        groups.append(sft_coldstart.Group(grpo_vl.make_prompt(run, sample), [response]))
+        groups.append(grpo_vl.Group(grpo_vl.make_prompt(run, sample), [response]))
     def logps(chosen):
         (pack,) = qwen_vl.pack_for_ranks(chosen, 10**6, run.special, alone)
         with torch.no_grad():

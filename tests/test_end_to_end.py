@@ -59,7 +59,7 @@ def test_a_missing_cold_start_is_announced_and_run(tmp_path):
     said = ""
     for line in process.stdout:  # the progress bar's carriage returns count as line ends
         said += line
-        if (cold / "metrics.jsonl").exists():
+        if (cold / "metrics.jsonl").exists() and (cold / "metrics.jsonl").read_text():
             break
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -182,6 +182,26 @@ def test_a_bad_row_is_named(tmp_path, task, row, sentence):
     assert sentence in refused("metrics", "--task", task, "--predictions", path)
 
 
+@pytest.mark.parametrize("own, task", [
+    ("counting", "math"), ("grounding", "choice"), ("math", "ocr"), ("choice", "counting"),
+    ("ocr", "grounding"), ("counting", "detection"), ("fly", "math"), (None, "ocr"),
+])
+def test_rows_of_another_task_are_refused(tmp_path, own, task):
+    good = {"id": 0, "completion": "[]", "answer": {"counting": 2, "detection": []}.get(task, "B")}
+    path = write(tmp_path / "p.jsonl", good | {"task": task}, good | {"task": own, "id": 1})
+    assert refused("metrics", "--task", task, "--predictions", path).endswith(
+        f"p.jsonl:2: this row's task is {own}, but --task is {task}: give --task {own} or a file of {task} alone "
+        "(math and choice may mix)")
+
+
+def test_math_and_choice_mix_under_either(tmp_path, capsys):
+    path = write(tmp_path / "p.jsonl",
+                 {"id": 1, "task": "choice", "completion": "B", "answer": "B"},
+                 {"id": 2, "task": "math", "completion": "4", "answer": "4"})  # not in a box: wrong
+    for task in ("math", "choice"):
+        close(scored(capsys, task, path), accuracy=0.5, questions=2)
+
+
 def test_bad_files_are_named(tmp_path):
     assert "no rows" in refused("metrics", "--task", "ocr", "--predictions", write(tmp_path / "e"))
     assert "none.jsonl" in refused("metrics", "--task", "ocr", "--predictions", "none.jsonl")
@@ -196,6 +216,21 @@ def test_bad_files_are_named(tmp_path):
         "--annotations", HERE / "instances.json")
 
 
+def test_detection_of_a_category_that_is_not_annotated(tmp_path, capsys):
+    cat, unknown = ({"bbox_2d": [0, 0, 100, 40], "label": label} for label in ("cat", "unicorn"))
+    row = {"image_id": 139, "completion": json.dumps([unknown, cat]), "image_size": [200, 100]}
+    path = write(tmp_path / "p.jsonl", row)
+    got = scored(capsys, "detection", path, "--annotations", HERE / "instances.json")
+    close(got, AP=51 / 101 / 2)  # as without the unicorn: the cat is found first; no dog was
+
+
+def test_metrics_shows_the_papers_rows_on_stderr(tmp_path, capsys):
+    row = {"id": 1, "completion": "a b", "answer": "a b"}
+    evaluation.main(["metrics", "--task", "ocr", "--predictions", str(write(tmp_path / "p.jsonl", row))])
+    shown = capsys.readouterr().err
+    assert "measured here: 0.0 100.0 100.0 100.0" in shown and "Perception-R1 2B 8.4 96.9 97.2 96.7" in shown
+
+
 def test_the_papers_row_stands_beside(capsys):
     table = evaluation.beside_paper("detection", {"AP": 0.5, "AP50": None, "AP75": 0.123})
     assert "measured here: 50.0 - 12.3" in table
@@ -205,6 +240,12 @@ def test_the_papers_row_stands_beside(capsys):
     for task, number in {"grounding": "89.1 79.5 35.0 67.9", "counting": "78.1", "ocr": "2.8 98.2",
                          "math": "OVR-7B 95.3", "choice": "OVR-7B 51.8"}.items():
         assert number in evaluation.beside_paper(task, one)
+    table = evaluation.beside_paper("grounding", one)
+    for split in ("RefCOCO testA   Qwen2-VL-2B 89.6 80.6 35.7 68.6   Perception-R1 2B 91.4 83.6 38.5 71.2",
+                  "RefCOCO testB   Qwen2-VL-2B 82.0 70.1 26.9 59.7   Perception-R1 2B 84.5 72.4 28.8 61.9",
+                  "RefCOCO+ testA  Qwen2-VL-2B 82.5 73.8 32.3 62.9   Perception-R1 2B 86.8 79.3 36.9 67.7",
+                  "RefCOCO+ testB  Qwen2-VL-2B 70.1 60.0 23.0 51.0   Perception-R1 2B 74.3 64.2 26.7 55.1"):
+        assert split in table
 
 
 # ---- behaviours ----
@@ -478,6 +519,31 @@ def in_this_process(monkeypatch, alone):
 
     monkeypatch.setattr(grpo_vl, "start_processes", lambda timeout: alone)
     monkeypatch.setattr(grpo_vl.sampler, "leave", lambda: None)
+
+
+@pytest.mark.parametrize("task, penalty", [("grounding", 1.05), ("counting", 1.0)])
+def test_only_grounding_is_decoded_with_a_repetition_penalty(tmp_path, monkeypatch, alone, task, penalty):
+    import grpo_vl
+
+    seen, generate = [], grpo_vl.Sampler.generate
+
+    def record(self, prompts, noise, max_tokens, **options):
+        seen.append((len(prompts), noise, max_tokens, options))
+        return generate(self, prompts, noise, max_tokens, **options)
+
+    monkeypatch.setattr(grpo_vl.Sampler, "generate", record)
+    in_this_process(monkeypatch, alone)
+    evaluation.main(["run", "--model", "tiny", "--task", task, "--data", f"synthetic:{task}?size=56x56",
+                     "--out", str(tmp_path), "--samples", "2", "--max-tokens", "4"])
+    assert seen == [(2, None, 4, {"repetition_penalty": penalty})]  # greedily
+    assert len((tmp_path / "predictions.jsonl").read_text().splitlines()) == 2
+
+
+def test_the_protocol_has_every_task():
+    """Tokens, samples, penalty: [PR1 code] answers greedily, with 1.05 for grounding alone."""
+    assert set(evaluation.PROTOCOL) == set(datasets.TASKS) == set(evaluation.PROMPTS)
+    assert evaluation.PROTOCOL["grounding"] == (512, 1, 1.05)
+    assert [task for task, (_, _, penalty) in evaluation.PROTOCOL.items() if penalty != 1] == ["grounding"]
 
 
 def test_curriculum_keeps_a_band_and_sorts_easy_to_hard(tmp_path, monkeypatch, alone):

@@ -1,4 +1,6 @@
 """The policy and the sampler against plain references: Hugging Face's forward, generate and processor."""
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -348,7 +350,64 @@ def test_greedy_tokens_equal_generate(world, sampler):
         assert out[0, len(prompt.ids) :].tolist() == completion.tokens
 
 
-def test_rollouts_do_not_depend_on_the_batch(world, sampler):
+def test_repetition_penalty_equals_huggingface(world, sampler):
+    """One prompt's next token under 1.05, from the stock model's logits: positive / 1.05, negative · 1.05."""
+    _, twin, _, special, prompts = world
+    text = next(prompt for prompt in prompts if not prompt.grids)
+    (completion,), = sampler.generate([text], None, 8, repetition_penalty=1.3)
+    ids = torch.tensor([text.ids])
+    out = twin.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), mm_token_type_ids=torch.zeros_like(ids), do_sample=False,
+        repetition_penalty=1.3, max_new_tokens=8, eos_token_id=list(special.stops), pad_token_id=special.pad,
+        bad_words_ids=[[i] for i in torch.nonzero(sampler.banned_V).flatten().tolist()],
+        temperature=None, top_k=None, top_p=None,
+    )
+    assert out[0, len(text.ids) :].tolist() == completion.tokens
+    (plain,), = sampler.generate([text], None, 8)
+    assert plain.tokens != completion.tokens  # else the penalty was not tried
+
+
+def test_shapes_in_buckets_change_no_rollout(world):
+    """What CUDA graphs need, without CUDA: caches and rows padded to buckets, masked, reused across waves."""
+    policy, _, _, special, prompts = world
+    model, _ = qwen_vl.load("tiny-untied")
+    with torch.no_grad():
+        model.lm_head.weight[special.im_end] *= 4.0  # ragged ends: compaction happens
+    biased = Policy(model, policy.banned_V)
+    exact, bucketed = Sampler(model, special), Sampler(model, special, graphs=True)
+    for one in (exact, bucketed):
+        one.refresh(biased)
+    for count, group in ((4, 5), (3, 3), (4, 5)):  # the last finds its shape's stage with old contents
+        noise = uniforms(prompts[:count], group=group, length=200, seed=count)
+        expected = exact.generate(prompts[:count], noise, 200)
+        found = bucketed.generate(prompts[:count], noise, 200)
+        assert tokens_of(found) == tokens_of(expected)
+        for one, other in zip(expected, found):
+            for a, b in zip(one, other):
+                torch.testing.assert_close(torch.tensor(a.logps), torch.tensor(b.logps), atol=1e-5, rtol=0)
+        assert_sampler_equals_trainer(biased, prompts[:count], found, 1.0)
+    assert len({stage[:2] for stage in bucketed.stages}) > 2  # it did compact into smaller shapes
+
+
+def test_a_frozen_tower_is_run_once_for_sampling_and_training(world, monkeypatch):
+    """Features kept by the sampler give the log-probs that pixels give, and the tower is not run again."""
+    policy, _, tokenizer, special, _ = world
+    keeping = Sampler(policy.model, special, keep_features=True)
+    keeping.refresh(policy)
+    mine = [encode_chat(tokenizer, special, "red circle 12", [noise_image(84, 84, 3)]),
+            encode_chat(tokenizer, special, "no image"),
+            encode_chat(tokenizer, special, "two", [noise_image(56, 84, 4), noise_image(84, 56, 5)])]
+    rollouts = keeping.generate(mine, uniforms(mine), 10)
+    groups = [Group(p, done, i * 3) for i, (p, done) in enumerate(zip(mine, rollouts))]
+    pixels = [Group(replace(p, features_ID=None), done, i * 3) for i, (p, done) in enumerate(zip(mine, rollouts))]
+    with torch.no_grad():
+        from_pixels = policy(prepared(pack_groups(pixels)))[0]
+        monkeypatch.setattr(policy.vision, "forward", None)
+        from_features = policy(prepared(pack_groups(groups)))[0]
+    torch.testing.assert_close(from_features, from_pixels, atol=1e-5, rtol=0)
+
+
+def test_rollouts_do_not_depend_on_the_batch(world, sampler, monkeypatch):
     _, _, _, _, prompts = world
     noise = uniforms(prompts)
     together = sampler.generate(prompts, noise, 10)
@@ -357,8 +416,10 @@ def test_rollouts_do_not_depend_on_the_batch(world, sampler):
         assert tokens_of(alone) == tokens_of(together[i : i + 1])
     small = Sampler(world[0].model, world[3], kv_gb=1e-6)  # one prompt a wave
     small.refresh(world[0])
-    assert len(small.waves(prompts, 3, 10)) == 4
+    waves, run_wave = [], small.run_wave
+    monkeypatch.setattr(small, "run_wave", lambda *rest: waves.append(1) or run_wave(*rest))
     assert tokens_of(small.generate(prompts, noise, 10)) == tokens_of(together)
+    assert len(waves) == 4
 
 
 def tokens_of(rollouts):

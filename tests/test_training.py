@@ -1,15 +1,17 @@
 """The training step: ranks, micro-batches, variants, checkpoints; on the tiny stand-in."""
+import dataclasses
 import json
+import re
 
 import pytest
 import ranks
 import torch
 from conftest import ROOT
 
+import eval as evaluation
 import grpo_vl
 import qwen_vl
 import rewards
-import sampler
 from sampler import Completion, Group
 
 
@@ -170,7 +172,7 @@ def test_the_learning_rate_follows_its_schedule():
 def test_the_length_limit_by_step():
     config = grpo_vl.Config(max_tokens=24, max_tokens_at=("300:32", "700:48"))
     assert [grpo_vl.longest(config, step) for step in (0, 299, 300, 699, 700, 900)] == [24, 24, 32, 32, 48, 48]
-    ovr = grpo_vl.Config(**sampler.PRESETS["ovr-rl"])
+    ovr = grpo_vl.Config(**grpo_vl.rewards.PRESETS["ovr-rl"])
     assert [grpo_vl.longest(ovr, step) for step in (0, 300, 700)] == [24576, 32768, 49152]
 
 
@@ -184,7 +186,7 @@ def test_every_preset_takes_two_steps_on_a_file_in_the_true_format(alone, preset
     kind, _, file = FILES[preset].rpartition(":")
     spec = f"{kind or 'math500'}:{ROOT}/tests/fixtures/data/{file}"
     small = dict(model="tiny", data=(spec,), prompts=2, group=2, max_tokens=6, max_tokens_at=(), out=str(tmp_path))
-    config = grpo_vl.Config(**(sampler.PRESETS[preset] | small))
+    config = grpo_vl.Config(**(grpo_vl.rewards.PRESETS[preset] | small))
     run = grpo_vl.prepare(config, alone, config.model, beta=config.beta)
     run.sampler.refresh(run.policy)
     metrics = [grpo_vl.train_step(run, step) for step in range(2)]
@@ -269,15 +271,15 @@ def test_two_ranks_load_a_checkpoint_that_only_rank_0_reads(alone, pair, tmp_pat
 
 # ── configuration ──
 def test_presets_and_command_line(tmp_path):
-    tiny = sampler.parse_config(grpo_vl.Config, [], sampler.PRESETS, "")
+    tiny = grpo_vl.datasets.parse_config(grpo_vl.Config, [], grpo_vl.rewards.PRESETS, "", False)
     assert tiny.model == "tiny"  # no GPU, nothing asked for
-    changed = sampler.parse_config(grpo_vl.Config, ["--lr", "0.5", "--no-checkpointing"], sampler.PRESETS, "")
+    changed = grpo_vl.datasets.parse_config(grpo_vl.Config, ["--lr", "0.5", "--no-checkpointing"], grpo_vl.rewards.PRESETS, "", False)
     assert (changed.lr, changed.checkpointing, changed.model) == (0.5, False, "tiny")
-    named = sampler.parse_config(grpo_vl.Config, ["--model", "x/y"], sampler.PRESETS, "")
+    named = grpo_vl.datasets.parse_config(grpo_vl.Config, ["--model", "x/y"], grpo_vl.rewards.PRESETS, "", False)
     assert (named.model, named.lr) == ("x/y", 1e-6)
     saved = tmp_path / "config.json"
     saved.write_text(json.dumps({"lr": 0.25, "data": ["a.jsonl"], "model": "x"}))
-    replayed = sampler.parse_config(grpo_vl.Config, ["--config", str(saved), "--seed", "3"], sampler.PRESETS, "")
+    replayed = grpo_vl.datasets.parse_config(grpo_vl.Config, ["--config", str(saved), "--seed", "3"], grpo_vl.rewards.PRESETS, "", False)
     assert (replayed.lr, list(replayed.data), replayed.seed) == (0.25, ["a.jsonl"], 3)
 
 
@@ -287,7 +289,7 @@ def test_presets_and_command_line(tmp_path):
 ])
 def test_wrong_options_stop_with_a_sentence(arguments, said, capsys):
     with pytest.raises((SystemExit, ValueError)) as stopped:
-        sampler.parse_config(grpo_vl.Config, arguments, sampler.PRESETS, "")
+        grpo_vl.datasets.parse_config(grpo_vl.Config, arguments, grpo_vl.rewards.PRESETS, "", False)
     assert said in capsys.readouterr().err + str(stopped.value)
 
 
@@ -297,7 +299,7 @@ def test_wrong_options_stop_with_a_sentence(arguments, said, capsys):
 def test_wrong_config_files_stop_with_a_sentence(content, said, tmp_path, capsys):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(SystemExit):
-        sampler.parse_config(grpo_vl.Config, ["--config", str(tmp_path / "config.json")], sampler.PRESETS, "")
+        grpo_vl.datasets.parse_config(grpo_vl.Config, ["--config", str(tmp_path / "config.json")], grpo_vl.rewards.PRESETS, "", False)
     assert said in capsys.readouterr().err
 
 
@@ -319,28 +321,35 @@ def true_model(shape):
         return Qwen2_5_VLForConditionalGeneration(config)
 
 
+def planned(monkeypatch, capsys, shape, **options):
+    """What eval.py plan prints for a run with these options and this true shape."""
+    monkeypatch.setattr(qwen_vl, "load", lambda name, weights: (true_model(shape), None))
+    evaluation.plan(json.dumps(dataclasses.asdict(grpo_vl.Config(**options))))
+    return capsys.readouterr().out
+
+
 @pytest.mark.parametrize("shape, parameters, sampling_copy", [
     # the published checkpoints' sizes: 3,754,622,976 and 8,292,166,656 weights, two bytes each in the copy
     ("3b", "3,754,622,976", 6.99), ("7b", "8,292,166,656", 15.45),
 ])
-def test_the_memory_plan_by_hand(shape, parameters, sampling_copy):
-    lines = sampler.memory_plan(grpo_vl.Config(plan="8x80"), true_model(shape)).splitlines()
+def test_the_memory_plan_by_hand(shape, parameters, sampling_copy, monkeypatch, capsys):
+    lines = planned(monkeypatch, capsys, shape, plan="8x80").splitlines()
     assert lines[0] == f"{parameters} parameters on 8 GPUs"
-    held = {line[:30].strip(): float(line[30:38]) for line in lines[1:]}
+    held = {line[:26].strip(): float(line[26:34]) for line in lines[1:-1]}
     assert held["sampling copy, bf16"] == pytest.approx(sampling_copy, abs=0.01)
     # fp32 weights, gradients, and twice that for AdamW, over 8 GPUs: 2, 2 and 4 bytes a weight · 2/8
     for name, factor in (("weights", 1), ("gradients", 1), ("AdamW", 2)):
         assert held[f"{name}, fp32, sharded"] == pytest.approx(sampling_copy * 2 / 8 * factor, abs=0.02)
     # 3 copies of 1024 · rows · 4 bytes: 1.74 GiB
-    assert held["logits of a chunk (training)"] == pytest.approx(1.74, abs=0.01)
-    assert lines[-1].endswith(": fits")
+    assert held["logits of a chunk"] == pytest.approx(1.74, abs=0.01)
+    assert lines[-1] == "fits"
 
 
-def test_the_memory_plan_says_what_to_change():
-    plan = sampler.memory_plan(grpo_vl.Config(beta=0.04, plan="1x80"), true_model("7b"))
-    # 8.29 G weights · (4 + 4 + 8 + 4) bytes = 154 GiB alone
+def test_the_memory_plan_says_what_to_change(monkeypatch, capsys):
+    plan = planned(monkeypatch, capsys, "7b", beta=0.04, plan="1x80")
+    # 8.29 G weights · (4 + 4 + 8) bytes = 124 GiB alone; the reference's 2 bytes are 15.45
     assert "does not fit: lower --micro-tokens" in plan
-    assert "154" not in plan and "30.89" in plan  # each of the fp32 rows by itself
+    assert re.search(r"reference, bf16, sharded +15.45", plan) and "30.89" in plan  # and each fp32 row by itself
 
 
 def test_clip_defaults_follow_the_ratio():
