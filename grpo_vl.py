@@ -8,8 +8,7 @@
 advantages · §6 token log-probs · §7 loss · §8 train_step · §9 logs and pictures · §10 main
 [PR1] Perception-R1, arXiv 2504.07954 · [OVR] Open-Vision-Reasoner, 2507.05255 · [DSM] DeepSeekMath,
 2402.03300 · [DAPO] 2503.14476 · [DRG] Dr. GRPO, 2503.20783 · [GSPO] 2507.18071 · [RLOO] 2402.14740.
-Suffixes are shapes: P prompts, G completions a prompt, B = P·G rollouts, T completion tokens
-(padded), S scored tokens of a packed micro-batch.
+Shapes: P prompts, G completions a prompt, B = P·G rollouts, T tokens (padded), S scored tokens.
 
 DEVIATION D1: OVR trains with PPO and a critic (γ = λ = 1, so A_t = R − V(s_t)). Here the mean of
 the group stands in V's place, as in GRPO, and no critic is trained.
@@ -160,6 +159,7 @@ def make_prompt(run: "Run", sample: datasets.Sample) -> Prompt:
 def draw_groups(run: "Run", count: int) -> list[Group]:
     """This rank's share of the next draws; a thread decodes the ones after them meanwhile."""
     def prepare(first):
+        torch.set_num_threads(1)  # this thread's: a second OpenMP team slows the main thread's
         draws = range(first + run.processes.rank, first + count, run.processes.world)
         drawn = [(run.data[draw], draw) for draw in draws]
         return [Group(make_prompt(run, s), [], sample=s, draw=draw) for s, draw in drawn]
