@@ -321,8 +321,8 @@ def mask_layout(pack: Pack) -> dict:
     key, query = segment_PL[:, None, :], segment_PL[:, :, None]
     causal_LL = place_L[:, None] >= place_L[None, :]
     seen_PLL = causal_LL & ((key == 0) | (key == query))  # empty places see each other
-    return {"gather_PL": gather_PL, "mask_P1LL": seen_PLL[:, None],
-            "scatter_L": torch.nonzero(filled_PL.flatten()).squeeze(1)}
+    return {"gather_PL": gather_PL, "scatter_L": torch.nonzero(filled_PL.flatten()).squeeze(1),
+            "mask_P1LL": torch.zeros(seen_PLL.shape).masked_fill(~seen_PLL, -math.inf)[:, None]}
 
 
 def varlen_layout(pack: Pack) -> dict:
@@ -357,7 +357,7 @@ def shared_prefix_attention(q_LHd, k_LKd, v_LKd, layout: dict) -> torch.Tensor:
         index = layout["key_index"]
         borders = (layout[name] for name in ("cu_q", "cu_k", "max_q", "max_k"))
         return varlen_attention(q_LHd, k_LKd[index], v_LKd[index], *borders, causal=True)
-    index, mask = layout["gather_PL"], layout["mask_P1LL"]
+    index, mask = layout["gather_PL"], layout["mask_P1LL"].to(q_LHd.dtype)
     side_by_side = [x[index].transpose(1, 2) for x in (q_LHd, k_LKd, v_LKd)]  # [P, heads, L, d]
     out = F.scaled_dot_product_attention(*side_by_side, attn_mask=mask, enable_gqa=True)
     return out.transpose(1, 2).flatten(0, 1)[layout["scatter_L"]]

@@ -323,7 +323,8 @@ def main() -> None:
                          for my, their in zip(results["ours"], results["trl"])]
         out["memory_ratio"] = round(mine["memory"]["net"] / theirs["memory"]["net"], 3)
     del a.side, a.folder
-    print(json.dumps(vars(a) | out | {"load": [*load, os.getloadavg()[0]]}))
+    asked = {name: value for name, value in vars(a).items() if name not in ("side", "folder", "trl_python")}
+    print(json.dumps(asked | out | {"load": [*load, os.getloadavg()[0]]}))
 
 
 if __name__ == "__main__":

@@ -294,6 +294,25 @@ def test_wandb_gets_each_step(tmp_path, monkeypatch):
     assert seen[0]["config"]["group"] == 3 and seen[1:] == [{"step": 0, "reward": 0.5}]
 
 
+def test_tensorboard_gets_the_numbers_of_each_step(tmp_path, monkeypatch):
+    """A stand-in for torch.utils.tensorboard, whose package may be missing."""
+    seen = []
+
+    class Board:
+        class SummaryWriter:
+            def __init__(self, folder):
+                self.folder = folder
+
+            def add_scalar(self, *arguments):
+                seen.append((self.folder, *arguments))
+
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", Board)
+    config = grpo_vl.Config(**SMALL | dict(out=str(tmp_path), log="tensorboard"))
+    (tmp_path / "metrics.jsonl").write_text("")
+    sampler.RunLog(config, grpo_vl.rewards.symptoms).add({"step": 7, "reward": 0.5, "skipped_samples": ["a"]})
+    assert seen == [(str(tmp_path), "step", 7, 7), (str(tmp_path), "reward", 0.5, 7)]
+
+
 def test_same_seed_same_run(alone, tmp_path):
     def rows(name):
         run = make_run(alone, optimizer="adamw", out=str(tmp_path / name), lr=1e-3)
