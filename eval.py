@@ -318,12 +318,13 @@ def demo_table(table: dict) -> str:
 IMAGE = r"\b(?:image|picture|figure|diagram|graph|chart|photo|drawing|table|scene)s?\b"
 PLACE = r"\b(?:left|right|top|bottom|upper|lower|corner|cent(?:er|re)|middle|region|row|column)"
 GOAL = r"\bto (?:get|reach|obtain|find|make|have|answer)\b.{0,80}\b(?:need|must|require)"
-# A visual behaviour, then its linguistic counterpart: an example, the paper's [OVR T1] but for
+# A visual behaviour, then its linguistic counterpart: an example, the paper's [OVR T1, Fig. 7] but for
 # verification, and our lexicon: a sentence that holds the regular expression is one instance.
 BEHAVIOURS = {
     "visual reflection": ("Let me see the image again.", rf"(?=.*{IMAGE}).*\b(?:(?:look|see|check)"
         r".*\b(?:again|back|once more)|re-?(?:exam|check|vis)|(?:wait|hmm|hold on)\b)"),
-    "backtracking": ("This approach won't work because...",
+    "backtracking": ("That calculation led to a dead end. Let's try subtracting Y from X instead. "
+        "My previous assumption about the sequence was wrong. Starting over with...",
         r"dead end|start(?:ing)? over|(?:won't|didn't) work|made an? (?:mistake|error)|\bwait, no"
         r"|\b(?:was|is|are) (?:wrong|incorrect|not right)|\b(?:try|use) (?:another|a different) "),
     "visual divide-and-conquer": ("Let's first look at the numbers on the left.",

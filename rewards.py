@@ -487,9 +487,8 @@ PRESETS = {  # of grpo_vl.py: differences from its defaults
     "pr1-grounding": PR1 | dict(data=("refcoco-pr1:refcoco_train.json",), steps=357),
     "pr1-counting": PR1 | dict(data=("pixmo-pr1:pixmo_count_train.json",), steps=714),
     "pr1-ocr": PR1 | dict(data=("fox:page_ocr_train.json",), steps=357, max_tokens=2048),
-    "pr1-detection": PR1 | dict(
-        data=("coco:annotations/instances_train2017.json?folder=../train2017",), steps=7857,
-        max_tokens=2048),
+    "pr1-detection": PR1 | dict(steps=7857, max_tokens=2048,
+        data=("coco:annotations/instances_train2017.json?folder=../train2017",)),
     "ovr-rl": dict(  # [OVR §3.2, §4.1]; the loss as in its base, Open-Reasoner-Zero [ORZ code]
         model="Qwen/Qwen2.5-VL-7B-Instruct", data=("ovr_rl.jsonl",), cold_start="runs/coldstart",
         prompts=512, group=16, scale="batch", loss="dapo", warmup=50, beta2=0.95, steps=900,

@@ -2,6 +2,7 @@
 import ast
 import csv
 import dataclasses
+import json
 import re
 import subprocess
 import sys
@@ -95,7 +96,8 @@ def test_help_lists_each_option(module):
 
 def test_readme_flags_exist():
     options = {"--" + f.name.replace("_", "-") for m in (grpo_vl, sft_coldstart) for f in dataclasses.fields(m.Config)}
-    options |= {"--no-checkpointing", "--preset", "--config", "--help", "--seeds", "--nproc"}
+    options |= set(re.findall(r"--[a-z][a-z-]+", (ROOT / "tests" / "bench_step.py").read_text()))
+    options |= {"--no-checkpointing", "--no-graphs", "--preset", "--config", "--help", "--seeds", "--nproc"}
     options |= set(re.findall(r"--[a-z][a-z-]+", source("eval").split('"""')[1]))  # its commands
     used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README.replace("--nproc_per_node", "--nproc")))
     assert used <= options, used - options
@@ -118,3 +120,24 @@ def test_readme_table_is_demo_csv():
         greedy, sampled = ([float(row[mode]) for row in mine] for mode in ("greedy", "sampled"))
         expected = [*greedy, sum(greedy) / len(greedy), *sampled, sum(sampled) / len(sampled)]
         assert shown == pytest.approx(expected, abs=6e-4), arm
+
+
+def test_readme_speed_is_the_kept_bench():
+    """Each ratio in the README's table, from the raw lines."""
+    small, large, groups = [json.loads(line) for line in (ROOT / "results" / "bench.jsonl").read_text().splitlines()]
+    table = README.split("<!-- speed -->")[1].split("<!-- /speed -->")[0]
+    shown = [float(number) for number in re.findall(r"\*\*([\d.]+)×?\*\*", table)]
+    kept = [small["ratio"], large["ratio"], small["memory_ratio"], large["memory_ratio"], groups["ours"]["g_scaling"]["ratio"]]
+    assert shown == pytest.approx(kept, abs=0.006)
+    assert (small["image_tokens"], large["image_tokens"], groups["ours"]["prompt_tokens"]) == (256, 1024, 1024)
+
+
+def test_readme_reliability_is_the_kept_sieges():
+    """What results/reliability.md says of kills and inputs, from the raw lines."""
+    rows = [json.loads(line) for line in (ROOT / "results" / "reliability.jsonl").read_text().splitlines()]
+    text = (ROOT / "results" / "reliability.md").read_text()
+    sieges, (fuzz,) = [r for r in rows if "kills" in r], [r for r in rows if "exceptions" in r]
+    for siege in sieges:
+        assert all(value for value in siege.values() if isinstance(value, bool)), siege
+        assert re.search(rf"\| `{siege['script']}` \| {siege['ranks']} \| {siege['kills']} \|", text)
+    assert fuzz["exceptions"] == fuzz["out_of_range"] == 0 and f"{fuzz['count']:,}" in text
