@@ -318,7 +318,7 @@ def demo_table(table: dict) -> str:
 IMAGE = r"\b(?:image|picture|figure|diagram|graph|chart|photo|drawing|table|scene)s?\b"
 PLACE = r"\b(?:left|right|top|bottom|upper|lower|corner|cent(?:er|re)|middle|region|row|column)"
 GOAL = r"\bto (?:get|reach|obtain|find|make|have|answer)\b.{0,80}\b(?:need|must|require)"
-# A visual behaviour, then its linguistic counterpart: an example, the paper's [OVR T1, Fig. 7] but for
+# A visual behaviour, then its linguistic counterpart: an example, from [OVR T1, Fig. 7] but for
 # verification, and our lexicon: a sentence that holds the regular expression is one instance.
 BEHAVIOURS = {
     "visual reflection": ("Let me see the image again.", rf"(?=.*{IMAGE}).*\b(?:(?:look|see|check)"
