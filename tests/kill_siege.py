@@ -4,9 +4,9 @@
     python tests/kill_siege.py --kills 20 --ranks 2 --script sft_coldstart.py
 
 A run that saves at every step (so that saves are hit too) is started, killed after a random time, and
-started again, until it has been killed so often; then it may finish. Checked: each restart trains on,
-metrics.jsonl holds every step once, no half-written checkpoint is left, and the final weights and metrics
-equal those of a run that nobody killed, bit for bit. Processes are forked from one that has imported
+started again, until there were so many kills; a run that finishes in between is compared, and the next begins
+from nothing. Compared: metrics.jsonl holds every step once, no half-written checkpoint is left, and weights and
+metrics equal those of a run that nobody killed, bit for bit. Processes are forked from one that has imported
 everything, so that a start costs a tenth of a second instead of ten. With two ranks, one or both are killed.
 """
 import argparse
@@ -68,6 +68,23 @@ def steps_done(folder):
     return len(log.read_text().splitlines()) if log.exists() else 0
 
 
+def compare(whole, killed, steps):
+    """What must hold of a run that was killed, now that it has finished, beside one that was not."""
+    rows = {run: [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+            for run in (whole, killed)}
+    weights = {run: load_file(run / "model/model.safetensors") for run in (whole, killed)}
+
+    def timeless(run):
+        return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows[run]]
+
+    return {
+        "each_step_once": [row["step"] for row in rows[killed]] == list(range(steps)),
+        "no_half_written_left": not any(killed.glob("*.partial")),
+        "metrics_equal_bitwise": timeless(whole) == timeless(killed),
+        "weights_equal_bitwise": all(torch.equal(weights[whole][n], weights[killed][n]) for n in weights[whole]),
+    }
+
+
 def siege(script, kills, ranks, steps, seed, folder):
     rng, log = random.Random(seed), open(folder / "log.txt", "a")  # noqa: SIM115
     sizes = ["--prompts", "2", "--group", "2", "--max-tokens", "6", "--pictures-every", "0"]
@@ -80,7 +97,7 @@ def siege(script, kills, ranks, steps, seed, folder):
                       "--reward", str(Path(__file__).parent / "ranks.py") + ":by_length"]
     whole, killed = folder / "whole", folder / "killed"
     assert finish(start(script, [*arguments, "--out", str(whole)], ranks, log)) == [0] * ranks
-    count, starts, in_save, hit_steps = 0, 0, 0, []
+    count, starts, in_save, hit_steps, checks = 0, 0, 0, [], []
     while count < kills:
         children = start(script, [*arguments, "--out", str(killed)], ranks, log)
         starts += 1
@@ -97,27 +114,19 @@ def siege(script, kills, ranks, steps, seed, folder):
         codes = finish(children)
         alone = len(victims) == ranks  # a survivor may fail when it misses the other one
         assert not alone or max(codes) <= 0, f"a rank failed by itself: {codes}; see {folder}/log.txt"
-        if codes == [0] * ranks:  # it was faster than the kill: begin again elsewhere
+        if codes == [0] * ranks:  # it has finished, faster than the kill: compare, and begin from nothing
+            checks.append(compare(whole, killed, steps))
             shutil.rmtree(killed)
             continue
         count += 1
         hit_steps.append(steps_done(killed))
     assert finish(start(script, [*arguments, "--out", str(killed)], ranks, log)) == [0] * ranks, "the last start failed"
-    rows = {run: [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-            for run in (whole, killed)}
-    weights = {run: load_file(run / "model/model.safetensors") for run in (whole, killed)}
-
-    def timeless(run):
-        return [{k: v for k, v in row.items() if not k.startswith("seconds")} for row in rows[run]]
-
+    checks.append(compare(whole, killed, steps))
     return {
         "script": script, "ranks": ranks, "kills": count, "starts": starts + 2, "seed": seed, "steps": steps,
-        "kills_that_left_a_half_written_folder": in_save,
-        "different_steps_at_a_kill": len(set(hit_steps)),
-        "each_step_once": [row["step"] for row in rows[killed]] == list(range(steps)),
-        "no_half_written_left": not any(killed.glob("*.partial")),
-        "metrics_equal_bitwise": timeless(whole) == timeless(killed),
-        "weights_equal_bitwise": all(torch.equal(weights[whole][n], weights[killed][n]) for n in weights[whole]),
+        "kills_that_left_a_half_written_folder": in_save, "different_steps_at_a_kill": len(set(hit_steps)),
+        "finished_runs_compared": len(checks),
+        **{name: all(check[name] for check in checks) for name in checks[0]},
     }
 
 
