@@ -1,7 +1,8 @@
 """kill -9 at random moments, over and over: every restart must go on, and end as if nothing had happened.
 
     python tests/kill_siege.py --kills 50 --ranks 1        minutes on two cores; one JSON line
-    python tests/kill_siege.py --kills 20 --ranks 2 --script sft_coldstart.py
+    python tests/kill_siege.py --kills 20 --ranks 2 --window 15      two ranks start more slowly
+    python tests/kill_siege.py --kills 20 --script sft_coldstart.py
 
 A run that saves at every step (so that saves are hit too) is started, killed after a random time, and
 started again, until there were so many kills; a run that finishes in between is compared, and the next begins
@@ -85,7 +86,7 @@ def compare(whole, killed, steps):
     }
 
 
-def siege(script, kills, ranks, steps, seed, folder):
+def siege(script, kills, ranks, steps, seed, window, folder):
     rng, log = random.Random(seed), open(folder / "log.txt", "a")  # noqa: SIM115
     sizes = ["--prompts", "2", "--group", "2", "--max-tokens", "6", "--pictures-every", "0"]
     if script == "sft_coldstart.py":
@@ -101,7 +102,7 @@ def siege(script, kills, ranks, steps, seed, folder):
     while count < kills:
         children = start(script, [*arguments, "--out", str(killed)], ranks, log)
         starts += 1
-        time.sleep(rng.uniform(0.05, 5.0))
+        time.sleep(rng.uniform(0.05, window))
         victims = children if rng.random() < 0.5 else [rng.choice(children)]
         for victim in victims:
             os.kill(victim, signal.SIGKILL)
@@ -123,7 +124,7 @@ def siege(script, kills, ranks, steps, seed, folder):
     assert finish(start(script, [*arguments, "--out", str(killed)], ranks, log)) == [0] * ranks, "the last start failed"
     checks.append(compare(whole, killed, steps))
     return {
-        "script": script, "ranks": ranks, "kills": count, "starts": starts + 2, "seed": seed, "steps": steps,
+        "script": script, "ranks": ranks, "kills": count, "starts": starts + 2, "seed": seed, "steps": steps, "window": window,
         "kills_that_left_a_half_written_folder": in_save, "different_steps_at_a_kill": len(set(hit_steps)),
         "finished_runs_compared": len(checks),
         **{name: all(check[name] for check in checks) for name in checks[0]},
@@ -137,9 +138,10 @@ def main():
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--window", type=float, default=5.0, help="seconds after a start within which to kill")
     given = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="siege-"))
-    result = siege(given.script, given.kills, given.ranks, given.steps, given.seed, folder)
+    result = siege(given.script, given.kills, given.ranks, given.steps, given.seed, given.window, folder)
     print(json.dumps(result))
     good = all(value for name, value in result.items() if isinstance(value, bool))
     if not good:
