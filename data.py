@@ -486,7 +486,7 @@ class Mixture:
     def __getitem__(self, draw):
         """Draw number `draw`; in place of a bad one, while --skip-bad allows it, one far ahead."""
         try:
-            return self.draw(draw)
+            return self.pick(draw)
         except DataError as error:
             self.faults += [str(error)] if str(error) not in self.faults else []
             if len(self.faults) > self.skip_bad:
@@ -494,7 +494,7 @@ class Mixture:
             print(f"left out: {error}", file=sys.stderr)
             return self[draw + 10**9]
 
-    def draw(self, draw):
+    def pick(self, draw):
         block, slot = divmod(draw, len(self.block))
         names = self.shuffled(len(self.sources), block, self.block)
         source = self.sources[name := int(names[slot])]
@@ -550,7 +550,10 @@ def open_data(specs, *, seed=0, split="train", fields="", skip_bad=0, **limits):
 
 def check(specs, **options):
     """Every fault of a data set as "file:line: sentence", its images decoded one by one."""
-    mix = open_data(specs, **options | {"skip_bad": math.inf})
+    try:
+        mix = open_data(specs, **options | {"skip_bad": math.inf})
+    except DataError as error:  # of a spec or a whole file
+        return [str(error)]
     for index in range(len(mix)):
         try:
             mix.at(index)
@@ -574,8 +577,7 @@ def check_options(config):
 
 def parse_config(config_class, arguments, presets: dict, text: str, gpu: bool):
     """Defaults < --preset < --config FILE < command line, each option's help the comment beside it.
-    Without a GPU, and with none of --preset, --config and --model, the preset is "tiny".
-    """
+    Without a GPU, and with none of --preset, --config and --model, the preset is "tiny"."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=presets)
     first.add_argument("--config", type=Path)

@@ -387,7 +387,7 @@ def replace_vision_forwards(vision) -> None:
 
 
 def patch_embedding(self, pixels_ND):
-    """Replaces a 3-D convolution whose stride is its kernel: one product, many times faster."""
+    """Replaces a 3-D convolution whose stride is its kernel size: a matrix product."""
     weight = self.proj.weight.flatten(1)
     return F.linear(pixels_ND.to(weight.dtype), weight)
 

@@ -108,13 +108,13 @@ class Sampler:
 
     model: a Qwen2.5-VL whose shapes count; kv_gb: GiB for keys and values; graphs: shapes padded to
     buckets, on CUDA replayed as captured graphs; keep_features: leave images' features in prompts
-    (frozen tower); interrupted: asked every round, True abandons the rollout by Interrupted.
+    (frozen tower). `interrupted()` is asked every round; True abandons the rollout.
     """
 
     def __init__(self, model, special: SpecialIds, *, device="cpu", dtype=torch.float32, kv_gb=8.0,
-                 graphs=False, keep_features=False, interrupted=lambda: False):
+                 graphs=False, keep_features=False):
         self.special, self.device, self.dtype = special, torch.device(device), dtype
-        self.graphs, self.keep_features, self.interrupted = graphs, keep_features, interrupted
+        self.graphs, self.keep_features, self.interrupted = graphs, keep_features, lambda: False
         self.stages, self.pool = {}, torch.empty(0, device=device, dtype=dtype)
         self.graph_pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
         self.banned_V, self.kv_bytes = special.banned_V.to(device), kv_gb * 2**30
@@ -126,9 +126,8 @@ class Sampler:
         self.rotary = type(decoder.rotary_emb)(text).to(device)
         self.vision = type(vision)(vision.config).to(device, dtype).eval().requires_grad_(False)
         replace_vision_forwards(self.vision)
-        # `targets` maps each of the policy's parameters to its place in this copy.
-        vision_weights = self.vision.named_parameters()
-        self.targets = {f"model.model.visual.{n}": p.data for n, p in vision_weights}
+        # Each of the policy's parameters and its place in this copy.
+        self.targets = dict(self.vision.named_parameters("model.model.visual"))
         weights = {f"model.{name}": parameter for name, parameter in model.named_parameters()}
         prefix = "model.model.language_model."
         self.layers = [
@@ -158,10 +157,7 @@ class Sampler:
 
     # §3 ────────────────────────────────────── prefill ───────────────────────────────────────
     def run_layers(self, x, cos, sin, attend) -> torch.Tensor:
-        """All decoder layers on x [..., D], without the last norm.
-
-        `attend(layer, q, k, v)` sees [..., heads, d].
-        """
+        """All decoder layers on x [..., D]; `attend(layer, q, k, v)` sees [..., heads, d]."""
         for index, w in enumerate(self.layers):
             qkv = F.linear(self.rms(x, w.norm_in), w.qkv, w.qkv_bias)
             qkv = qkv.unflatten(-1, (-1, self.head_width))
@@ -254,7 +250,7 @@ class Sampler:
         wave.place_1.fill_(t)
         if not self.graphs:
             return self.decode(wave, t + 1)
-        bucket = max(128, (1 << t.bit_length()) // 4)
+        bucket = max(128, (1 << t.bit_length()) // 4)  # few shapes, and few places read in vain
         room = min(-(-(t + 1) // bucket) * bucket, wave.shape[3])
         if self.device.type != "cuda":
             return self.decode(wave, room)
@@ -291,14 +287,15 @@ class Sampler:
             own=own.view(own_shape), ids_PG=ids_PG, rows_PG=ids_PG.clone(), alive_PG=ids_PG.bool(),
             next_P=ids_PG[:, 0].clone(), place_1=ids_PG[0, :1].clone(),
             padding_P11L=torch.zeros(prompts, 1, 1, width, device=self.device))
-        self.stages |= {stage.shape: stage} if self.graphs else {}
+        if self.graphs:
+            self.stages[stage.shape] = stage
         return stage
 
     def start_wave(self, prompts: list[Prompt], group: int, length: int) -> SimpleNamespace:
         """Prefill, and room for `length` tokens of each of the P·G rows."""
         lengths_P = torch.tensor([len(prompt.ids) for prompt in prompts], device=self.device)
         bucket = 128 if self.graphs else 1
-        width = -(-int(lengths_P.max()) // bucket) * bucket
+        width = -(-max(len(prompt.ids) for prompt in prompts) // bucket) * bucket
         wave = self.stage(len(prompts), group, width, length)
         wave.hidden_PGD = self.prefill(prompts, wave.prompt)[:, None].expand(-1, group, -1)
         padding_PL = torch.arange(width, device=self.device) >= lengths_P[:, None]
@@ -386,15 +383,16 @@ class Sampler:
             stopped_PG = wave.alive_PG & torch.isin(ids_PG, self.stops)
             length_B[at] = torch.where(stopped_PG, t + 1, length_B[at])
             wave.alive_PG &= ~stopped_PG
-            living = int(wave.alive_PG.sum())  # the round's one wait for the device
+            living = wave.alive_PG.sum(1).tolist()  # of each group; the one wait for the device
             if self.interrupted():
                 raise Interrupted
-            if not living or t + 1 == max_tokens:
+            if not any(living) or t + 1 == max_tokens:
                 break
             wave.ids_PG.copy_(ids_PG)
             if seen_BV is not None:
                 seen_BV[at, ids_PG] = True
-            if 2 * living <= wave.alive_PG.numel():
+            fewest = sum(count > 0 for count in living) * max(living)  # places after compaction
+            if 2 * fewest <= wave.alive_PG.numel():
                 wave = self.compact(wave, t)
             hidden_PGD = self.next_hidden(wave, t)
         results = zip(tokens_BT.tolist(), logp_BT.tolist(), length_B.tolist())

@@ -351,7 +351,7 @@ def test_greedy_tokens_equal_generate(world, sampler):
 
 
 def test_repetition_penalty_equals_huggingface(world, sampler):
-    """One prompt's next token under 1.05, from the stock model's logits: positive / 1.05, negative · 1.05."""
+    """Greedy decoding under a penalty, stronger than evaluation's 1.05, token for token as the stock model's."""
     _, twin, _, special, prompts = world
     text = next(prompt for prompt in prompts if not prompt.grids)
     (completion,), = sampler.generate([text], None, 8, repetition_penalty=1.3)
@@ -455,6 +455,31 @@ def test_rows_stop_at_stop_ids_and_make_room(world):
         assert completion.truncated == (not stopped[-1])
         assert stopped[-1] or len(stopped) == 40
     assert_sampler_equals_trainer(biased, prompts, rollouts, 1.0)
+
+
+def test_compaction_waits_until_it_halves_the_places(world, monkeypatch):
+    """Living rows 4 + 1 + 1 of 3 · 4: compacting would copy all keys and free nothing. 2 + 1 + 1: 3 · 2 places remain."""
+    _, _, _, special, prompts = world
+    sampler, asked = Sampler(world[0].model, special), []
+    sampler.refresh(world[0])
+    stop, go = special.im_end, 200
+    last = [[go, stop, stop, stop]] * 2
+    rounds = [[[go] * 4, *last], [[go, go, stop, stop], *last]]
+    compact = sampler.compact
+
+    def choose(hidden_PGD, *_):
+        ids_PG = torch.tensor(rounds.pop(0)) if rounds else torch.full(hidden_PGD.shape[:2], stop)
+        return ids_PG, torch.zeros(ids_PG.shape)
+
+    def watched(wave, t):
+        asked.append(t)
+        return compact(wave, t)
+
+    monkeypatch.setattr(sampler, "choose", choose)
+    monkeypatch.setattr(sampler, "compact", watched)
+    rollouts = sampler.generate(prompts[:3], uniforms(prompts[:3], group=4), 10)
+    assert asked == [1]
+    assert [[len(c.tokens) for c in group] for group in rollouts] == [[3, 3, 2, 2], [3, 1, 1, 1], [3, 1, 1, 1]]
 
 
 def test_a_placeholder_cannot_be_sampled(world):

@@ -1,5 +1,4 @@
 """A run that is killed, told to stop, out of disk, fed bad numbers: what survives and what is said."""
-import dataclasses
 import json
 import math
 import os
@@ -358,13 +357,20 @@ def bad_data(folder):
     return str(folder / "rows.jsonl")
 
 
-def test_check_lists_every_fault_with_its_line(tmp_path):
+@pytest.mark.parametrize("script", ["grpo_vl.py", "sft_coldstart.py"])
+def test_check_lists_every_fault_with_its_line(tmp_path, script):
     spec = bad_data(tmp_path)
-    run = start(tmp_path / "run", "--data", spec, "--check")
+    command = [sys.executable, script, "--data", spec, "--check", "--out", str(tmp_path / "run")]
+    run = subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     said, _ = run.communicate(timeout=60)
     lines = [line for line in said.splitlines() if line.startswith(spec)]  # unreadable rows, then images
     assert run.returncode == 1 and [line.split(": ")[0] for line in lines] == [f"{spec}:3", f"{spec}:2"]
     assert not (tmp_path / "run").exists()
+
+
+def test_check_of_a_file_that_is_not_there_is_one_fault(tmp_path):
+    (fault,) = datasets.check([f"{tmp_path}/none.jsonl"])
+    assert fault.startswith(f"in '{tmp_path}/none.jsonl': ") and "No such file" in fault
 
 
 def test_bad_rows_stop_a_run_unless_allowed(alone, tmp_path):
@@ -379,10 +385,3 @@ def test_bad_rows_stop_a_run_unless_allowed(alone, tmp_path):
     strict = datasets.open_data([spec], **how | {"skip_bad": 1})
     with pytest.raises(datasets.DataError, match=r"rows.jsonl:2: .*broken.png is unusable"):
         [strict[draw] for draw in range(40)]
-
-
-def test_options_of_both_scripts_name_their_faults():
-    import sft_coldstart
-
-    for config in (grpo_vl.Config, sft_coldstart.Config):
-        assert {"check", "skip_bad", "max_bad_steps", "log"} <= {f.name for f in dataclasses.fields(config)}

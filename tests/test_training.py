@@ -238,6 +238,13 @@ def test_resume_is_exact(alone, pair, tmp_path):
             assert equal and left == ["checkpoint-6"]
 
 
+def test_a_frozen_tower_is_not_run_by_a_training_pass(alone, monkeypatch):
+    """Sampling's features serve it: without a forward of its own the policy's tower is not missed."""
+    run = ranks.make_run(alone, freeze_vision=True)
+    monkeypatch.setattr(run.policy.vision, "forward", None)
+    assert ranks.grpo_vl.train_step(run, 0)["grad_norm"] > 0
+
+
 def test_resume_with_frozen_vision(alone, tmp_path):
     assert ranks.checkpoint_roundtrip(alone, str(tmp_path), freeze_vision=True)[0]
 
