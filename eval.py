@@ -29,10 +29,13 @@ from statistics import fmean
 from typing import Annotated, Literal
 
 import tyro
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 from typing_extensions import Doc
 
 import data as datasets
+import formats
+import pictures
+import plots
 import rewards
 
 # ---- §1 options, and rows of predictions ---------------------------------------------------------
@@ -48,7 +51,7 @@ Out = Annotated[str, Doc("where to write; empty: in the (last) run folder")]
 def read_predictions(path, *, task: str = "", answers: bool = False) -> list[dict]:
     """The rows of a file, each with "where" it stands and its "id" as text."""
     rows = []
-    for where, raw in datasets.read_rows(Path(path)):
+    for where, raw in formats.read_rows(Path(path)):
         with datasets.blame(where):
             row = json.loads(raw) if isinstance(raw, bytes) else raw
             good = isinstance(row, dict) and isinstance(row.get("completion"), str)
@@ -129,7 +132,7 @@ def average_precision(rows, annotations: str = "") -> dict:
             things = map(rewards.read_object, items if isinstance(items, list) else [])
             for box, label in filter(None, things):  # a malformed one is None
                 if annotations and row.get("image_size"):
-                    box = datasets.scale(box, row["image_size"], (image["width"], image["height"]))
+                    box = pictures.scale(box, row["image_size"], (image["width"], image["height"]))
                 said.append(coco_item(image["id"], numbers.get(label), box))  # unknown: in no class
     true, found = coco.COCO(), coco.COCO()
     true.dataset, found.dataset = truth, truth | {"annotations": said}
@@ -230,27 +233,31 @@ def answer_all(run, per_question: int, max_tokens: int, limit: int, penalty: flo
 def run(model: str, task: Task, data: Data, out: Out, samples: Samples = 0, think: bool = False,
         samples_per_question: Tries = 0, max_tokens: MaxTokens = 0, annotations: Annotations = ""):
     """Answers a benchmark by the papers' protocol and scores it: predictions and metrics."""
+    import fsdp
     import grpo_vl
+    import training
     tokens, tries, penalty = PROTOCOL[task]
     config = grpo_vl.Config(model=model, data=[*data], think=think, max_pixels=16384 * 28 * 28)
-    processes, file = grpo_vl.start_processes(config.timeout), Path(out) / "predictions.jsonl"
-    run = grpo_vl.prepare(config, processes, model)
+    processes, file = fsdp.start_processes(config.timeout), Path(out) / "predictions.jsonl"
+    run = training.prepare(config, processes, model)
     rows = answer_all(run, samples_per_question or tries, max_tokens or tokens, samples, penalty)
     if processes.rank == 0:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         metrics(task, file, annotations)
-    grpo_vl.sampler.leave()
+    fsdp.leave()
 
 
 def curriculum(model: str, data: Data, out: Out, low: float = 0.1, high: float = 0.9,
                samples: Samples = 0, samples_per_question: Tries = 8, max_tokens: MaxTokens = 768):
     """[PR1 §4.3] Keeps what is right (rewards.correct) in `low` to `high` of the tries, easy first:
     the images, resized, and curriculum.jsonl, to train with --data curriculum.jsonl?in_order=1."""
+    import fsdp
     import grpo_vl
+    import training
     config = grpo_vl.Config(model=model, data=data)
-    processes, folder = grpo_vl.start_processes(config.timeout), Path(out)
-    run, tries, rows = grpo_vl.prepare(config, processes, model), {}, []
+    processes, folder = fsdp.start_processes(config.timeout), Path(out)
+    run, tries, rows = training.prepare(config, processes, model), {}, []
     run.eval_data = run.data
     for row in answer_all(run, samples_per_question, max_tokens, samples):
         inputs = row["task"], row["completion"], row["answer"], row["image_size"]
@@ -268,12 +275,14 @@ def curriculum(model: str, data: Data, out: Out, low: float = 0.1, high: float =
         rows.sort(key=lambda row: -row["pass_rate"])
         (folder / "curriculum.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         print(f"kept {len(rows)} of {len(tries)} samples in {folder / 'curriculum.jsonl'}")
-    grpo_vl.sampler.leave()
+    fsdp.leave()
 
 
 def demo(cold_start: Path, grpo: Path, /, out: Out = "", data: Data = (), samples: Samples = 400):
     """Before and after GRPO on held-out samples: table, answers.jsonl, curve.png, rollouts.png."""
+    import fsdp
     import grpo_vl
+    import training
     models, rows, table = {"before": cold_start / "model", "after": grpo / "model"}, {}, {}
     for model in models.values():
         if not model.is_dir():
@@ -281,11 +290,11 @@ def demo(cold_start: Path, grpo: Path, /, out: Out = "", data: Data = (), sample
     saved = json.loads((grpo / "config.json").read_text())
     heldout = [*data] or saved["eval_data"] or saved["data"]
     config = grpo_vl.Config(**saved | {"eval_samples": samples or 10**9, "eval_data": heldout})
-    processes, folder = grpo_vl.start_processes(config.timeout), Path(out or grpo / "eval")
+    processes, folder = fsdp.start_processes(config.timeout), Path(out or grpo / "eval")
     for name, model in models.items():
-        run = grpo_vl.prepare(config, processes, str(model))
+        run = training.prepare(config, processes, str(model))
         run.sampler.refresh(run.policy)
-        rows[name], accuracy = grpo_vl.evaluate(run, config.max_tokens)
+        rows[name], accuracy = training.evaluate(run, config.max_tokens)
         table[name] = {mode.removeprefix("eval/"): value for mode, value in accuracy.items()}
     table |= {"samples": len(rows["after"]) // 2, "data": heldout}  # greedy and sampled
     if processes.rank == 0:
@@ -294,24 +303,12 @@ def demo(cold_start: Path, grpo: Path, /, out: Out = "", data: Data = (), sample
         text = (json.dumps(row | {"model": name}) + "\n" for name in rows for row in rows[name])
         (folder / "answers.jsonl").write_text("".join(text))
         start = {f"eval/{mode}": value for mode, value in table["before"].items()}
-        panels = curves([grpo], start, ["reward", "held-out accuracy"])
-        draw_panels(panels, folder / "curve.png", "GRPO step")
+        panels = plots.curves([grpo], start, ["reward", "held-out accuracy"])
+        plots.draw_panels(panels, folder / "curve.png", "GRPO step")
         scenes = [run.eval_data.at(i) for i in range(min(12, table["samples"]))]
-        before_after(scenes, rows).save(folder / "rollouts.png")
-        print(f"{demo_table(table)}\nin {folder}: curve.png, rollouts.png, answers.jsonl")
-    grpo_vl.sampler.leave()
-
-
-def demo_table(table: dict) -> str:
-    """Accuracy of the answer alone, ± one standard error of a share."""
-    lines = [f"held-out accuracy of the answer alone, {table['samples']} samples",
-             f"{'':<9}{'cold start':>16}{'after GRPO':>16}{'gain':>14}{'factor':>9}"]
-    for mode, after in table["after"].items():
-        before, n = table["before"][mode], table["samples"]
-        cells = [f"{100 * p:.1f} ± {100 * (p * (1 - p) / n) ** 0.5:.1f} %" for p in (before, after)]
-        factor, gain = f"×{after / before:.2f}" if before else "-", 100 * (after - before)
-        lines.append(f"{mode:<9}{cells[0]:>16}{cells[1]:>16}{gain:>+7.1f} points{factor:>9}")
-    return "\n".join(lines)
+        plots.before_after(scenes, rows).save(folder / "rollouts.png")
+        print(f"{plots.demo_table(table)}\nin {folder}: curve.png, rollouts.png, answers.jsonl")
+    fsdp.leave()
 
 
 # ---- §4 behaviours [OVR §4] ----------------------------------------------------------------------
@@ -389,87 +386,13 @@ def behaviours(predictions: list[Path], judge: str = "", judge_model: str = "", 
             rates = [result["rates"][name] for result in results.values()]
             title = f"{'visual' if name in TRANSFER else 'linguistic'} (share of answers)"
             panels.setdefault(title, {})[name] = [file.stem for file in predictions], rates
-        draw_panels(panels, plot, "")
+        plots.draw_panels(panels, plot, "")
 
 
 # ---- §5 curves and pictures, the mean of checkpoints, the command line ---------------------------
-PANELS = {  # title: pattern of names in metrics.jsonl
-    "reward": "reward", "parts of the reward": "reward/.*", "held-out accuracy": "eval/.*",
-    "completion length (tokens)": "length", "truncated completions (share)": "truncated",
-    "KL to the reference (nats a token)": "kl", "entropy (nats a token)": "entropy",
-    "clipped tokens (share)": "clip_.*", "equal rewards (share of groups)": "zero_variance",
-    "loss": "loss", "gradient norm": "grad_norm", "seconds a step": "seconds/(?!total).*"}
-
-
-def curves(runs: list[Path], start: dict | None = None, titles=tuple(PANELS)) -> dict:
-    """{panel: {metric: (completed steps, values)}}, `start` at 0. A step's later line counts."""
-    panels = {title: {} for title in titles}
-    for run in runs:
-        steps = {-1: start or {}}
-        for _, raw in datasets.read_rows(run / "metrics.jsonl"):
-            with contextlib.suppress(json.JSONDecodeError):  # half a line of a killed run
-                row = json.loads(raw)
-                steps[row["step"]] = row
-        if len(steps) == 1:
-            raise ValueError(f"{run}/metrics.jsonl: no step has been logged yet")
-        names = dict.fromkeys(name for row in steps.values() for name in row)
-        for title in titles:
-            for name in filter(re.compile(PANELS[title]).fullmatch, names):
-                xs = [step for step in sorted(steps) if name in steps[step]]
-                line = [step + 1 for step in xs], [steps[step][name] for step in xs]
-                panels[title][f"{run} {name}" if len(runs) > 1 else name] = line
-    return {title: lines for title, lines in panels.items() if lines}
-
-
-def draw_panels(panels: dict, path, xlabel: str) -> None:
-    """PNG of {title: {label: (xs, ys)}}; a long line is drawn pale under its running mean."""
-    from matplotlib.figure import Figure  # without pyplot, as there may be no screen
-    shape = math.ceil(len(panels) / 3), min(3, len(panels))
-    figure = Figure(figsize=(5.8 * shape[1], 4 * shape[0]), layout="constrained")
-    for place, (title, lines) in enumerate(panels.items(), 1):
-        axis = figure.add_subplot(*shape, place, title=title, xlabel=xlabel)
-        for label, (xs, ys) in lines.items():
-            width = len(ys) // 20 if len(ys) > 60 else 1
-            means = [fmean(ys[max(0, end - width) : end]) for end in range(1, len(ys) + 1)]
-            (line,) = axis.plot(xs, means, "-" if width > 1 else ".-", label=label)
-            axis.plot(xs, ys, color=line.get_color(), lw=0.6, alpha=0.25)
-        axis.tick_params("x", rotation=20 if isinstance(xs[0], str) else 0)
-        axis.grid(alpha=0.25)
-        axis.legend(fontsize="small", framealpha=0.6)
-    figure.savefig(path, dpi=88)
-
-
 def plot(runs: list[Path], /, out: Out = "") -> None:
     """Training curves of one run, or of several in the same panels: curves.png."""
-    draw_panels(curves(runs), out or runs[-1] / "curves.png", "step")
-
-
-def sheet(pictures, heading: str):
-    """Pictures side by side, four in a row and each 260 pixels wide, under a heading."""
-    small = [p.resize((260, p.height * 260 // p.width), Image.Resampling.LANCZOS) for p in pictures]
-    down = max(p.height for p in small) + 10
-    page = Image.new("RGB", (4 * 270 + 10, 44 + math.ceil(len(small) / 4) * down), "#e1e1e1")
-    legend = f"{heading} - predicted in magenta, true in cyan"
-    ImageDraw.Draw(page).text((10, 12), legend, "black", ImageFont.load_default(18))
-    for place, picture in enumerate(small):
-        page.paste(picture, (10 + place % 4 * 270, 44 + place // 4 * down))
-    return page
-
-
-def before_after(samples, rows):
-    """The first held-out samples, none picked, each answered greedily before and after GRPO."""
-    tiles = []
-    for sample, name in ((sample, name) for sample in samples for name in rows):
-        row = next(r for r in rows[name] if r["id"] == sample.id and r["mode"] == "greedy")
-        text, size = row["completion"], sample.image_size
-        said = rewards.parse_boxes(text, size) or rewards.parse_points(text, size)
-        verdict = {0: "wrong", 1: "right"}.get(row["correct"], f"{row['correct']:.2f}")
-        caption = f"{name}, {sample.question or sample.task}: {verdict}"
-        if sample.task not in datasets.PLACED:
-            said, caption = (), f"{caption} {text!r:.80}"
-        image = sample.images[0] if sample.images else Image.new("RGB", (224, 28), "white")
-        tiles.append(datasets.draw(image, predicted=said, true=sample.answer, caption=caption))
-    return sheet(tiles, "held-out, greedy, before and after GRPO")
+    plots.draw_panels(plots.curves(runs), out or runs[-1] / "curves.png", "step")
 
 
 def show(run: Path, /, out: Out = "") -> None:
@@ -477,7 +400,8 @@ def show(run: Path, /, out: Out = "") -> None:
     files = sorted(run.glob("samples/step-*.png"), key=lambda file: file.stat().st_mtime)[-24:]
     if not files:
         raise ValueError(f"{run}/samples has no pictures: train with --pictures-every above 0")
-    page = sheet([*map(Image.open, files)], f"{run.name}, {files[0].stem} to {files[-1].stem}")
+    heading = f"{run.name}, {files[0].stem} to {files[-1].stem}"
+    page = plots.sheet([*map(Image.open, files)], heading)
     page.save(out or run / "samples.png")
 
 
@@ -498,41 +422,8 @@ def average(models: list[Path], /, out: Out) -> None:
         save_file(mean, Path(out) / file.name, metadata={"format": "pt"})
 
 
-def plan(config: str, /) -> None:
-    """What each GPU of `grpo_vl.py --plan 8x80` would hold, an estimate; config: its options."""
-    import grpo_vl
-    import qwen_vl
-    config = grpo_vl.Config(**json.loads(config))
-    model, _ = qwen_vl.load(config.model, weights=False)
-    gpus, gib = (int(part) for part in config.plan.split("x"))
-    text, decoder = model.config.text_config, model.model.language_model
-    weights, layer, vision = (sum(p.numel() for p in part.parameters())
-                              for part in (model, decoder.layers[0], model.model.visual))
-    trained, layers = weights - vision * config.freeze_vision, text.num_hidden_layers
-    shards = math.inf if config.offload else gpus  # offloaded: in host memory
-    token = 4 * layers * text.num_key_value_heads * text.hidden_size // text.num_attention_heads
-    row = config.max_prompt + config.group * rewards.longest(config, config.steps)
-    wide = 2 * config.micro_tokens * (8 * text.hidden_size + 4 * text.intermediate_size)
-    inputs = 2 * config.micro_tokens * text.hidden_size * layers
-    held = {
-        "weights, fp32, sharded": 4 * weights / shards,
-        "gradients, fp32, sharded": 4 * trained / shards,
-        "AdamW, fp32, sharded": 8 * trained / shards,
-        "reference, bf16, sharded": 2 * weights / shards if config.beta else 0,
-        "gathered units, bf16": 2 * (weights - (layers - 2) * layer),
-        "sampling copy, bf16": 2 * weights,
-        "keys and values": min(-(-config.prompts // gpus) * row * token, config.kv_gb * 2**30),
-        "activations": inputs + wide * (1 if config.checkpointing else layers),
-        "logits of a chunk": 3 * 1024 * 4 * text.vocab_size}
-    held[f"peak, of {gib} GiB"] = peak = sum(held.values())
-    print(f"{weights:,} parameters on {gpus} GPUs")
-    print(*(f"{name:26}{count / 2**30:8.2f} GiB" for name, count in held.items()), sep="\n")
-    print("fits" if peak < 0.9 * gib * 2**30 else "does not fit: lower --micro-tokens, --kv-gb or "
-          "--max-pixels, add --offload or GPUs")
-
-
 def main(arguments: list[str] | None = None) -> None:
-    commands = (demo, run, metrics, behaviours, plot, show, curriculum, average, plan)
+    commands = (demo, run, metrics, behaviours, plot, show, curriculum, average)
     named = {command.__name__: command for command in commands}
     try:
         tyro.extras.subcommand_cli_from_dict(named, args=arguments, description=__doc__)

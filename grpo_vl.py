@@ -4,8 +4,8 @@
   torchrun --nproc_per_node=8 grpo_vl.py        GPUs: Qwen2.5-VL-3B counts shapes in drawn scenes
   torchrun --nproc_per_node=8 grpo_vl.py --data my.jsonl --model Qwen/Qwen2.5-VL-7B-Instruct
 
-§1 config · §2 sharding by FSDP2 · §3 samples → prompts · §4 group sampling · §5 rewards →
-advantages · §6 token log-probs · §7 loss · §8 train_step · §9 logs and pictures · §10 main
+§1 config · §2 group sampling · §3 rewards → advantages · §4 token log-probs · §5 loss ·
+§6 train_step · §7 metrics · §8 main
 [PR1] Perception-R1, arXiv 2504.07954 · [OVR] Open-Vision-Reasoner, 2507.05255 · [DSM] DeepSeekMath,
 2402.03300 · [DAPO] 2503.14476 · [DRG] Dr. GRPO, 2503.20783 · [GSPO] 2507.18071 · [RLOO] 2402.14740.
 Shapes: P prompts, G completions a prompt, B = P·G rollouts, T tokens (padded), S scored tokens.
@@ -15,30 +15,28 @@ the group stands in V's place, as in GRPO, and no critic is trained.
 DEVIATION D2: Perception-R1's grounding, counting and OCR rows come from Qwen2-VL-2B, which answers
 in 0–1000. Here Qwen2.5-VL answers every task in pixels of the resized image.
 """
-import contextlib
 import json
-import math
 import os
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-import torch.distributed as dist
-from torch.distributed.checkpoint import state_dict as dist_state
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
 import data as datasets
+import fsdp
+import policy
 import qwen_vl
-import rewards
-import sampler
-from qwen_vl import Policy, Prompt, SpecialIds, pad_BT, scatter_BT
-from rewards import learning_rate, longest
-from sampler import Group, Interrupted, Processes, Sampler, keyed_uniforms, start_processes
+import run_folder
+import training
+from policy import pad_BT, scatter_BT
+from qwen_vl import Group
+from sampler import keyed_uniforms
+from tiny import WORLD
+from training import Run, draw_groups, learning_rate, optimizer_step, unless_interrupted
 
 
 # §1 ───────────────────────────────────────── config ─────────────────────────────────────────
@@ -106,73 +104,38 @@ class Config:
     plan: str = ""  # 8x80: print what each of 8 GPUs of 80 GiB would hold, and stop
 
     def __post_init__(self):
-        datasets.check_options(self)
+        training.check_options(self)
         for name, of_sequence in (("clip_low", 3e-4), ("clip_high", 4e-4)):
             if getattr(self, name) < 0:
                 object.__setattr__(self, name, 0.2 if self.ratio == "token" else of_sequence)
 
 
-# §2 ───────────────────────────────────────── FSDP2 ──────────────────────────────────────────
-def shard(policy: Policy, processes: Processes, *, offload: bool = False) -> Policy:
-    """fully_shard by hand: vision tower, each decoder layer, and a root with all the rest.
-
-    fp32 master weights are cut over all ranks; a unit gathers a bf16 copy (fp32 on CPU) to compute
-    with; gradients are reduced in fp32. lm_head stays in the root: ranks run it unequally often.
-    """
-    mesh = dist.init_device_mesh(processes.device.type, (processes.world,))
-    how = {"mesh": mesh} | ({"offload_policy": CPUOffloadPolicy()} if offload else {})
-    if processes.device.type == "cuda":
-        how["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
-    for unit in [policy.vision, *policy.decoder.layers, policy]:
-        fully_shard(unit, **how)
-    return policy
-
-
-def load_policy(source: str, processes: Processes, config, *, freeze_vision=False, dtype=None):
-    """(sharded policy, tokenizer, special ids). Rank 0 reads the weights and broadcasts them."""
-    model, tokenizer = qwen_vl.load(source, weights=processes.rank == 0, seed=config.seed)
-    special = SpecialIds.read(tokenizer, model.config)
-    policy = Policy(model, special.banned_V, checkpointing=config.checkpointing)
-    policy.vision.requires_grad_(not freeze_vision)
-    for parameter in policy.parameters():  # fp32 if trained: bf16 loses most updates of lr 1e-6
-        parameter.data = parameter.data.to(dtype or torch.float32)
-    full = policy.state_dict() if processes.rank == 0 else {}
-    shard(policy, processes, offload=config.offload)  # moves weights and buffers to the device
-    how = dist_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    dist_state.set_model_state_dict(policy, full, options=how)
-    return policy, tokenizer, special
+PR1 = dict(  # what its tasks share and no default has yet  [PR1 §4.3, code]
+    model="Qwen/Qwen2.5-VL-3B-Instruct", prompts=14, beta=0.04, schedule="linear", seed=42)
+PRESETS = {  # of grpo_vl.py: differences from its defaults
+    "tiny": dict(  # what a machine without a GPU trains in minutes; no paper's values
+        model="tiny", data=(WORLD,), cold_start="runs/coldstart", max_tokens=24, prompts=32,
+        steps=400, lr=1e-4, warmup=10, schedule="linear", reward_options='{"iou_power": 2}',
+        eval_every=50, checkpointing=False, micro_tokens=4096),
+    # steps: samples used / 14 prompts a step [PR1 T7, code]; max_tokens [PR1 code]
+    "pr1-grounding": PR1 | dict(data=("refcoco-pr1:refcoco_train.json",), steps=357),
+    "pr1-counting": PR1 | dict(data=("pixmo-pr1:pixmo_count_train.json",), steps=714),
+    "pr1-ocr": PR1 | dict(data=("fox:page_ocr_train.json",), steps=357, max_tokens=2048),
+    "pr1-detection": PR1 | dict(steps=7857, max_tokens=2048,
+        data=("coco:annotations/instances_train2017.json?folder=../train2017",)),
+    "ovr-rl": dict(  # [OVR §3.2, §4.1]; the loss as in its base, Open-Reasoner-Zero [ORZ code]
+        model="Qwen/Qwen2.5-VL-7B-Instruct", data=("ovr_rl.jsonl",), cold_start="runs/coldstart",
+        prompts=512, group=16, scale="batch", loss="dapo", warmup=50, beta2=0.95, steps=900,
+        max_tokens=24 * 1024, max_tokens_at=("300:32768", "700:49152"), eval_every=10)}
 
 
-# §3 ─────────────────────────────────── samples → prompts ────────────────────────────────────
-def make_prompt(run: "Run", sample: datasets.Sample) -> Prompt:
-    """The paper's prompt for the sample's task, tokenised with its images. Never truncated."""
-    text = rewards.prompt(sample.task, sample.question, think=run.config.think)
-    system, most = sample.system or run.config.system_prompt, run.config.max_prompt
-    prompt = qwen_vl.encode_chat(run.tokenizer, run.special, text, sample.images, system)
-    if len(prompt.ids) > most:
-        raise datasets.DataError(f"sample {sample.id}: its prompt has {len(prompt.ids)} tokens, "
-                                 f"--max-prompt is {most}; raise it, or lower --max-pixels")
-    return prompt
+def longest(config: Config, step: int) -> int:
+    """The length limit at a step. OVR raises it when the mean length stalls [OVR §4.1]."""
+    later = [pair.split(":") for pair in config.max_tokens_at]
+    return max([config.max_tokens, *(int(limit) for at, limit in later if int(at) <= step)])
 
 
-# §4 ────────────────────────────────────── group sampling ────────────────────────────────────
-def draw_groups(run: "Run", count: int) -> list[Group]:
-    """This rank's share of the next draws; a thread decodes the ones after them meanwhile."""
-    def prepare(first):
-        torch.set_num_threads(1)  # this thread's: a second OpenMP team slows the main thread's
-        draws = range(first + run.processes.rank, first + count, run.processes.world)
-        drawn = [(run.data[draw], draw) for draw in draws]
-        return [Group(make_prompt(run, s), [], sample=s, draw=draw) for s, draw in drawn]
-
-    for first in (run.cursor, run.cursor + count):
-        if first not in run.ahead:
-            run.ahead[first] = run.thread.submit(prepare, first)
-    groups = run.ahead.pop(run.cursor).result()
-    run.drawn = [group.sample.id for group in groups]
-    run.cursor += count
-    return groups
-
-
+# §2 ────────────────────────────────────── group sampling ────────────────────────────────────
 def sample_groups(run: "Run", step: int, attempt: int = 0) -> list[Group]:
     """This rank's next groups, G scored completions each. Noise is keyed by sample and attempt."""
     config, limit = run.config, longest(run.config, step)
@@ -187,17 +150,7 @@ def sample_groups(run: "Run", step: int, attempt: int = 0) -> list[Group]:
     return groups
 
 
-def unless_interrupted(run: "Run", work, *arguments):
-    """work(*arguments); if any rank was told to stop meanwhile, all of them raise Interrupted."""
-    outcome = None
-    with contextlib.suppress(Interrupted):
-        outcome = work(*arguments)
-    if any(run.processes.gather(run.sampler.interrupted())):
-        raise Interrupted
-    return outcome
-
-
-# §5 ──────────────────────────────── rewards → advantages ────────────────────────────────────
+# §3 ──────────────────────────────── rewards → advantages ────────────────────────────────────
 def score_groups(run: "Run", step: int, groups: list[Group]) -> None:
     """Fill in text, reward and the reward's named parts of every completion."""
     config, options = run.config, json.loads(run.config.reward_options)
@@ -254,8 +207,8 @@ def collect_groups(run: "Run", step: int) -> tuple[list[Group], dict[int, list[f
     return [group for group in groups if group.draw in rewards_of], rewards_of
 
 
-# §6 ───────────────────────────────────── token log-probs ────────────────────────────────────
-def reference_logps(run: "Run", packs: list[qwen_vl.Pack], shape) -> torch.Tensor | None:
+# §4 ───────────────────────────────────── token log-probs ────────────────────────────────────
+def reference_logps(run: "Run", packs: list[policy.Pack], shape) -> torch.Tensor | None:
     """log π_ref of every rollout token [B, T]; None without a reference model (β = 0)."""
     with torch.no_grad():
         return run.reference and sum(
@@ -263,7 +216,7 @@ def reference_logps(run: "Run", packs: list[qwen_vl.Pack], shape) -> torch.Tenso
             for pack in packs)
 
 
-# §7 ─────────────────────────────────────────── loss ─────────────────────────────────────────
+# §5 ─────────────────────────────────────────── loss ─────────────────────────────────────────
 def policy_loss(logp_BT, old_logp_BT, advantages_B, mask_BT, *, loss="grpo", ratio="token",
                 clip_low=0.2, clip_high=0.2, beta=0.0, kl="k3", ref_logp_BT=None,
                 sampler_logp_BT=None, tis_cap=None, norm=None):
@@ -321,28 +274,7 @@ def kl_estimate(log_ratio: torch.Tensor, kind: str) -> torch.Tensor:
     raise ValueError(f"kl={kind!r} in the loss: choose k2 or k3, k1's gradient has mean zero")
 
 
-# §8 ─────────────────────────────────────── train_step ───────────────────────────────────────
-@dataclass
-class Run:
-    """Everything that a step reads or changes."""
-
-    config: Any
-    processes: Processes
-    policy: Policy
-    reference: Policy | None  # the frozen initial model, if β > 0
-    tokenizer: Any
-    special: SpecialIds
-    sampler: Sampler
-    optimizer: torch.optim.Optimizer
-    data: datasets.Mixture
-    eval_data: datasets.Mixture
-    reward: Any
-    cursor: int = 0  # draws consumed so far
-    ahead: dict = field(default_factory=dict)  # first draw: the batch that the thread prepares
-    thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
-    drawn: list = field(default_factory=list)  # ids of the batch at hand, for reports
-
-
+# §6 ─────────────────────────────────────── train_step ───────────────────────────────────────
 def train_step(run: Run, step: int) -> dict:
     """One batch of GRPO [DSM Algorithm 1]. Returns the step's metrics, the same on every rank."""
     config, ranks, clock, sums = run.config, run.processes, [time.perf_counter()], {}
@@ -352,7 +284,7 @@ def train_step(run: Run, step: int) -> dict:
     clock.append(time.perf_counter())
 
     # 2. Pack the rollouts. Masks come from lengths: the stop token is trained, padding is not.
-    packs = qwen_vl.pack_for_ranks(groups, config.micro_tokens, run.special, ranks)
+    packs = policy.pack_for_ranks(groups, config.micro_tokens, run.special, ranks)
     kept = [not (c.truncated and config.overlong == "mask") for c in rollouts]
     mask_BT = pad_BT([[k] * len(c.tokens) for k, c in zip(kept, rollouts)]).bool().to(ranks.device)
     sampler_logp_BT = pad_BT([c.logps for c in rollouts]).to(ranks.device)
@@ -397,7 +329,7 @@ def train_step(run: Run, step: int) -> dict:
     add_sums(sums, {}, sampler_gap=(gap_BT.sum(), mask_BT.sum()))
     clock.append(time.perf_counter())
     if ranks.rank == 0 and config.pictures_every and step % config.pictures_every == 0:
-        save_rollouts(run, step, groups)
+        run_folder.save_rollouts(Path(config.out), step, groups)
     return step_metrics(run, step, rollouts, rewards_PG, sums, clock) | {"grad_norm": grad_norm}
 
 
@@ -423,19 +355,7 @@ def add_sums(sums: dict, stats: dict, **pairs) -> None:
         sums[name] = sums.get(name, 0) + torch.tensor([float(x) for x in pair], dtype=torch.float64)
 
 
-def optimizer_step(run: Run, step: int) -> float:
-    """Clip, step, clear; a gradient that is not finite is dropped. Returns the norm before."""
-    norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), run.config.max_norm)
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate(run.config, step)
-    if torch.isfinite(norm):
-        run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
-    return norm.item()
-
-
-# §9 ────────────────────────────────── logs and pictures ─────────────────────────────────────
+# §7 ────────────────────────────────── metrics ─────────────────────────────────────────────
 def step_metrics(run: Run, step: int, rollouts, rewards_PG, sums: dict, clock: list) -> dict:
     """One flat object for metrics.jsonl, means over all ranks. README explains each name."""
     for c in rollouts:
@@ -457,101 +377,7 @@ def step_metrics(run: Run, step: int, rollouts, rewards_PG, sums: dict, clock: l
         **{f"seconds/{name}": after - before for name, before, after in seconds}}
 
 
-def evaluate(run: Run, max_tokens: int) -> tuple[list[dict], dict[str, float]]:
-    """Held-out samples, greedily and at T = 1: (a row an answer, accuracy of the answers alone)."""
-    ranks, rows, count = run.processes, [], min(run.config.eval_samples, len(run.eval_data))
-    samples = [run.eval_data.at(i) for i in range(ranks.rank, count, ranks.world)]
-    prompts = [make_prompt(run, sample) for sample in samples]
-    noise = [keyed_uniforms(0, 0, f"eval {s.id}", 1, max_tokens) for s in samples]
-    for mode, keyed in (("greedy", None), ("sampled", noise)):
-        answers = unless_interrupted(run, run.sampler.generate, prompts, keyed, max_tokens)
-        for s, (c,) in zip(samples, answers):
-            text = qwen_vl.decode(run.tokenizer, run.special, c.tokens)
-            right = rewards.correct(s.task, text, s.answer, s.image_size, think=run.config.think)
-            about = dict(id=s.id, task=s.task, question=s.question, answer=s.answer)
-            rows.append(about | {"image_size": s.image_size, "mode": mode, "completion": text,
-                                 "correct": right})
-    rows = [row for part in ranks.gather(rows) for row in part]
-    return rows, {f"eval/{mode}": sum(row["correct"] for row in rows if row["mode"] == mode) / count
-                  for mode in ("greedy", "sampled")}
-
-
-def save_rollouts(run: Run, step: int, groups: list[Group]) -> None:
-    """Four groups as text, and their best completions as pictures with the true boxes: samples/."""
-    folder, rows = Path(run.config.out) / "samples", []
-    folder.mkdir(parents=True, exist_ok=True)
-    for s, group in [(group.sample, group) for group in groups[:4]]:
-        about = dict(id=s.id, task=s.task, question=s.question, answer=s.answer)
-        rows += [about | {"text": c.text, "reward": c.reward} for c in group.completions]
-        best = max(group.completions, key=lambda c: c.reward).text
-        said = rewards.parse_boxes(best) or rewards.parse_points(best)
-        if s.images:
-            picture = datasets.draw(s.images[0], predicted=said, true=s.answer, caption=s.question)
-            picture.save(folder / f"step-{step}-{group.draw}.png")
-    (folder / f"step-{step}.json").write_text(json.dumps(rows, indent=1))
-
-
-# §10 ────────────────────────────────────────── main ─────────────────────────────────────────
-def prepare(config, processes: Processes, source: str, *, freeze_vision=False, beta=0.0, reward=""):
-    """Load, shard, and build all that a run needs; `source` is the checkpoint to begin with."""
-    policy, tokenizer, special = load_policy(source, processes, config, freeze_vision=freeze_vision)
-    dtype = torch.bfloat16 if processes.device.type == "cuda" else torch.float32
-    reference = load_policy(source, processes, config, dtype=dtype)[0] if beta else None
-    copy = Sampler(policy.model, special, device=processes.device, dtype=dtype, kv_gb=config.kv_gb,
-                   graphs=config.graphs and dtype == torch.bfloat16, keep_features=freeze_vision)
-    trained, betas = [p for p in policy.parameters() if p.requires_grad], (0.9, config.beta2)
-    optimizer = torch.optim.AdamW(trained, betas=betas, weight_decay=0)  # [PR1, OVR: 0]
-    specs = {"train": config.data, "heldout": config.eval_data or config.data}
-    opened = [datasets.open_data(specs[s], split=s, **data_options(config)) for s in specs]
-    return Run(config, processes, policy, reference, tokenizer, special, copy, optimizer, *opened,
-               rewards.load(reward))
-
-
-def data_options(config) -> dict:
-    names = ("seed", "min_pixels", "max_pixels", "fields", "skip_bad")
-    return {name: getattr(config, name) for name in names}
-
-
-def train(run: Run, one_step, *, eval_tokens: int, seconds: float = math.inf) -> None:
-    """The loop around one_step(run, step) → metrics: resume, log, evaluate, save, export.
-
-    Told to stop (SIGTERM, Ctrl-C), it saves the last completed step and returns.
-    """
-    config, folder, ranks = run.config, Path(run.config.out), run.processes
-    state = sampler.resume(config, run.policy, run.optimizer)
-    run.cursor, bad_steps, stop, last = state["cursor"], 0, False, state["step"] >= config.steps
-    run.sampler.refresh(run.policy)
-    run.sampler.interrupted = sampler.watch_signals()
-    log = sampler.RunLog(config, rewards.symptoms) if ranks.rank == 0 else None
-    started = time.perf_counter()
-    while not (stop or last or bad_steps == config.max_bad_steps):
-        try:
-            metrics = one_step(run, state["step"])
-        except Interrupted:  # nothing of this step has touched the weights
-            break
-        state = {"step": state["step"] + 1, "cursor": run.cursor}
-        metrics["seconds/total"] = max(ranks.gather(time.perf_counter() - started))
-        last = state["step"] == config.steps or metrics["seconds/total"] > seconds
-        if config.eval_every and (state["step"] % config.eval_every == 0 or last):
-            run.sampler.refresh(run.policy)
-            with contextlib.suppress(Interrupted):  # seen again below
-                metrics |= evaluate(run, eval_tokens)[1]
-        bad_steps = 0 if math.isfinite(metrics["grad_norm"]) else bad_steps + 1
-        if bad_steps:  # the optimizer left this step out
-            metrics["skipped_samples"] = [name for part in ranks.gather(run.drawn) for name in part]
-        if log:
-            log.add(metrics)
-        stop = any(ranks.gather(run.sampler.interrupted()))
-        if state["step"] % config.save_every == 0:
-            sampler.save_checkpoint(folder, run.policy, run.optimizer, state, config.keep)
-    sampler.save_checkpoint(folder, run.policy, run.optimizer, state, config.keep)
-    if bad_steps == config.max_bad_steps:
-        raise SystemExit(f"{bad_steps} steps in a row without a finite gradient, the last one from "
-                         f"{metrics['skipped_samples']}: lower --lr or look at these samples")
-    if last:
-        qwen_vl.export(folder / "model", run.policy, run.tokenizer, config.model)
-
-
+# §8 ────────────────────────────────────────── main ─────────────────────────────────────────
 def run_script(name: str, *arguments: str) -> None:
     """Another script of this folder, in a process of its own and alone."""
     alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
@@ -573,16 +399,17 @@ def ensure_cold_start(config: Config) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     gpu = torch.cuda.is_available()
-    config = datasets.parse_config(Config, arguments, rewards.PRESETS, __doc__, gpu)
+    config = training.parse_config(Config, arguments, PRESETS, __doc__, gpu)
     if config.plan:
-        return run_script("eval.py", "plan", json.dumps(asdict(config)))
+        return fsdp.plan(config, longest(config, config.steps))
     if config.check:  # faults and exit status 1, or nothing and 0
-        sys.exit("\n".join(datasets.check(config.data, **data_options(config))) or 0)
+        sys.exit("\n".join(datasets.check(config.data, **training.data_options(config))) or 0)
     source = ensure_cold_start(config)
     how = {name: getattr(config, name) for name in ("freeze_vision", "beta", "reward")}
-    with sampler.one_run():
-        run = prepare(config, start_processes(config.timeout), source, **how)
-        train(run, train_step, eval_tokens=config.max_tokens)
+    with training.one_run():
+        ranks = fsdp.start_processes(config.timeout)
+        run = training.prepare(config, ranks, source, **how)
+        training.train(run, train_step, eval_tokens=config.max_tokens)
 
 
 if __name__ == "__main__":

@@ -22,20 +22,16 @@ D2 Answers are JSON in absolute pixels of the resized image, as Qwen2.5-VL's. Qw
 """
 import argparse
 import contextlib
-import functools
 import importlib.util
 import json
 import math
 import os
-import queue
 import re
-import resource
-import signal
-import sys
 from dataclasses import dataclass
-from subprocess import DEVNULL, PIPE, Popen
 
 import numpy as np
+
+from formulas import boxed, check, equal, library
 
 TASKS = ("grounding", "counting", "detection", "ocr", "math", "choice")
 # Each task's options, default first. `penalty`: any number from 0. `components`: any of [PR1 T6].
@@ -81,7 +77,7 @@ QUESTIONS = {"detection": ", ".join(COCO_NAMES), "ocr": "OCR this image."}  # [P
 
 def prompt(task: str, question: str = "", *, think: bool = False) -> str:
     """The user's text for a question (grounding, counting: a name; detection: names or nothing)."""
-    _check(task in TASKS, f"unknown task {task!r}; the tasks are {', '.join(TASKS)}")
+    check(task in TASKS, f"unknown task {task!r}; the tasks are {', '.join(TASKS)}")
     return PROMPTS[task].format(question or QUESTIONS.get(task, "")) + (THINK if think else "")
 
 
@@ -95,26 +91,14 @@ def reference(task: str, answer: object, question: str = "", *, think: bool = Fa
     elif task == "detection":
         said = [{"bbox_2d": [round(x) for x in box], "label": label} for box, label in said]
     elif task == "math":
-        said = f"\\boxed{{{_formula(said)}}}"
+        said = f"\\boxed{{{boxed(said)}}}"
     text = said if isinstance(said, str) else json.dumps(said, ensure_ascii=False)
     return f"<think>I look: {question}.</think><answer>{text}</answer>" if think else text
 
 
-def _check(holds, sentence):
-    if not holds:
-        raise ValueError(sentence)
-
-
-def _library(name, package):
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise ImportError(f"this reward needs {name}: pip install {package}") from None
-
-
 def _truth(task, answer):
     """The true answer: a box, points or their bare number, (box, label) pairs, or a text."""
-    _check(task in TASKS, f"unknown task {task!r}; the tasks are {', '.join(TASKS)}")
+    check(task in TASKS, f"unknown task {task!r}; the tasks are {', '.join(TASKS)}")
     if task in ("ocr", "math", "choice"):
         return str(answer)
     value = json.loads(answer) if isinstance(answer, str) else answer  # [PR1 code] stores strings
@@ -131,7 +115,7 @@ def _truth(task, answer):
         true, form = [_numbers(item, 2) for item in items], "a whole number or a list of [x, y]"
     else:
         true, form = [read_object(item) for item in items], 'a list of {"bbox_2d", "label"}'
-    _check(None not in true, f"the true answer in {task} must be {form}, not {answer!r:.200}")
+    check(None not in true, f"the true answer in {task} must be {form}, not {answer!r:.200}")
     return true
 
 
@@ -243,7 +227,7 @@ def _matched(cost_NM, matching):
     if matching == "order":
         return (np.arange(min(cost_NM.shape)),) * 2
     # [PR1 §4.2] σ̂ = argmax_σ Σ_i Φ(y_i, z_σ(i)), by the Hungarian algorithm
-    return _library("scipy.optimize", "scipy").linear_sum_assignment(cost_NM)
+    return library("scipy.optimize", "scipy").linear_sum_assignment(cost_NM)
 
 
 def _counting(text, true, image_size, truncated, weight, matching, gate=True):
@@ -306,7 +290,7 @@ def _found(said, true, matching):
 
 
 def _ocr(text, true, image_size, truncated, weight):
-    levenshtein = _library("rapidfuzz.distance", "rapidfuzz").Levenshtein
+    levenshtein = library("rapidfuzz.distance", "rapidfuzz").Levenshtein
     text, true = " ".join(text.split()), " ".join(true.split())
     # [PR1 §4.1] Φ = edit distance: 1 − Levenshtein / longer length, white space folded
     similarity = levenshtein.normalized_similarity(text, true) if text or true else 0.0
@@ -314,85 +298,11 @@ def _ocr(text, true, image_size, truncated, weight):
 
 
 # ---- §5 maths and choice -------------------------------------------------------------------------
-DEADLINE = 1.0  # seconds for a comparison, as in Open-Reasoner-Zero, on which [OVR §3.2] builds
-LONGEST = 400  # characters of a formula that is worth comparing
-# Powers of powers, long exponents, factorials of long numbers: hours of work in few characters.
-POWER = r"(?:\^|\*\*)[{(\s]*-?"
-TOO_HARD = re.compile(rf"{POWER}[0-9]+[)}}\s]*{POWER}|{POWER}[0-9]{{5,}}|[0-9]{{4,}}\s*!|!\s*!")
-SPELLINGS = ((r"\\(?:left|right)(?![a-zA-Z])|\\[!,;:]|[$\s]", ""), (r"\\[dt]frac", r"\\frac"),
-             (r"\\(?:text|mathrm|mbox)\{([^{}]*)\}", r"\1"), (r"\.0*$", ""),
-             (r"(?<=[0-9]),(?=[0-9]{3}(?![0-9]))", ""))  # several ways to write the same
-
-
-def _formula(text):
-    r"""What stands in the last \boxed{…}, or else in $…$; "" if its braces do not balance."""
-    start = text.rfind("\\boxed{")
-    if start < 0:
-        return text.strip().strip("$").strip()
-    content, depth = text[start + len("\\boxed{") :][: 10 * LONGEST], 1
-    for match in re.finditer(r"\\.|[{}]", content, re.DOTALL):
-        depth += {"{": 1, "}": -1}.get(match.group(), 0)
-        if depth == 0:
-            return content[: match.start()].strip()
-    return ""
-
-
-def _math(text, true, image_size, truncated, weight, exact, compare):
-    said, true = _formula(text) if "\\boxed{" in text and not truncated else "", _formula(true)
-    plain, plain_true = said, true
-    for pattern, spelling in SPELLINGS:
-        plain, plain_true = (re.sub(pattern, spelling, formula) for formula in (plain, plain_true))
-    whole = re.fullmatch(r"-?[1-9][0-9]*=-?[1-9][0-9]*", f"{plain}={plain_true}")
+def _math(text, true, image_size, truncated, weight, exact):
+    said = boxed(text) if "\\boxed{" in text and not truncated else ""
     # [OVR §3.2] r = 1 if the answer in the box matches the reference (0.5 and \frac{1}{2}), else 0
-    if exact or not said or max(len(said), len(true)) > LONGEST:
-        right = said != "" and said == true  # the same text
-    elif plain == plain_true or whole or TOO_HARD.search(said) or TOO_HARD.search(true):
-        right = plain == plain_true  # spelt alike; symbols would not help, or not end
-    else:
-        right = (compare or _equal_in_child)(said, true)
-    return float(right), {"correct": float(right)}
-
-
-def symbolically_equal(said: str, true: str) -> bool:
-    """Whether math-verify finds two formulas equal. Its own timeouts do not work within C."""
-    verifier = _library("math_verify", "'math-verify[antlr4_13_2]'")
-    how = {"extraction_config": [verifier.LatexExtractionConfig()], "parsing_timeout": None}
-    said, true = (verifier.parse(f"${s.replace('$', ' ')}$", **how) for s in (said, true))
-    return verifier.verify(true, said, timeout_seconds=None)
-
-
-def _equal_in_child(said, true, children=None):
-    """Let a child process compare; no answer, because that was its end, means not equal."""
-    children = children or _children(os.getpid())
-    child, reply = children.get(), ""
-    row = {"task": "math", "completion": f"\\boxed{{{said}}}", "answer": true}
-    try:
-        with contextlib.suppress(BrokenPipeError):
-            print(json.dumps(row), file=child.stdin, flush=True)
-            reply = child.stdout.readline()
-    finally:
-        if not reply:  # dead, or interrupted before it could answer
-            child.kill()
-            child.wait()
-            child = _start_child()
-        children.put(child)  # at the end: a new one is ready when it is needed
-    return reply != "" and json.loads(reply)["reward"] == 1
-
-
-@functools.lru_cache(maxsize=1)
-def _children(process_id):
-    """A queue of idle children, one queue a process: a fork must not use its parent's pipes."""
-    children = queue.SimpleQueue()
-    for _ in range(2):
-        children.put(_start_child())
-    _check(_equal_in_child("x+x", "2x", children), "formulas can not be compared: pip install "
-           "'math-verify[antlr4_13_2]', or see `python rewards.py score - --child` fail")
-    return children
-
-
-def _start_child():
-    command = [sys.executable, os.path.abspath(__file__), "score", "-", "--child"]
-    return Popen(command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, text=True)
+    right = float(equal(said, boxed(true), exact=exact))
+    return right, {"correct": right}
 
 
 # An option letter that is meant as one, strongest form first: in a box, after "answer is", alone.
@@ -422,24 +332,22 @@ def _choice(text, true, image_size, truncated, weight):
 
 # ---- §6 the score --------------------------------------------------------------------------------
 def score(task: str, completion: str, answer: object, image_size=None, *, truncated=False,
-          think=False, format_weight: float | None = None, compare=None, **options) -> Score:
+          think=False, format_weight: float | None = None, **options) -> Score:
     """The reward of a completion; `options` are the task's in OPTIONS.
     image_size: [W, H] that the model saw; without it nothing is rescaled, and distances are divided
     by 1000·√2. truncated (too long) makes counting, math, choice, think and grounding's form 0.
-    compare: a function (said, true) -> bool in place of the children that compare formulas.
     """
     true, own = _truth(task, answer), OPTIONS.get(task, {})
     for name, value in options.items():
-        _check(name in own, f"{task} has no option {name!r}; its own are {list(own)}")
+        check(name in own, f"{task} has no option {name!r}; its own are {list(own)}")
         fits = set(value) <= set(COMPONENTS) if name == "components" else value in own[name]
         if name == "penalty":
             fits = bool(_numbers([value], 1)) and value >= 0
-        _check(fits, f"{name} in {task} can be {own[name]}, not {value!r}")
-    _check(isinstance(completion, str), f"a completion must be text, not {type(completion)}")
+        check(fits, f"{name} in {task} can be {own[name]}, not {value!r}")
+    check(isinstance(completion, str), f"a completion must be text, not {type(completion)}")
     sized = image_size is None or (_numbers(image_size, 2) and min(image_size) > 0)
-    _check(sized, f"image_size must be [W, H] in pixels, not {image_size!r:.200}")
+    check(sized, f"image_size must be [W, H] in pixels, not {image_size!r:.200}")
     settings = {name: values[0] for name, values in own.items()} | options
-    settings |= {"compare": compare} if task == "math" else {}
     weight = format_weight if format_weight is not None else float(task not in ("math", "choice"))
     text, think_formed = split_thinking(completion)
     rules = (_grounding, _counting, _detection, _ocr, _math, _choice)
@@ -455,11 +363,11 @@ def load(spec: str):
     if not spec:
         return score
     path, _, name = spec.rpartition(":")
-    _check(os.path.isfile(path), f"--reward {spec}: no file {path!r}; write path.py:function")
+    check(os.path.isfile(path), f"--reward {spec}: no file {path!r}; write path.py:function")
     file = importlib.util.spec_from_file_location("user_reward", path)
     module = importlib.util.module_from_spec(file)
     file.loader.exec_module(module)
-    _check(callable(getattr(module, name, None)), f"--reward {spec}: {path} has no such function")
+    check(callable(getattr(module, name, None)), f"--reward {spec}: {path} has no such function")
     return getattr(module, name)
 
 
@@ -474,88 +382,23 @@ def correct(task: str, completion: str, answer: object, image_size=None, *, thin
     return float(parts[part] > 0.5) if task == "grounding" else parts[part]
 
 
-# ---- §7 presets, schedules, symptoms: what papers and practice say of a run ----------------------
-WORLD = "synthetic:grounding?size=56x56&shapes=2&colours=3&distractors=1-2&reach=0.3-0.5"
-PR1 = dict(  # what its tasks share and no default has yet  [PR1 §4.3, code]
-    model="Qwen/Qwen2.5-VL-3B-Instruct", prompts=14, beta=0.04, schedule="linear", seed=42)
-PRESETS = {  # of grpo_vl.py: differences from its defaults
-    "tiny": dict(  # what a machine without a GPU trains in minutes; no paper's values
-        model="tiny", data=(WORLD,), cold_start="runs/coldstart", max_tokens=24, prompts=32,
-        steps=400, lr=1e-4, warmup=10, schedule="linear", reward_options='{"iou_power": 2}',
-        eval_every=50, checkpointing=False, micro_tokens=4096),
-    # steps: samples used / 14 prompts a step [PR1 T7, code]; max_tokens [PR1 code]
-    "pr1-grounding": PR1 | dict(data=("refcoco-pr1:refcoco_train.json",), steps=357),
-    "pr1-counting": PR1 | dict(data=("pixmo-pr1:pixmo_count_train.json",), steps=714),
-    "pr1-ocr": PR1 | dict(data=("fox:page_ocr_train.json",), steps=357, max_tokens=2048),
-    "pr1-detection": PR1 | dict(steps=7857, max_tokens=2048,
-        data=("coco:annotations/instances_train2017.json?folder=../train2017",)),
-    "ovr-rl": dict(  # [OVR §3.2, §4.1]; the loss as in its base, Open-Reasoner-Zero [ORZ code]
-        model="Qwen/Qwen2.5-VL-7B-Instruct", data=("ovr_rl.jsonl",), cold_start="runs/coldstart",
-        prompts=512, group=16, scale="batch", loss="dapo", warmup=50, beta2=0.95, steps=900,
-        max_tokens=24 * 1024, max_tokens_at=("300:32768", "700:49152"), eval_every=10)}
-
-
-def longest(config, step: int) -> int:
-    """The length limit at a step. OVR raises it when the mean length stalls [OVR §4.1]."""
-    later = [pair.split(":") for pair in config.max_tokens_at]
-    return max([config.max_tokens, *(int(limit) for at, limit in later if int(at) <= step)])
-
-
-def learning_rate(config, step: int) -> float:
-    """Linear warm-up, then constant, linear to 0, or cosine to 0."""
-    done = (step - config.warmup) / max(config.steps - config.warmup, 1)
-    shape = {"constant": 1, "linear": 1 - done, "cosine": 0.5 + 0.5 * math.cos(math.pi * done)}
-    return config.lr * ((step + 1) / config.warmup if done < 0 else shape[config.schedule])
-
-
-SYMPTOMS = (  # metric; sick by its mean over ten steps, and over the first ten; what to try
-    ("zero_variance", lambda now, first: now > 0.8,
-     "most groups have equal rewards: try --dynamic-sampling 3 or other prompts"),
-    ("entropy", lambda now, first: now < 0.1 * first,
-     "hardly any variety is left: try a lower --lr, --clip-high 0.28, --beta 0.04"),
-    ("sampler_gap", lambda now, first: now > 0.05, "sampler and trainer disagree: try --tis 2"),
-    ("truncated", lambda now, first: now > 0.5, "answers are cut: try a higher --max-tokens"),
-    ("kl", lambda now, first: now > max(1, 10 * first), "try a higher --beta or a lower --lr"),
-    ("reward/format", lambda now, first: now < first - 0.2, "look at samples/, lower --lr"))
-
-
-def symptoms(history: list[dict]) -> list[str]:
-    """What looks sick in the last ten of these steps' metrics, in words, and what to try."""
-    found = []
-    for name, sick, advice in SYMPTOMS:
-        values = [row[name] for row in history if row.get(name) is not None]
-        now, first = (sum(part) / max(len(part), 1) for part in (values[-10:], values[:10]))
-        if values and sick(now, first):
-            found.append(f"{name} is {now:.3g}, at first {first:.3g}: {advice}")
-    return found
-
-
-# ---- §8 command line -----------------------------------------------------------------------------
+# ---- §7 command line -----------------------------------------------------------------------------
 def main() -> None:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
     parser.epilog = f"options of a row, default first: {OPTIONS}"
     parser.add_argument("command", choices=["score"])
     parser.add_argument("file", type=argparse.FileType("rb"), help="rows, one a line; - is stdin")
-    parser.add_argument("--child", action="store_true", help="compare formulas in this process")
-    given, compare, deadline = parser.parse_args(), None, 0
-    if given.child:
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends even one endless call to C: 9^(9^9)
-        symbolically_equal("\\frac{1}{2}", "0.5")  # the first comparison is slow
-        compare, deadline = symbolically_equal, DEADLINE
-        with contextlib.suppress(ValueError, OSError):  # where the system knows no such limit
-            resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))  # bytes, for huge integers
+    given = parser.parse_args()
     for number, line in enumerate(given.file, start=1):
-        signal.setitimer(signal.ITIMER_REAL, deadline)
         try:
             row = json.loads(line)
             complete = isinstance(row, dict) and {"task", "completion", "answer"} <= row.keys()
-            _check(complete, "a row must be a JSON object with task, completion and answer")
+            check(complete, "a row must be a JSON object with task, completion and answer")
             inputs = row["task"], row["completion"], row["answer"], row.get("image_size")
-            result = score(*inputs, compare=compare, **row.get("options", {}))
+            result = score(*inputs, **row.get("options", {}))
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise SystemExit(f"{given.file.name}:{number}: {error}") from None
-        signal.setitimer(signal.ITIMER_REAL, 0)
         print(json.dumps({"reward": result.total, "parts": result.parts}), flush=True)  # to a pipe
 
 

@@ -1,37 +1,23 @@
 """Group sampling: G completions a prompt, the prompt computed once.
 
 §1 keyed noise · §2 the weights' copy · §3 prefill: vision tower and prompt, once per prompt · §4
-decode: all rows of a group read the same prompt keys · §5 sample · §6 processes and the run folder
+decode: all rows of a group read the same prompt keys · §5 sample
 
 Decoding issues no collectives: ranks finish at different lengths, and a collective would hang.
 
 Shapes: P prompts, G completions a prompt, L longest prompt, T completion tokens, V vocabulary,
 D width, H query heads, K key/value heads, R = H/K queries that share a key head, d head width.
 """
-import contextlib
 import hashlib
-import json
 import math
-import os
-import shutil
-import signal
-import sys
-from dataclasses import asdict, dataclass, field
-from datetime import timedelta
-from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from torch.distributed.checkpoint import CheckpointException
-from torch.distributed.checkpoint import state_dict as dist_state
-from tqdm import tqdm
 
-from qwen_vl import DataError, Prompt, SpecialIds, replace_vision_forwards, rotate
+from policy import replace_vision_forwards, rotate
+from qwen_vl import Completion, Prompt, SpecialIds
 
 
 # §1 ───────────────────────────────────────── noise ──────────────────────────────────────────
@@ -65,33 +51,6 @@ def product_fp32(a, b) -> torch.Tensor:
 
 class Interrupted(Exception):
     """A rollout was abandoned because the run shall end."""
-
-
-@dataclass
-class Completion:
-    """One rollout: what was sampled, and what it earned."""
-
-    tokens: list[int]  # with the stop token, unless truncated
-    logps: list[float] = field(default_factory=list)  # of each token, as it was sampled
-    truncated: bool = False  # cut at the length limit
-    text: str = ""
-    reward: float = 0.0
-    parts: dict[str, float] = field(default_factory=dict)
-
-
-@dataclass
-class Group:
-    """A prompt and its completions; `row` is the first one's row in the padded [B, T] batch."""
-
-    prompt: Prompt
-    completions: list[Completion]
-    row: int = 0
-    sample: Any = None  # the data.Sample behind the prompt
-    draw: int = 0  # its place in the run's global order
-
-    @property
-    def rewards(self) -> list[float]:
-        return [completion.reward for completion in self.completions]
 
 
 # §2 ──────────────────────────────────────── weights ─────────────────────────────────────────
@@ -398,187 +357,3 @@ class Sampler:
         results = zip(tokens_BT.tolist(), logp_BT.tolist(), length_B.tolist())
         return [Completion(tokens[:n], logps[:n], tokens[n - 1] not in self.special.stops)
                 for tokens, logps, n in results]
-
-
-# §6 ───────────────────────────── processes and the run folder ──────────────────────────────
-@dataclass(frozen=True)
-class Processes:
-    """Who we are among the ranks, and where tensors live."""
-
-    rank: int
-    world: int
-    device: torch.device
-
-    def gather(self, value: Any) -> list:
-        """A small Python object of every rank, in rank order."""
-        values = [None] * self.world
-        dist.all_gather_object(values, value)
-        return values
-
-
-def start_processes(timeout: int) -> Processes:
-    """torchrun's ranks; without torchrun a world of one, which takes the same path."""
-    rank, world, local = (int(os.environ.get(n, 0)) for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    cuda = torch.cuda.is_available()
-    if cuda:
-        torch.cuda.set_device(local)
-    how = {} if world else {"rank": 0, "world_size": 1, "store": dist.HashStore()}
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **how)
-    return Processes(rank, max(world, 1), torch.device(f"cuda:{local}" if cuda else "cpu"))
-
-
-def find_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoint-N folders, oldest first."""
-    found = [p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("checkpoint-")))
-
-
-def save_checkpoint(folder: Path, policy, optimizer, state: dict, keep: int) -> None:
-    """Sharded weights and AdamW state. One rename makes it appear: it is whole or not there.
-
-    Errors: SystemExit on every rank if one cannot write; the earlier checkpoints stay.
-    """
-    final, troubles = folder / f"checkpoint-{state['step']}", [None] * dist.get_world_size()
-    partial_folder, first, trouble = final.with_suffix(".partial"), dist.get_rank() == 0, None
-    if final.exists():  # a step has but one state
-        return
-    if first:
-        shutil.rmtree(partial_folder, ignore_errors=True)
-    dist.barrier()
-    try:
-        model, optim = dist_state.get_state_dict(policy, optimizer)
-        dcp.save({"model": model, "optimizer": optim}, checkpoint_id=partial_folder)
-        state = state | {"ranks": len(troubles), "shapes": shapes_of(policy)}
-        if first:
-            (partial_folder / "state.json").write_text(json.dumps(state))
-            partial_folder.rename(final)
-    except (OSError, CheckpointException) as error:
-        trouble = str(error)
-    dist.all_gather_object(troubles, trouble)
-    if any(troubles):
-        shutil.rmtree(partial_folder, ignore_errors=True)
-        raise SystemExit(f"{final} could not be written, earlier checkpoints are whole: {troubles}")
-    for old in find_checkpoints(folder)[:-keep] if first else ():
-        shutil.rmtree(old)
-
-
-def shapes_of(policy) -> dict:
-    return {name: list(p.shape) for name, p in policy.named_parameters()}
-
-
-def load_checkpoint(path: Path, policy, optimizer) -> dict:
-    """Restore weights and AdamW state, whatever the number of ranks that saved them.
-
-    Errors: SystemExit naming a parameter that is another one there.
-    """
-    state, here = json.loads((path / "state.json").read_text()), shapes_of(policy)
-    for name in sorted(here.keys() | state["shapes"].keys()):
-        if here.get(name) != (there := state["shapes"].get(name)):
-            raise SystemExit(f"{path} is of another architecture: {name} is {here.get(name)} in "
-                             f"--model and {there} there; choose another --out")
-    saved = dict(zip(("model", "optimizer"), dist_state.get_state_dict(policy, optimizer)))
-    dcp.load(saved, checkpoint_id=path)
-    how = {"model_state_dict": saved["model"], "optim_state_dict": saved["optimizer"]}
-    dist_state.set_state_dict(policy, optimizer, **how)
-    return state
-
-
-def resume(config, policy, optimizer) -> dict:
-    """{"step", "cursor"}: steps done and draws consumed, of the newest checkpoint in --out.
-
-    What a killed run logged after that checkpoint is done again, so it leaves metrics.jsonl.
-    """
-    folder, ranks = Path(config.out), dist.get_world_size()
-    state, found = {"step": 0, "cursor": 0, "ranks": ranks}, find_checkpoints(folder)
-    if found and config.resume == "never":
-        raise SystemExit(f"--resume never, but {found[-1]} exists: choose another --out")
-    if found:
-        state = load_checkpoint(found[-1], policy, optimizer)
-    if dist.get_rank() == 0:
-        if state["ranks"] != ranks:
-            print(f"{found[-1]} was saved by {state['ranks']} ranks, here are {ranks}: weights and "
-                  "optimizer are the same, but sums run in another order", file=sys.stderr)
-        folder.mkdir(parents=True, exist_ok=True)
-        log = folder / "metrics.jsonl"
-        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-        for path, text in ((log, "".join(lines[: state["step"]])),
-                           (folder / "config.json", json.dumps(asdict(config), indent=2))):
-            path.with_suffix(".partial").write_text(text)
-            path.with_suffix(".partial").rename(path)
-    return state
-
-
-def watch_signals():
-    """A function that says whether SIGTERM or Ctrl-C has come. A second one ends the process."""
-    received = []
-
-    def note(number, frame):
-        received.append(number)
-        listen(signal.SIG_DFL)
-
-    def listen(handler):
-        for kind in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(kind, handler)
-
-    listen(note)
-    return lambda: bool(received)
-
-
-class RunLog:
-    """Rank 0's record: metrics.jsonl, flushed each step, a progress bar, --log's tracker, and every
-    ten steps what `diagnose`, a function of all metrics so far, has to say."""
-
-    def __init__(self, config, diagnose):
-        self.diagnose, self.track = diagnose, open_tracker(config)
-        path = Path(config.out) / "metrics.jsonl"
-        self.history = [json.loads(line) for line in path.read_text().splitlines()]
-        self.file, done = path.open("a"), len(self.history)
-        self.bar = tqdm(desc=path.parent.name, initial=done, total=config.steps)
-
-    def add(self, metrics: dict) -> None:
-        finite = {n: v for n, v in metrics.items() if v not in (math.inf, -math.inf) and v == v}
-        self.history.append(dict.fromkeys(metrics) | finite)  # JSON has no NaN: null
-        print(json.dumps(self.history[-1]), file=self.file, flush=True)
-        self.track(finite)
-        shown = {n: f"{finite[n]:.3f}" for n in ("reward", "loss", "length") if n in finite}
-        self.bar.set_postfix(shown, refresh=False)
-        self.bar.update()
-        for sentence in self.diagnose(self.history) if len(self.history) % 10 == 0 else ():
-            tqdm.write(f"step {metrics['step']}: {sentence}", file=sys.stderr)
-
-
-def open_tracker(config):
-    """A function that takes a step's metrics: to Weights & Biases, to TensorBoard, or nowhere."""
-    if config.log == "wandb":
-        import wandb
-        return wandb.init(project="grpo-vl", dir=config.out, config=asdict(config)).log
-    if config.log == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-        writer = SummaryWriter(config.out)
-        return lambda metrics: [writer.add_scalar(n, v, metrics["step"])
-                                for n, v in metrics.items() if isinstance(v, (int, float))]
-    return lambda metrics: None
-
-
-@contextlib.contextmanager
-def one_run():
-    """The frame of a run: bad data ends it with one sentence; else all ranks leave together."""
-    try:
-        yield
-    except DataError as error:
-        raise SystemExit(str(error)) from None
-    leave()
-
-
-def leave() -> None:
-    """The end of a script: of several ranks, none runs its destructors.
-
-    There gloo's threads abort now and then, and torchrun takes the run for failed.
-    """
-    if dist.get_world_size() == 1:
-        return dist.destroy_process_group()
-    dist.barrier()
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os._exit(0)

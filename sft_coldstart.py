@@ -17,11 +17,13 @@ from typing import Literal
 import torch
 
 import data as datasets
-import grpo_vl
+import fsdp
+import policy
 import qwen_vl
 import rewards
-import sampler
-from sampler import Completion
+import training
+from qwen_vl import Completion
+from tiny import WORLD
 
 
 @dataclass(frozen=True)
@@ -68,13 +70,13 @@ class Config:
     eval_tokens: int = 768  # longest completion when evaluating
 
     def __post_init__(self):
-        datasets.check_options(self)
+        training.check_options(self)
 
 
 PRESETS = {
     "ovr-coldstart": dict(data=("traces:cold_start.jsonl",)),  # the defaults are OVR's
     "tiny": dict(
-        model="tiny", data=(rewards.WORLD,), train="all", batch=32, steps=500, lr=1e-3,
+        model="tiny", data=(WORLD,), train="all", batch=32, steps=500, lr=1e-3,
         schedule="constant", max_tokens=256, eval_every=100, eval_tokens=24, checkpointing=False,
         micro_tokens=4096),
 }
@@ -98,29 +100,30 @@ def response_tokens(run, sample) -> list[int]:
 def sft_step(run, step: int) -> dict:
     """−Σ log π(response token | prompt, response so far) / all response tokens of the batch."""
     config, ranks = run.config, run.processes
-    groups = grpo_vl.draw_groups(run, config.batch)
+    groups = training.draw_groups(run, config.batch)
     for group in groups:
         group.completions = [Completion(response_tokens(run, group.sample))]
     targets = sum(ranks.gather(sum(len(group.completions[0].tokens) for group in groups)))
     total = 0.0
-    for pack in qwen_vl.pack_for_ranks(groups, config.micro_tokens, run.special, ranks):
+    for pack in policy.pack_for_ranks(groups, config.micro_tokens, run.special, ranks):
         logp_S, _ = run.policy(pack)
         loss = -logp_S.sum() / targets
         (loss * ranks.world).backward()  # FSDP averages over ranks; targets counts them all
         total += loss.item()
-    grad_norm = grpo_vl.optimizer_step(run, step)
+    grad_norm = training.optimizer_step(run, step)
     return {"step": step, "loss": sum(ranks.gather(total)), "tokens": targets,
-            "grad_norm": grad_norm, "lr": grpo_vl.learning_rate(config, step), "cursor": run.cursor}
+            "grad_norm": grad_norm, "lr": training.learning_rate(config, step),
+            "cursor": run.cursor}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    config = datasets.parse_config(Config, arguments, PRESETS, __doc__, torch.cuda.is_available())
+    config = training.parse_config(Config, arguments, PRESETS, __doc__, torch.cuda.is_available())
     if config.check:  # faults and exit status 1, or nothing and 0
-        sys.exit("\n".join(datasets.check(config.data, **grpo_vl.data_options(config))) or 0)
-    with sampler.one_run():
-        processes = sampler.start_processes(config.timeout)
-        run = grpo_vl.prepare(config, processes, config.model, freeze_vision=config.train == "llm")
-        grpo_vl.train(run, sft_step, eval_tokens=config.eval_tokens, seconds=config.seconds)
+        sys.exit("\n".join(datasets.check(config.data, **training.data_options(config))) or 0)
+    with training.one_run():
+        processes = fsdp.start_processes(config.timeout)
+        run = training.prepare(config, processes, config.model, freeze_vision=config.train == "llm")
+        training.train(run, sft_step, eval_tokens=config.eval_tokens, seconds=config.seconds)
 
 
 if __name__ == "__main__":

@@ -42,9 +42,12 @@ from PIL import Image
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import fsdp
 import grpo_vl
 import qwen_vl
 import rewards
+import tiny
+import training
 from data import Sample
 
 TEXT = {"3b": dict(  # text_config of Qwen2.5-VL-3B-Instruct
@@ -89,8 +92,8 @@ def options():
 
 def build(a) -> None:
     """Random weights of the shape (bf16, tiny: fp32), the tiny tokenizer, and the question."""
-    tokenizer = qwen_vl.tiny_tokenizer()
-    config = qwen_vl.tiny_model(tokenizer, hidden=256, layers=4).config
+    tokenizer = tiny.tiny_tokenizer()
+    config = tiny.tiny_model(tokenizer, hidden=256, layers=4).config
     config.text_config.vocab_size = 2048
     config.text_config.rope_parameters["mrope_section"] = [8, 12, 12]  # half a head: 256 / 4 / 2
     if text := TEXT.get(a.shape):
@@ -191,13 +194,13 @@ def describe(baseline: float, **versions) -> dict:
 
 
 def ours(a) -> dict:
-    baseline, ranks, read = peak_gib(), grpo_vl.start_processes(3600), qwen_vl.SpecialIds.read
+    baseline, ranks, read = peak_gib(), fsdp.start_processes(3600), qwen_vl.SpecialIds.read
     qwen_vl.SpecialIds.read = lambda *of: replace(read(*of), stops=(-1,))  # no token has this id
     config = grpo_vl.Config(
         model=a.folder, prompts=a.prompts, group=a.group, max_tokens=a.length, max_prompt=10**6,
         overlong="keep", beta=a.beta, micro_tokens=a.micro_tokens, checkpointing=a.checkpointing,
         seed=a.seed, lr=1e-6, pictures_every=0)
-    run = grpo_vl.prepare(config, ranks, a.folder, beta=a.beta)
+    run = training.prepare(config, ranks, a.folder, beta=a.beta)
     run.data = [Sample(str(i), "math", QUESTION, "7", (image,))
                 for i, image in enumerate(make_images(a))]
     run.reward = lambda task, completion, *_, **__: len(completion) % 7 / 7
@@ -240,7 +243,7 @@ def g_scaling(a, run) -> dict:
         times[group].append(grpo_vl.train_step(run, 0)["seconds/train"])
     seconds = {str(group): median(took[1:]) for group, took in times.items()}
     seconds["ratio"] = seconds["32"] / seconds["4"]
-    return dict(g_scaling=seconds, prompt_tokens=len(grpo_vl.make_prompt(run, run.data[0]).ids))
+    return dict(g_scaling=seconds, prompt_tokens=len(training.make_prompt(run, run.data[0]).ids))
 
 
 def trl(a) -> dict:

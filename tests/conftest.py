@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+import fsdp
+
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
@@ -17,11 +19,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 def worker(rank, store_file, commands, results):
     """A rank that runs the functions it is sent: (module, function, keyword arguments)."""
     torch.set_num_threads(1)
-    import grpo_vl
 
     store = dist.FileStore(store_file, 2)
     dist.init_process_group("gloo", rank=rank, world_size=2, store=store, timeout=timedelta(seconds=90))
-    ranks = grpo_vl.Processes(rank, 2, torch.device("cpu"))
+    ranks = fsdp.Processes(rank, 2, torch.device("cpu"))
     while command := commands.get():
         module, name, arguments = command
         try:
@@ -71,8 +72,7 @@ def pair(tmp_path_factory):
 @pytest.fixture(scope="session")
 def alone():
     """This process as a world of one."""
-    import grpo_vl
 
     if not dist.is_initialized():
         dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
-    return grpo_vl.Processes(0, 1, torch.device("cpu"))
+    return fsdp.Processes(0, 1, torch.device("cpu"))

@@ -82,8 +82,6 @@ def drawn(index, seed, symbolic):
     if task == "detection" and dice.random() < 0.3:
         options["components"] = dice.sample(rewards.COMPONENTS, dice.randint(0, 5))
         options["penalty"] = dice.choice((0, 0.5, 9))
-    if task == "math":
-        options["compare"] = lambda said, true: len(said) % 2 == 0  # both happen, without a child
     return (task, text, answer), options
 
 

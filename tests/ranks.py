@@ -6,7 +6,8 @@ import torch
 from torch.distributed.checkpoint import state_dict as dist_state
 
 import grpo_vl
-import sampler
+import run_folder
+import training
 
 WORLD = "synthetic:grounding?size=56x56&distractors=0-2"
 SMALL = dict(
@@ -22,7 +23,7 @@ def by_length(task, completion, answer, image_size=None, *, truncated=False, **o
 
 def make_run(ranks, optimizer="sgd", reward=by_length, **changes):
     config = grpo_vl.Config(**(SMALL | changes))
-    run = grpo_vl.prepare(config, ranks, config.model, freeze_vision=config.freeze_vision, beta=config.beta)
+    run = training.prepare(config, ranks, config.model, freeze_vision=config.freeze_vision, beta=config.beta)
     run.reward = reward
     if optimizer == "sgd":
         run.optimizer = torch.optim.SGD([p for p in run.policy.parameters() if p.requires_grad], lr=config.lr)
@@ -107,15 +108,15 @@ def checkpoint_roundtrip(ranks, folder, **changes):
     for name, stops in (("whole", [6]), ("parts", [3, 6])):
         for stop in stops:
             run = make_run(ranks, optimizer="adamw", lr=1e-3, steps=6, out=f"{folder}/{name}", **changes)
-            first, found = 0, sampler.find_checkpoints(Path(run.config.out))
+            first, found = 0, run_folder.find_checkpoints(Path(run.config.out))
             if found:
-                state = sampler.load_checkpoint(found[-1], run.policy, run.optimizer)
+                state = run_folder.load_checkpoint(found[-1], run.policy, run.optimizer)
                 first, run.cursor = state["step"], state["cursor"]
                 run.sampler.refresh(run.policy)
             for step in range(first, stop):
                 grpo_vl.train_step(run, step)
             state = {"step": stop, "cursor": run.cursor}
-            sampler.save_checkpoint(Path(run.config.out), run.policy, run.optimizer, state, keep=1)
+            run_folder.save_checkpoint(Path(run.config.out), run.policy, run.optimizer, state, keep=1)
         results.append(full_weights(run.policy))
     left = [path.name for path in Path(folder, "parts").iterdir()]
     return all(torch.equal(results[0][n], results[1][n]) for n in results[0]), left
@@ -125,7 +126,7 @@ def export(ranks, folder, model):
     """A trained step's weights in Hugging Face format, and the policy's own log-probs to compare with."""
     run = make_run(ranks, model=model, lr=0.1)
     grpo_vl.train_step(run, 0)
-    grpo_vl.qwen_vl.export(Path(folder), run.policy, run.tokenizer, model)
+    run_folder.export(Path(folder), run.policy, run.tokenizer, model)
     return json.loads((Path(folder) / "config.json").read_text())["tie_word_embeddings"]
 
 
@@ -134,7 +135,7 @@ def train_and_save(ranks, folder):
     run = make_run(ranks, optimizer="adamw", lr=1e-3, out=folder)
     for step in range(2):
         grpo_vl.train_step(run, step)
-    sampler.save_checkpoint(Path(folder), run.policy, run.optimizer, {"step": 2, "cursor": run.cursor}, keep=1)
+    run_folder.save_checkpoint(Path(folder), run.policy, run.optimizer, {"step": 2, "cursor": run.cursor}, keep=1)
     states = [run.optimizer.state[p] for p in run.policy.parameters()]
     moments = [(s["exp_avg"].full_tensor(), s["exp_avg_sq"].full_tensor(), s["step"]) for s in states]
     return full_weights(run.policy), moments

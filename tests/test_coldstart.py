@@ -5,8 +5,9 @@ import torch
 from conftest import ROOT
 
 import grpo_vl
-import qwen_vl
+import policy
 import sft_coldstart
+import training
 
 MIXED = (f"{ranks.WORLD}:0.5", "synthetic:math?text=1:0.5")
 
@@ -15,7 +16,7 @@ def make_run(processes, **changes):
     small = dict(model="tiny", data=MIXED, train="all", batch=6, steps=3, lr=1e-3, warmup=0, max_tokens=256,
                  checkpointing=False, micro_tokens=400)
     config = sft_coldstart.Config(**(small | changes))
-    run = grpo_vl.prepare(config, processes, config.model, freeze_vision=config.train == "llm")
+    run = training.prepare(config, processes, config.model, freeze_vision=config.train == "llm")
     run.sampler.refresh(run.policy)
     return run
 
@@ -38,7 +39,7 @@ def test_loss_is_huggingfaces_on_the_response_alone(alone):
     for draw in range(6):
         sample = run.data[draw]
         tasks.add(sample.task)
-        prompt, response = grpo_vl.make_prompt(run, sample), sft_coldstart.response_tokens(run, sample)
+        prompt, response = training.make_prompt(run, sample), sft_coldstart.response_tokens(run, sample)
         assert response[-1] == run.special.im_end
         ids = torch.tensor([prompt.ids + response])
         kinds = torch.zeros_like(ids)
@@ -74,9 +75,9 @@ def test_samples_do_not_see_each_other(alone):
     for draw in range(4):
         sample = run.data[draw]
         response = sft_coldstart.Completion(sft_coldstart.response_tokens(run, sample))
-        groups.append(grpo_vl.Group(grpo_vl.make_prompt(run, sample), [response]))
+        groups.append(grpo_vl.Group(training.make_prompt(run, sample), [response]))
     def logps(chosen):
-        (pack,) = qwen_vl.pack_for_ranks(chosen, 10**6, run.special, alone)
+        (pack,) = policy.pack_for_ranks(chosen, 10**6, run.special, alone)
         with torch.no_grad():
             return run.policy(pack)[0]
     last = len(groups[3].completions[0].tokens)

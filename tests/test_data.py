@@ -9,13 +9,20 @@ import pytest
 from PIL import Image
 
 import data
-from data import DataError, Synthetic, check, load_image, open_data, smart_resize
+import pictures
+from data import DataError, check, open_data
+from pictures import Synthetic, load_image, smart_resize
 
 HERE = Path(__file__).parent / "fixtures" / "data"
 SMALL = {"min_pixels": 28 * 28, "max_pixels": 28 * 28 * 64}
 # a.png is 100 x 50 with a red block over columns 20 … 59 and rows 10 … 39. smart_resize of 50 x 100
 # is round(50/28) = 2 and round(100/28) = 4 patches: 112 x 56, so x by 1.12 and y by 1.12.
 RED = [22.4, 11.2, 67.2, 44.8]
+
+
+def drawn(task, **options):
+    """Samples of a drawn world, at the size that they are drawn in."""
+    return data.DrawnSource(Synthetic(task, **options))
 
 
 def one(spec, index=0, **options):
@@ -40,21 +47,21 @@ def test_smart_resize_worked_by_hand():
     # 1080 x 1920 in 1280 patches: divided by sqrt(2073600 / 1003520) = 1.43747,
     # 751.3 / 28 = 26.8 -> 26 and 1335.7 / 28 = 47.7 -> 47 patches
     assert smart_resize(1080, 1920) == (728, 1316)
-    with pytest.raises(DataError, match="200 : 1"):
+    with pytest.raises(ValueError, match="200 : 1"):
         smart_resize(1, 10_000)
 
 
 def test_scaling_moves_answers_and_comes_back():
-    assert data.scale([[10, 20], [0, 5]], (100, 50), (200, 200)) == [[20, 80], [0, 20]]
-    assert data.scale([[1, 2, 3, 4]], (10, 10), (20, 30)) == [[2, 6, 6, 12]]
+    assert pictures.scale([[10, 20], [0, 5]], (100, 50), (200, 200)) == [[20, 80], [0, 20]]
+    assert pictures.scale([[1, 2, 3, 4]], (10, 10), (20, 30)) == [[2, 6, 6, 12]]
     items = [{"bbox_2d": [1, 2, 3, 4], "label": "cat"}]
-    assert data.scale(items, (10, 10), (20, 30)) == [{"bbox_2d": [2, 6, 6, 12], "label": "cat"}]
-    assert data.scale([], (10, 10), (20, 30)) == []
-    assert data.scale(7, (1, 1), (2, 2)) == 7
-    assert data.scale([5, 6, 7, 8], (84, 84), (84, 84)) == [5, 6, 7, 8]
+    assert pictures.scale(items, (10, 10), (20, 30)) == [{"bbox_2d": [2, 6, 6, 12], "label": "cat"}]
+    assert pictures.scale([], (10, 10), (20, 30)) == []
+    assert pictures.scale(7, (1, 1), (2, 2)) == 7
+    assert pictures.scale([5, 6, 7, 8], (84, 84), (84, 84)) == [5, 6, 7, 8]
     box = [13.25, 7.5, 640.0, 479.0]
-    there = data.scale(box, (641, 480), (644, 476))
-    assert data.scale(there, (644, 476), (641, 480)) == pytest.approx(box, abs=1e-9)
+    there = pictures.scale(box, (641, 480), (644, 476))
+    assert pictures.scale(there, (644, 476), (641, 480)) == pytest.approx(box, abs=1e-9)
 
 
 def test_the_resized_block_lies_where_its_answer_says():
@@ -65,7 +72,7 @@ def test_the_resized_block_lies_where_its_answer_says():
     assert sample.answer == pytest.approx(RED)
     assert seen == pytest.approx(RED, abs=1)
     assert sample.image_size == (112, 56)
-    assert data.scale(sample.answer, (112, 56), (100, 50)) == pytest.approx([20, 10, 60, 40])
+    assert pictures.scale(sample.answer, (112, 56), (100, 50)) == pytest.approx([20, 10, 60, 40])
 
 
 # ---- formats ----
@@ -296,9 +303,9 @@ def test_unreadable_images_are_refused_in_words(tmp_path):
     for name, content in cases.items():
         (tmp_path / name).write_bytes(content)
         for source in (tmp_path / name, content):
-            with pytest.raises(DataError, match="unusable"):
+            with pytest.raises(ValueError, match="unusable"):
                 load_image(source)
-    with pytest.raises(DataError, match="mode F"):
+    with pytest.raises(ValueError, match="mode F"):
         load_image(image_file(tmp_path, "F", "tiff"))
 
 
@@ -321,12 +328,12 @@ def test_extreme_sizes_and_broken_files_are_found_by_check(tmp_path):
 @pytest.mark.parametrize("size", [(56, 56), (84, 84), (448, 336)])
 @pytest.mark.parametrize("clutter", [0.0, 1.0])
 def test_boxes_are_tight_around_the_drawn_pixels(size, clutter):
-    scenes = Synthetic("detection", size=size, clutter=clutter)
+    scenes = drawn("detection", size=size, clutter=clutter)
     for i in range(40):
         sample = scenes[i]
         pixels = np.asarray(sample.images[0])
         named = np.zeros(pixels.shape[:2], bool)
-        for colour in data.COLOURS.values():
+        for colour in pictures.COLOURS.values():
             named |= (pixels == colour).all(-1)
         for item in sample.answer:
             x1, y1, x2, y2 = item["bbox_2d"]
@@ -342,16 +349,16 @@ def boxes_of(scene, colour):
     from scipy import ndimage
 
     pixels = np.asarray(scene)
-    labels, _ = ndimage.label((pixels == data.COLOURS[colour]).all(-1), np.ones((3, 3)))
+    labels, _ = ndimage.label((pixels == pictures.COLOURS[colour]).all(-1), np.ones((3, 3)))
     return [[c.start, r.start, c.stop, r.stop] for r, c in ndimage.find_objects(labels)]
 
 
 def test_grounding_has_one_target_and_counting_has_them_all():
     for i in range(60):
-        sample = Synthetic("grounding", distractors=(0, 4))[i]
+        sample = drawn("grounding", distractors=(0, 4))[i]
         colour, shape = sample.question.split()
-        assert sample.answer in boxes_of(sample.images[0], colour) and shape in data.SHAPES
-    one_shape = Synthetic("counting", shapes=1, objects=(0, 5), distractors=(0, 3))
+        assert sample.answer in boxes_of(sample.images[0], colour) and shape in pictures.SHAPES
+    one_shape = drawn("counting", shapes=1, objects=(0, 5), distractors=(0, 3))
     seen = set()
     for i in range(60):  # circles only: all areas of the colour are asked for
         sample = one_shape[i]
@@ -363,26 +370,26 @@ def test_grounding_has_one_target_and_counting_has_them_all():
 
 
 def test_printed_words_and_sums():
-    page = Synthetic("ocr", size=(448, 336), objects=(3, 3))[0]
+    page = drawn("ocr", size=(448, 336), objects=(3, 3))[0]
     assert len(page.answer.split("\n")) == 3
-    assert set(page.answer.split()) <= set(data.WORDS)
+    assert set(page.answer.split()) <= set(pictures.WORDS)
     assert (np.asarray(page.images[0]) < 100).any()
     for i in range(20):
-        sample = Synthetic("math", text=1, objects=(2, 3))[i]
+        sample = drawn("math", text=1, objects=(2, 3))[i]
         assert sample.images == ()
         first, *rest = sample.question.removeprefix("What is ").removesuffix("?").split()
         total = int(first)
         for sign, number in zip(rest[::2], rest[1::2]):
             total += int(number) if sign == "+" else -int(number)
         assert str(total) == sample.answer
-    printed = Synthetic("math")[0]
+    printed = drawn("math")[0]
     assert printed.images and int(printed.answer) is not None
 
 
 @pytest.mark.parametrize("task", data.TASKS[:-1])
 @pytest.mark.parametrize("size", [(56, 56), (1920, 1080), (300, 60)])
 def test_every_task_at_every_size(task, size):
-    sample = Synthetic(task, size=size, clutter=0.5)[3]
+    sample = drawn(task, size=size, clutter=0.5)[3]
     assert all(side % 28 == 0 for side in sample.image_size)
     low, high = sample.image_size[0] / size[0], sample.image_size[1] / size[1]
     assert 0.6 < low < 2 and 0.6 < high < 2
@@ -390,7 +397,7 @@ def test_every_task_at_every_size(task, size):
 
 def test_scenes_are_functions_of_seed_split_options_and_index():
     def look(**options):
-        sample = Synthetic("grounding", **options)[7]
+        sample = drawn("grounding", **options)[7]
         return sample.question, tuple(sample.answer), sample.images[0].tobytes()
 
     same = look(), look(count=9), look(split="train")
@@ -398,18 +405,18 @@ def test_scenes_are_functions_of_seed_split_options_and_index():
     others = look(seed=1), look(split="heldout"), look(distractors=(1, 4)), look(clutter=0.1)
     assert len({look(), *others}) == 5
     with pytest.raises(IndexError):
-        Synthetic("ocr", count=3)[3]
+        drawn("ocr", count=3)[3]
 
 
 def test_train_and_heldout_share_no_scene():
     def scenes(split):
-        return {Synthetic("counting", split=split)[i].images[0].tobytes() for i in range(150)}
+        return {drawn("counting", split=split)[i].images[0].tobytes() for i in range(150)}
 
     train, heldout = scenes("train"), scenes("heldout")
     assert len(train) == len(heldout) == 150 and not train & heldout
     mix = open_data(["synthetic:counting?count=5"], split="heldout", seed=3)
     assert mix.at(0).id == "synthetic-counting-heldout-0" and len(mix) == 5
-    assert mix.at(0).images[0] == Synthetic("counting", split="heldout", seed=3)[0].images[0]
+    assert mix.at(0).images[0] == drawn("counting", split="heldout", seed=3)[0].images[0]
 
 
 # ---- mixing ----
@@ -454,14 +461,14 @@ def test_weights_set_the_shares_exactly_in_a_thousand_draws():
 def test_draw_marks_boxes_and_points_and_survives_nonsense():
     image = Image.new("RGB", (84, 84), "white")
     said, true = [[10, 10, 40, 40]], [20, 20, 60, 60]
-    sheet = data.draw(image, predicted=said, true=true, caption="red block")
+    sheet = pictures.draw(image, predicted=said, true=true, caption="red block")
     assert sheet.width == 420 and sheet.height > 420  # five-fold, and a line of text
     assert sheet.getpixel((5 * 10, 5 * 20)) == (255, 0, 192)  # left edge of the predicted box
     assert sheet.getpixel((5 * 60, 5 * 50)) == (0, 208, 255)  # right edge of the true one
-    sheet = data.draw(image, predicted=[[42, 42]])
+    sheet = pictures.draw(image, predicted=[[42, 42]])
     assert sheet.size == (420, 420) and sheet.getpixel((210 - 2 * 2, 210)) == (255, 0, 192)
     odd = [[float("nan"), 1, 2, 3], [float("inf"), 5], [9, 9, -1e300, 10**400], "text", 7, None]
-    data.draw(image, predicted=odd, true=[{"bbox_2d": [1, 2, 3, 4], "label": "x"}])
+    pictures.draw(image, predicted=odd, true=[{"bbox_2d": [1, 2, 3, 4], "label": "x"}])
     assert image.getcolors() == [(84 * 84, (255, 255, 255))]  # the sample's own image is untouched
 
 

@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 
 import data as datasets
 import eval as evaluation
+import plots
 import rewards
+import tiny
 
 ROOT = Path(__file__).parent.parent
 HERE = ROOT / "tests" / "fixtures" / "eval"
@@ -364,7 +366,7 @@ def test_curves_by_hand_with_a_resume_and_half_a_line(tmp_path):
     run = make_run(tmp_path / "run", steps=3)
     with open(run / "metrics.jsonl", "a") as file:
         file.write("\n" + json.dumps({"step": 1, "reward": 9.0}) + "\n")
-    panels = evaluation.curves([run])
+    panels = plots.curves([run])
     assert panels["reward"] == {"reward": ([1, 2, 3], [1.0, 9.0, 1.02])}
     assert list(panels["clipped tokens (share)"]) == ["clip_low", "clip_high"]
     assert panels["parts of the reward"] == {"reward/iou": ([1, 3], [0.3, 0.3])}
@@ -377,7 +379,7 @@ def test_plot_of_one_run_and_of_two(tmp_path):
     assert shows_something(one / "curves.png")
     evaluation.main(["plot", str(one), str(two), "--out", str(tmp_path / "both.png")])
     assert shows_something(tmp_path / "both.png")
-    assert len(evaluation.curves([one, two])["reward"]) == 2  # the same name, but two runs
+    assert len(plots.curves([one, two])["reward"]) == 2  # the same name, but two runs
 
 
 def test_plots_that_can_not_be_made(tmp_path):
@@ -457,13 +459,12 @@ def test_every_option_has_a_place_in_the_help(capsys):
 def runs(tmp_path_factory):
     """Run folders of two untrained tiny models."""
     import grpo_vl
-    import qwen_vl
 
     folders = []
     for seed, name in enumerate(("coldstart", "grpo")):
         folders.append(make_run(tmp_path_factory.mktemp("runs") / name))
-        tokenizer = qwen_vl.tiny_tokenizer()
-        model = qwen_vl.tiny_model(tokenizer, seed=seed)
+        tokenizer = tiny.tiny_tokenizer()
+        model = tiny.tiny_model(tokenizer, seed=seed)
         model.save_pretrained(folders[-1] / "model")
         tokenizer.save_pretrained(folders[-1] / "model")
         config = grpo_vl.Config(model="tiny", data=[SCENES], max_tokens=12, checkpointing=False)
@@ -491,7 +492,7 @@ def test_demo_compares_two_models(runs, tmp_path):
 def test_demo_table_by_hand():
     table = {"samples": 400, "before": {"greedy": 0.25, "sampled": 0.0},
              "after": {"greedy": 0.5, "sampled": 0.2}}
-    greedy, sampled = evaluation.demo_table(table).splitlines()[2:]
+    greedy, sampled = plots.demo_table(table).splitlines()[2:]
     # standard errors √(0.25·0.75/400) = 2.165 %, √(0.25/400) = 2.5 %
     assert " ".join(greedy.split()) == "greedy 25.0 ± 2.2 % 50.0 ± 2.5 % +25.0 points ×2.00"
     assert sampled.split()[-2:] == ["points", "-"]
@@ -515,23 +516,23 @@ def test_run_answers_and_scores_on_two_ranks(runs, tmp_path):
 
 def in_this_process(monkeypatch, alone):
     """The command shares the tests' world of one and leaves it standing."""
-    import grpo_vl
+    import fsdp
 
-    monkeypatch.setattr(grpo_vl, "start_processes", lambda timeout: alone)
-    monkeypatch.setattr(grpo_vl.sampler, "leave", lambda: None)
+    monkeypatch.setattr(fsdp, "start_processes", lambda timeout: alone)
+    monkeypatch.setattr(fsdp, "leave", lambda: None)
 
 
 @pytest.mark.parametrize("task, penalty", [("grounding", 1.05), ("counting", 1.0)])
 def test_only_grounding_is_decoded_with_a_repetition_penalty(tmp_path, monkeypatch, alone, task, penalty):
-    import grpo_vl
+    from sampler import Sampler
 
-    seen, generate = [], grpo_vl.Sampler.generate
+    seen, generate = [], Sampler.generate
 
     def record(self, prompts, noise, max_tokens, **options):
         seen.append((len(prompts), noise, max_tokens, options))
         return generate(self, prompts, noise, max_tokens, **options)
 
-    monkeypatch.setattr(grpo_vl.Sampler, "generate", record)
+    monkeypatch.setattr(Sampler, "generate", record)
     in_this_process(monkeypatch, alone)
     evaluation.main(["run", "--model", "tiny", "--task", task, "--data", f"synthetic:{task}?size=56x56",
                      "--out", str(tmp_path), "--samples", "2", "--max-tokens", "4"])

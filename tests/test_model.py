@@ -6,15 +6,17 @@ import pytest
 import torch
 from PIL import Image
 
+import policy as packing
 import qwen_vl
-from qwen_vl import Policy, SpecialIds, encode_chat, pack_groups, scatter_BT
-from sampler import Completion, Group, Sampler, inverse_cdf, keyed_uniforms
+from policy import Policy, pack_groups, scatter_BT
+from qwen_vl import Completion, Group, SpecialIds, encode_chat
+from sampler import Sampler, inverse_cdf, keyed_uniforms
 
 CPU = torch.device("cpu")
 
 
 def prepared(pack):
-    return qwen_vl.prepare_attention(pack, CPU)
+    return packing.prepare_attention(pack, CPU)
 
 
 def noise_image(width, height, seed):
@@ -102,7 +104,7 @@ def padded_logps(twin, banned_V, groups):
 def packed_logps(policy, groups, budget=10**6, temperature=1.0):
     """([B, T] log-probs by shared-prefix packing, number of micro-batches)."""
     shape = (len(rows_of(groups)), longest_of(groups))
-    packs = [prepared(pack_groups(part)) for part in qwen_vl.split_groups(groups, budget)]
+    packs = [prepared(pack_groups(part)) for part in packing.split_groups(groups, budget)]
     return sum(scatter_BT(policy(p, temperature)[0], p, shape) for p in packs), len(packs)
 
 
@@ -244,7 +246,7 @@ def test_order_of_groups_does_not_matter(world):
 def test_varlen_layout_lists_the_keys_of_each_sequence():
     short = qwen_vl.Prompt([7, 8], qwen_vl.rope_positions([2])[0], 2)
     pack = pack_groups([Group(short, [Completion([1, 2, 3]), Completion([4])]), Group(short, [Completion([5])], 2)])
-    layout = qwen_vl.varlen_layout(pack)
+    layout = packing.varlen_layout(pack)
     # row: 7 8 | 1 2 3 | 4 || 7 8 | 5 → sequences of queries [0 1] [2 3 4] [5] [6 7] [8]
     assert layout["cu_q"].tolist() == [0, 2, 5, 6, 8, 9]
     assert layout["key_index"].tolist() == [0, 1, 0, 1, 2, 3, 4, 0, 1, 5, 6, 7, 6, 7, 8]
@@ -269,11 +271,11 @@ def test_varlen_layout_computes_the_same_attention(world, monkeypatch):
             outs.append(torch.einsum("hqk,khd->qhd", weights, vi))
         return torch.cat(outs)
 
-    monkeypatch.setattr(qwen_vl, "varlen_attention", loop)
+    monkeypatch.setattr(packing, "varlen_attention", loop)
     pack = pack_groups(ragged_groups(prompts))
     with torch.no_grad():
         by_mask, entropy = policy(prepared(pack))
-        pack.attention = qwen_vl.varlen_layout(pack)
+        pack.attention = packing.varlen_layout(pack)
         by_varlen, _ = policy(pack)
     torch.testing.assert_close(by_mask, by_varlen, atol=1e-5, rtol=0)
     assert entropy.min() > 0
@@ -283,7 +285,7 @@ def test_dummy_image_and_filler_add_nothing(world):
     policy, _, _, special, prompts = world
     text = ragged_groups(prompts)[1]
     alone, with_dummy = pack_groups([text]), pack_groups([text])
-    qwen_vl.ensure_image(with_dummy)
+    packing.ensure_image(with_dummy)
     logps, grads = [], []
     for pack in (alone, with_dummy):
         policy.zero_grad()

@@ -17,7 +17,9 @@ from ranks import SMALL, by_length, full_weights, make_run
 
 import data as datasets
 import grpo_vl
+import run_folder
 import sampler
+import training
 
 ROOT = Path(__file__).parent.parent
 FAST = ["--preset", "tiny", "--cold-start", "", "--prompts", "2", "--group", "2", "--max-tokens", "6", "--eval-every",
@@ -63,7 +65,7 @@ def test_a_signal_saves_the_last_completed_step_and_exits_0(tmp_path, kind):
     run.send_signal(kind)
     assert run.wait(20) == 0
     steps = steps_of(tmp_path / "run")
-    (saved,) = sampler.find_checkpoints(tmp_path / "run")
+    (saved,) = run_folder.find_checkpoints(tmp_path / "run")
     assert saved.name == f"checkpoint-{len(steps)}" and steps == list(range(len(steps)))
     run = start(tmp_path / "run", "--steps", str(len(steps) + 2))
     assert run.wait(60) == 0 and steps_of(tmp_path / "run") == list(range(len(steps) + 2))
@@ -75,7 +77,7 @@ def test_a_signal_to_torchrun_saves_and_leaves_no_worker(tmp_path):
     workers = workers_of(run)
     run.send_signal(signal.SIGTERM)
     run.wait(40)
-    (saved,) = sampler.find_checkpoints(tmp_path / "run")
+    (saved,) = run_folder.find_checkpoints(tmp_path / "run")
     assert saved.name == f"checkpoint-{len(steps_of(tmp_path / 'run'))}"
     assert len(workers) == 2 and not any(Path(f"/proc/{worker}").exists() for worker in workers)
 
@@ -86,7 +88,7 @@ def test_a_signal_to_one_rank_stops_both_with_exit_0(tmp_path):
     wait_for_steps(tmp_path / "run", 3, run)
     os.kill(workers_of(run)[1], signal.SIGTERM)
     assert run.wait(40) == 0, run.stdout.read()
-    assert len(sampler.find_checkpoints(tmp_path / "run")) == 1
+    assert len(run_folder.find_checkpoints(tmp_path / "run")) == 1
 
 
 def test_a_rollout_in_progress_is_abandoned(alone, tmp_path):
@@ -107,7 +109,7 @@ def test_a_rollout_in_progress_is_abandoned(alone, tmp_path):
 
 
 def test_a_second_signal_ends_the_process_at_once():
-    program = ("import sampler, time\nstopped = sampler.watch_signals()\nprint('ready', flush=True)\n"
+    program = ("import sampler, time\nstopped = training.watch_signals()\nprint('ready', flush=True)\n"
                "while True:\n    time.sleep(0.1)\n    print(stopped(), flush=True)")
     child = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert child.stdout.readline() == "ready\n" and child.stdout.readline() == "False\n"
@@ -135,7 +137,7 @@ def test_resume_at_another_number_of_ranks(alone, pair, tmp_path, capfd):
     """Two ranks save; one rank finds the same weights and the same AdamW state."""
     (weights, moments), _ = pair.run("ranks.train_and_save", folder=str(tmp_path))
     run = make_run(alone, optimizer="adamw", out=str(tmp_path))
-    state = sampler.resume(run.config, run.policy, run.optimizer)
+    state = run_folder.resume(run.config, run.policy, run.optimizer)
     assert (state["step"], state["cursor"]) == (2, 8)
     here = full_weights(run.policy)
     assert all(torch.equal(here[name], weights[name]) for name in weights)
@@ -149,41 +151,41 @@ def test_resume_at_another_number_of_ranks(alone, pair, tmp_path, capfd):
 
 def test_a_checkpoint_of_another_architecture_is_refused(alone, tmp_path):
     run = make_run(alone, optimizer="adamw", out=str(tmp_path))
-    sampler.save_checkpoint(tmp_path, run.policy, run.optimizer, {"step": 1, "cursor": 4}, 2)
+    run_folder.save_checkpoint(tmp_path, run.policy, run.optimizer, {"step": 1, "cursor": 4}, 2)
     other = make_run(alone, optimizer="adamw", out=str(tmp_path), model="tiny-untied")
     with pytest.raises(SystemExit, match=r"checkpoint-1 is of another architecture: model.lm_head.weight is "
                                                  r"\[\d+, 128\] in --model and None there"):
-        sampler.resume(other.config, other.policy, other.optimizer)
+        run_folder.resume(other.config, other.policy, other.optimizer)
 
 
 def test_a_folder_with_checkpoints_is_not_begun_anew(alone, tmp_path):
     run = make_run(alone, optimizer="adamw", out=str(tmp_path), resume="never")
-    sampler.save_checkpoint(tmp_path, run.policy, run.optimizer, {"step": 1, "cursor": 4}, 2)
+    run_folder.save_checkpoint(tmp_path, run.policy, run.optimizer, {"step": 1, "cursor": 4}, 2)
     with pytest.raises(SystemExit, match=r"--resume never, but .*checkpoint-1 exists"):
-        sampler.resume(run.config, run.policy, run.optimizer)
+        run_folder.resume(run.config, run.policy, run.optimizer)
 
 
 def test_disk_full_while_saving_keeps_the_last_checkpoint(alone, tmp_path):
     """No file may grow over 100 kB: writing fails as on a full disk, with EFBIG in ENOSPC's place."""
     run = make_run(alone, optimizer="adamw", out=str(tmp_path))
-    sampler.save_checkpoint(tmp_path, run.policy, run.optimizer, {"step": 1, "cursor": 4}, 1)
+    run_folder.save_checkpoint(tmp_path, run.policy, run.optimizer, {"step": 1, "cursor": 4}, 1)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
     try:
         with pytest.raises(SystemExit, match="checkpoint-2 could not be written, earlier checkpoints are whole"):
-            sampler.save_checkpoint(tmp_path, run.policy, run.optimizer, {"step": 2, "cursor": 8}, 1)
+            run_folder.save_checkpoint(tmp_path, run.policy, run.optimizer, {"step": 2, "cursor": 8}, 1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
-    assert sampler.load_checkpoint(tmp_path / "checkpoint-1", run.policy, run.optimizer)["step"] == 1
+    assert run_folder.load_checkpoint(tmp_path / "checkpoint-1", run.policy, run.optimizer)["step"] == 1
 
 
 def test_what_was_logged_after_the_checkpoint_is_done_again(alone, tmp_path):
     run = make_run(alone, optimizer="adamw", out=str(tmp_path))
-    sampler.save_checkpoint(tmp_path, run.policy, run.optimizer, {"step": 2, "cursor": 8}, 2)
+    run_folder.save_checkpoint(tmp_path, run.policy, run.optimizer, {"step": 2, "cursor": 8}, 2)
     rows = [json.dumps({"step": step}) for step in range(4)]
     (tmp_path / "metrics.jsonl").write_text("\n".join(rows) + '\n{"step": 4, "rew')  # killed in the middle of a line
-    assert sampler.resume(run.config, run.policy, run.optimizer)["step"] == 2
+    assert run_folder.resume(run.config, run.policy, run.optimizer)["step"] == 2
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0}\n{"step": 1}\n'
 
 
@@ -197,7 +199,7 @@ def test_steps_without_a_finite_gradient_are_skipped_named_and_end_the_run(alone
     before = full_weights(run.policy)
     ids = [run.data[draw].id for draw in range(4, 8)]  # the second step's samples
     with pytest.raises(SystemExit, match=r"2 steps in a row without a finite gradient.*synthetic-grounding"):
-        grpo_vl.train(run, grpo_vl.train_step, eval_tokens=8)
+        training.train(run, grpo_vl.train_step, eval_tokens=8)
     after = full_weights(run.policy)
     assert all(torch.equal(before[name], after[name]) for name in before)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -212,7 +214,7 @@ def test_one_good_step_starts_the_count_anew(alone, tmp_path):
         return math.nan if (len(calls) - 1) % 24 < 12 else by_length(*arguments, **options)  # 12 completions a step
 
     run = make_run(alone, optimizer="adamw", reward=sometimes, out=str(tmp_path), steps=4, max_bad_steps=2, lr=1e-4)
-    grpo_vl.train(run, grpo_vl.train_step, eval_tokens=8)
+    training.train(run, grpo_vl.train_step, eval_tokens=8)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert ["skipped_samples" in row for row in rows] == [True, False, True, False]
 
@@ -257,15 +259,15 @@ def history(**metrics):
     ("reward/format", (0.5, 0.9), (0.9, 0.6), "samples/"),
 ])
 def test_a_sick_run_is_told_in_words(name, healthy, sick, advice):
-    assert grpo_vl.rewards.symptoms(history(**{name: healthy})) == []
-    (sentence,) = grpo_vl.rewards.symptoms(history(**{name: sick}))
+    assert run_folder.symptoms(history(**{name: healthy})) == []
+    (sentence,) = run_folder.symptoms(history(**{name: sick}))
     assert sentence.startswith(f"{name} is {sick[1]:.3g}, at first {sick[0]:.3g}") and advice in sentence
 
 
 def test_the_log_is_flushed_and_warns(alone, tmp_path, capsys):
     config = grpo_vl.Config(**SMALL | dict(out=str(tmp_path)))
     (tmp_path / "metrics.jsonl").write_text("")
-    log = sampler.RunLog(config, grpo_vl.rewards.symptoms)
+    log = run_folder.RunLog(config, run_folder.symptoms)
     for step in range(10):
         log.add({"step": step, "truncated": 1.0, "loss": math.nan})
         assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == step + 1
@@ -289,7 +291,7 @@ def test_wandb_gets_each_step(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", Wandb)
     config = grpo_vl.Config(**SMALL | dict(out=str(tmp_path), log="wandb"))
     (tmp_path / "metrics.jsonl").write_text("")
-    sampler.RunLog(config, grpo_vl.rewards.symptoms).add({"step": 0, "reward": 0.5})
+    run_folder.RunLog(config, run_folder.symptoms).add({"step": 0, "reward": 0.5})
     assert seen[0]["config"]["group"] == 3 and seen[1:] == [{"step": 0, "reward": 0.5}]
 
 
@@ -308,14 +310,14 @@ def test_tensorboard_gets_the_numbers_of_each_step(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", Board)
     config = grpo_vl.Config(**SMALL | dict(out=str(tmp_path), log="tensorboard"))
     (tmp_path / "metrics.jsonl").write_text("")
-    sampler.RunLog(config, grpo_vl.rewards.symptoms).add({"step": 7, "reward": 0.5, "skipped_samples": ["a"]})
+    run_folder.RunLog(config, run_folder.symptoms).add({"step": 7, "reward": 0.5, "skipped_samples": ["a"]})
     assert seen == [(str(tmp_path), "step", 7, 7), (str(tmp_path), "reward", 0.5, 7)]
 
 
 def test_same_seed_same_run(alone, tmp_path):
     def rows(name):
         run = make_run(alone, optimizer="adamw", out=str(tmp_path / name), lr=1e-3)
-        grpo_vl.train(run, grpo_vl.train_step, eval_tokens=8)
+        training.train(run, grpo_vl.train_step, eval_tokens=8)
         lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
         return [{k: v for k, v in json.loads(line).items() if not k.startswith("seconds")} for line in lines]
 
@@ -375,7 +377,7 @@ def test_check_of_a_file_that_is_not_there_is_one_fault(tmp_path):
 
 def test_bad_rows_stop_a_run_unless_allowed(alone, tmp_path):
     spec = bad_data(tmp_path)
-    how = grpo_vl.data_options(grpo_vl.Config(**SMALL))
+    how = training.data_options(grpo_vl.Config(**SMALL))
     with pytest.raises(datasets.DataError, match=f"1 bad rows; .*\n{spec}:3: answer 'none' does not fit grounding"):
         datasets.open_data([spec], **how)
     mix = datasets.open_data([spec], **how | {"skip_bad": 2})

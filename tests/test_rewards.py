@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import formulas
 import rewards
 from rewards import correct, parse_boxes, parse_points, prompt, reference, score
 
@@ -501,8 +502,9 @@ def never(said, true):
         ("9" * 5000, "5", 0),
     ],
 )
-def test_what_is_decided_without_symbols(said, true, expected):
-    assert score("math", f"\\boxed{{{said}}}", true, compare=never).total == expected
+def test_what_is_decided_without_symbols(said, true, expected, monkeypatch):
+    monkeypatch.setattr(formulas, "equal_in_child", never)
+    assert score("math", f"\\boxed{{{said}}}", true).total == expected
 
 
 def test_child_past_its_deadline_is_replaced():
@@ -727,8 +729,9 @@ TOP = {"grounding": 2, "counting": 1, "detection": 3, "ocr": 1, "math": 1, "choi
 def test_never_raises(said, think, truncated, size):
     for task, answer in TRUE.items():
         # Symbols have their own tests: here a comparison costs nothing.
-        options = {"compare": lambda *_: False} if task == "math" else {}
-        result = score(task, said, answer, size, think=think, truncated=truncated, **options)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(formulas, "equal_in_child", lambda *_: False)
+            result = score(task, said, answer, size, think=think, truncated=truncated)
         assert task == "math" or 0 <= correct(task, said, answer, size, think=think) <= 1
         assert 0 <= result.total <= TOP[task] + think
         assert all(math.isfinite(part) for part in result.parts.values())

@@ -1,5 +1,4 @@
 """The training step: ranks, micro-batches, variants, checkpoints; on the tiny stand-in."""
-import dataclasses
 import json
 import re
 
@@ -8,11 +7,13 @@ import ranks
 import torch
 from conftest import ROOT
 
-import eval as evaluation
+import fsdp
 import grpo_vl
+import policy
 import qwen_vl
 import rewards
-from sampler import Completion, Group
+import training
+from qwen_vl import Completion, Group
 
 
 def close(one, two, atol):
@@ -144,8 +145,8 @@ def test_kl_in_the_reward_is_subtracted_before_advantages(alone, monkeypatch):
     reference = ranks.make_run(alone)
     for index, group in enumerate(raw[1]):
         for g, c in enumerate(group.completions):
-            pack = qwen_vl.pack_groups([Group(group.prompt, [c])])
-            pack = qwen_vl.prepare_attention(pack, alone.device)
+            pack = policy.pack_groups([Group(group.prompt, [c])])
+            pack = policy.prepare_attention(pack, alone.device)
             with torch.no_grad():
                 kl = sum(c.logps) - reference.policy(pack)[0].sum().item()
             assert seen[1][index, g].item() == pytest.approx(c.reward - 0.5 * kl, abs=1e-4)
@@ -161,7 +162,7 @@ def test_frozen_vision_stays_and_the_rest_moves(alone):
 def test_the_learning_rate_follows_its_schedule():
     def rates(**changes):
         config = grpo_vl.Config(**(dict(steps=10, lr=1.0) | changes))
-        return [round(grpo_vl.learning_rate(config, step), 4) for step in (0, 1, 2, 6, 9)]
+        return [round(training.learning_rate(config, step), 4) for step in (0, 1, 2, 6, 9)]
 
     assert rates(warmup=2) == [0.5, 1, 1, 1, 1]
     # linear: 1 − (step − 2)/8;  cosine: (1 + cos(π(step − 2)/8))/2
@@ -172,7 +173,7 @@ def test_the_learning_rate_follows_its_schedule():
 def test_the_length_limit_by_step():
     config = grpo_vl.Config(max_tokens=24, max_tokens_at=("300:32", "700:48"))
     assert [grpo_vl.longest(config, step) for step in (0, 299, 300, 699, 700, 900)] == [24, 24, 32, 32, 48, 48]
-    ovr = grpo_vl.Config(**grpo_vl.rewards.PRESETS["ovr-rl"])
+    ovr = grpo_vl.Config(**grpo_vl.PRESETS["ovr-rl"])
     assert [grpo_vl.longest(ovr, step) for step in (0, 300, 700)] == [24576, 32768, 49152]
 
 
@@ -186,8 +187,8 @@ def test_every_preset_takes_two_steps_on_a_file_in_the_true_format(alone, preset
     kind, _, file = FILES[preset].rpartition(":")
     spec = f"{kind or 'math500'}:{ROOT}/tests/fixtures/data/{file}"
     small = dict(model="tiny", data=(spec,), prompts=2, group=2, max_tokens=6, max_tokens_at=(), out=str(tmp_path))
-    config = grpo_vl.Config(**(grpo_vl.rewards.PRESETS[preset] | small))
-    run = grpo_vl.prepare(config, alone, config.model, beta=config.beta)
+    config = grpo_vl.Config(**(grpo_vl.PRESETS[preset] | small))
+    run = training.prepare(config, alone, config.model, beta=config.beta)
     run.sampler.refresh(run.policy)
     metrics = [grpo_vl.train_step(run, step) for step in range(2)]
     assert metrics[1]["step"] == 1 and metrics[1]["sampler_gap"] < 1e-5 and metrics[1]["groups"] == 2
@@ -218,7 +219,7 @@ def test_rewards_see_special_tokens_but_no_stop_token(alone):
 def test_a_prompt_longer_than_the_limit_is_refused_not_cut(alone):
     run = ranks.make_run(alone, max_prompt=10)
     with pytest.raises(ValueError, match="--max-prompt is 10"):
-        grpo_vl.make_prompt(run, run.data[0])
+        training.make_prompt(run, run.data[0])
 
 
 def test_a_reward_of_ones_own_from_a_file(tmp_path, alone):
@@ -278,15 +279,15 @@ def test_two_ranks_load_a_checkpoint_that_only_rank_0_reads(alone, pair, tmp_pat
 
 # ── configuration ──
 def test_presets_and_command_line(tmp_path):
-    tiny = grpo_vl.datasets.parse_config(grpo_vl.Config, [], grpo_vl.rewards.PRESETS, "", False)
+    tiny = training.parse_config(grpo_vl.Config, [], grpo_vl.PRESETS, "", False)
     assert tiny.model == "tiny"  # no GPU, nothing asked for
-    changed = grpo_vl.datasets.parse_config(grpo_vl.Config, ["--lr", "0.5", "--no-checkpointing"], grpo_vl.rewards.PRESETS, "", False)
+    changed = training.parse_config(grpo_vl.Config, ["--lr", "0.5", "--no-checkpointing"], grpo_vl.PRESETS, "", False)
     assert (changed.lr, changed.checkpointing, changed.model) == (0.5, False, "tiny")
-    named = grpo_vl.datasets.parse_config(grpo_vl.Config, ["--model", "x/y"], grpo_vl.rewards.PRESETS, "", False)
+    named = training.parse_config(grpo_vl.Config, ["--model", "x/y"], grpo_vl.PRESETS, "", False)
     assert (named.model, named.lr) == ("x/y", 1e-6)
     saved = tmp_path / "config.json"
     saved.write_text(json.dumps({"lr": 0.25, "data": ["a.jsonl"], "model": "x"}))
-    replayed = grpo_vl.datasets.parse_config(grpo_vl.Config, ["--config", str(saved), "--seed", "3"], grpo_vl.rewards.PRESETS, "", False)
+    replayed = training.parse_config(grpo_vl.Config, ["--config", str(saved), "--seed", "3"], grpo_vl.PRESETS, "", False)
     assert (replayed.lr, list(replayed.data), replayed.seed) == (0.25, ["a.jsonl"], 3)
 
 
@@ -296,7 +297,7 @@ def test_presets_and_command_line(tmp_path):
 ])
 def test_wrong_options_stop_with_a_sentence(arguments, said, capsys):
     with pytest.raises((SystemExit, ValueError)) as stopped:
-        grpo_vl.datasets.parse_config(grpo_vl.Config, arguments, grpo_vl.rewards.PRESETS, "", False)
+        training.parse_config(grpo_vl.Config, arguments, grpo_vl.PRESETS, "", False)
     assert said in capsys.readouterr().err + str(stopped.value)
 
 
@@ -306,7 +307,7 @@ def test_wrong_options_stop_with_a_sentence(arguments, said, capsys):
 def test_wrong_config_files_stop_with_a_sentence(content, said, tmp_path, capsys):
     (tmp_path / "config.json").write_text(content)
     with pytest.raises(SystemExit):
-        grpo_vl.datasets.parse_config(grpo_vl.Config, ["--config", str(tmp_path / "config.json")], grpo_vl.rewards.PRESETS, "", False)
+        training.parse_config(grpo_vl.Config, ["--config", str(tmp_path / "config.json")], grpo_vl.PRESETS, "", False)
     assert said in capsys.readouterr().err
 
 
@@ -331,7 +332,8 @@ def true_model(shape):
 def planned(monkeypatch, capsys, shape, **options):
     """What eval.py plan prints for a run with these options and this true shape."""
     monkeypatch.setattr(qwen_vl, "load", lambda name, weights: (true_model(shape), None))
-    evaluation.plan(json.dumps(dataclasses.asdict(grpo_vl.Config(**options))))
+    config = grpo_vl.Config(**options)
+    fsdp.plan(config, config.max_tokens)
     return capsys.readouterr().out
 
 

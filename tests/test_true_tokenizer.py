@@ -11,8 +11,10 @@ from PIL import Image
 
 import qwen_vl
 import rewards
-from qwen_vl import Policy, SpecialIds
-from sampler import Group, Sampler, keyed_uniforms
+import tiny
+from policy import Policy, pack_groups, prepare_attention
+from qwen_vl import Group, SpecialIds
+from sampler import Sampler, keyed_uniforms
 
 
 def merge_parts(token, rank_of, rank):
@@ -48,11 +50,11 @@ def tokenizer():
               for token, rank in rank_of.items() if len(token) > 1]
     core = Tokenizer(models.BPE(vocabulary, merges))
     core.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(qwen_vl.QWEN_SPLIT), "isolated"),
+        pre_tokenizers.Split(Regex(tiny.QWEN_SPLIT), "isolated"),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ])
     core.decoder = decoders.ByteLevel()
-    core.add_special_tokens([AddedToken(t, normalized=False) for t in qwen_vl.SPECIAL_TOKENS])
+    core.add_special_tokens([AddedToken(t, normalized=False) for t in tiny.SPECIAL_TOKENS])
     return PreTrainedTokenizerFast(
         tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>")
 
@@ -70,7 +72,7 @@ def test_ids_are_qwens(tokenizer):
 
 
 def test_prompt_sampler_and_trainer_with_true_ids(tokenizer):
-    model = qwen_vl.tiny_model(tokenizer)
+    model = tiny.tiny_model(tokenizer)
     special = SpecialIds.read(tokenizer, model.config)
     banned = set(torch.nonzero(special.banned_V).flatten().tolist())
     assert {151652, 151653, 151654, 151655, 151656} <= banned and 151_665 in banned
@@ -83,7 +85,7 @@ def test_prompt_sampler_and_trainer_with_true_ids(tokenizer):
     sampler = Sampler(model, special)
     sampler.refresh(policy)
     (rollouts,) = sampler.generate([prompt], [keyed_uniforms(0, 0, "x", 4, 6)], 6)
-    pack = qwen_vl.prepare_attention(qwen_vl.pack_groups([Group(prompt, rollouts)]), torch.device("cpu"))
+    pack = prepare_attention(pack_groups([Group(prompt, rollouts)]), torch.device("cpu"))
     with torch.no_grad():
         logp_S, _ = policy(pack)
     sampled = torch.tensor([logp for completion in rollouts for logp in completion.logps])
@@ -92,6 +94,6 @@ def test_prompt_sampler_and_trainer_with_true_ids(tokenizer):
 
 
 def test_a_training_step_with_true_ids(tokenizer, alone, monkeypatch):
-    monkeypatch.setattr(qwen_vl, "load", lambda *a, **k: (qwen_vl.tiny_model(tokenizer), tokenizer))
+    monkeypatch.setattr(qwen_vl, "load", lambda *a, **k: (tiny.tiny_model(tokenizer), tokenizer))
     metrics, _ = ranks.steps(alone, count=1, prompts=2)
     assert metrics[0]["grad_norm"] > 0 and metrics[0]["sampler_gap"] < 1e-5
