@@ -267,7 +267,7 @@ def open_source(spec, fields, limits, **drawn):
     return DrawnSource(Synthetic(target, **drawn), limits)
 
 
-def open_data(specs, *, seed=0, split="train", fields="", skip_bad=0, **limits):
+def open_data(specs, *, seed=0, split="train", fields="", skip_bad=0, heldout=0.0, **limits):
     """The Mixture of all specs; DataError if one is wrong or more than `skip_bad` rows are bad."""
     sources, weights = [], []
     for spec in specs:

@@ -4,11 +4,11 @@
   torchrun --nproc_per_node=8 grpo_vl.py        GPUs: Qwen2.5-VL-3B counts shapes in drawn scenes
   torchrun --nproc_per_node=8 grpo_vl.py --data my.jsonl --model Qwen/Qwen2.5-VL-7B-Instruct
 
-§1 config · §2 group sampling · §3 rewards → advantages · §4 token log-probs · §5 loss ·
-§6 train_step · §7 metrics · §8 main
+§1 config · §2 group sampling · §3 rewards → advantages · §4 loss · §5 train_step · §6 metrics ·
+§7 main. Its slow twin, one file and no flags, is naive_grpo.py: a test holds the two together.
 [PR1] Perception-R1, arXiv 2504.07954 · [OVR] Open-Vision-Reasoner, 2507.05255 · [DSM] DeepSeekMath,
 2402.03300 · [DAPO] 2503.14476 · [DRG] Dr. GRPO, 2503.20783 · [GSPO] 2507.18071 · [RLOO] 2402.14740.
-Shapes: P prompts, G completions a prompt, B = P·G rollouts, T tokens (padded), S scored tokens.
+Shapes: P prompts, G completions a prompt, B = P·G rollouts, S scored tokens of a micro-batch.
 
 DEVIATION D1: OVR trains with PPO and a critic (γ = λ = 1, so A_t = R − V(s_t)). Here the mean of
 the group stands in V's place, as in GRPO, and no critic is trained.
@@ -16,9 +16,7 @@ DEVIATION D2: Perception-R1's grounding, counting and OCR rows come from Qwen2-V
 in 0–1000. Here Qwen2.5-VL answers every task in pixels of the resized image.
 """
 import json
-import os
-import subprocess
-import sys
+import math
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,43 +24,30 @@ from typing import Literal
 
 import torch
 
-import data as datasets
 import fsdp
 import policy
 import qwen_vl
+import rewards
 import run_folder
+import sft_coldstart
 import training
-from policy import pad_BT, scatter_BT
 from qwen_vl import Group
+from run_folder import say
 from sampler import keyed_uniforms
 from tiny import WORLD
-from training import Run, draw_groups, learning_rate, optimizer_step, unless_interrupted
+from training import Run, draw_groups, learning_rate, optimizer_step
 
 
 # §1 ───────────────────────────────────────── config ─────────────────────────────────────────
 @dataclass(frozen=True)
-class Config:
+class Config(training.Options):
     """Every option of a run. The run folder's config.json replays it: --config FILE."""
 
-    model: str = "Qwen/Qwen2.5-VL-3B-Instruct"  # hub id, local directory or tiny
-    # files and drawn worlds, each with an optional :weight
-    data: tuple[str, ...] = ("synthetic:counting?size=644x476&objects=2-10",)
-    fields: str = ""  # names of the data's fields, e.g. question=problem,answer=solution
-    skip_bad: int = 0  # bad rows to leave out and list, instead of stopping
-    check: bool = False  # list each fault of --data as file:line, images too, and stop
-    out: str = "runs/grpo"  # run folder
-    cold_start: str = ""  # run folder of the cold start to begin from; run first if missing
-    system_prompt: str = qwen_vl.SYSTEM  # system turn [PR1 code: this one]
-    think: bool = False  # <think>…</think><answer>…</answer> [PR1 T5: hurts perception]
-    min_pixels: int = 56 * 56  # least area of a resized image [PR1 code: 3136]
-    max_pixels: int = 1_000_000  # largest area of a resized image [PR1 code: 1000000]
-    max_prompt: int = 2048  # longest prompt, tokens; never truncated [PR1 code: 2048]
+    cold_start: str = ""  # run folder (or model) of the cold start to begin from; run if missing
     prompts: int = 16  # prompts a step, all ranks [PR1 code: 14; OVR §4.1: 512]
     group: int = 8  # G, completions a prompt [PR1 §4.3: 8; OVR §4.1: 16]
-    max_tokens: int = 768  # longest completion [PR1 §4.3: 2048, code: 768; OVR §4.1: 24k]
     max_tokens_at: tuple[str, ...] = ()  # later limits [OVR §4.1: 300:32768 700:49152]
     temperature: float = 1.0  # of sampling and of the scored π [PR1 §4.3, OVR §4.1: 1.0]
-    kv_gb: float = 8.0  # memory for keys and values while sampling, GiB a rank
     reward: str = ""  # path.py:function in place of rewards.score, same arguments
     reward_options: str = "{}"  # JSON for the reward, e.g. {"iou_power": 2}
     overlong: Literal["zero", "keep", "mask", "soft"] = "zero"  # truncated ones [OVR: zero]
@@ -73,41 +58,26 @@ class Config:
     dynamic_sampling: int = 0  # rounds to replace groups of equal rewards [DAPO §3.2]
     loss: Literal["grpo", "dapo", "dr_grpo"] = "grpo"  # average over tokens [DSM: grpo]
     ratio: Literal["token", "sequence"] = "token"  # importance ratio [GSPO: sequence]
-    clip_low: float = -1.0  # ε below 1; −1: 0.2 [OVR §3.2], sequences 3e-4 [GSPO §5.1]
-    clip_high: float = -1.0  # ε above 1; −1: 0.2 [DAPO: 0.28], sequences 4e-4 [GSPO §5.1]
+    clip_low: float | None = None  # ε below 1: 0.2 [OVR §3.2], of sequences 3e-4 [GSPO §5.1]
+    clip_high: float | None = None  # ε above 1: 0.2 [DAPO: 0.28], of sequences 4e-4 [GSPO §5.1]
     beta: float = 0.0  # KL weight; 0: no reference model [PR1 §4.3: 0.04; OVR §3.2: 0]
     kl: Literal["k1", "k2", "k3"] = "k3"  # k2, k3: in the loss; k1: in the reward [PR1: k3]
     inner_steps: int = 1  # µ, optimizer steps on a batch [PR1, OVR: 1]
     tis: float = 0.0  # cap of the weight π_old/π_sampler; 0: off
-    steps: int = 500  # batches to train on [PR1 code: 357–7900; OVR §4.1: 900]
-    lr: float = 1e-6  # AdamW learning rate [PR1 §4.3, OVR §4.1: 1e-6]
-    schedule: Literal["constant", "linear", "cosine"] = "constant"  # [OVR; PR1: linear]
-    warmup: int = 0  # steps of linear warm-up [PR1 code: 0; OVR §4.1: 50]
-    beta2: float = 0.999  # AdamW β₂ [PR1 code: 0.999; OVR §4.1: 0.95]
-    max_norm: float = 1.0  # clip of the gradient's norm [PR1 code: 1.0]
-    max_bad_steps: int = 5  # skipped steps in a row (gradient not finite) that end the run
     freeze_vision: bool = False  # train neither vision tower nor merger [PR1: trains all]
-    micro_tokens: int = 16384  # tokens of a packed micro-batch
-    checkpointing: bool = True  # recompute activations in the backward pass [PR1 code: on]
-    offload: bool = False  # sharded weights and optimizer in host memory
-    graphs: bool = True  # sample by captured CUDA graphs
-    timeout: int = 3600  # seconds ranks wait for each other; above the longest rollout
-    seed: int = 0  # of data order, sampling noise and tiny weights [PR1 code: 42]
-    save_every: int = 100  # steps between checkpoints [PR1 code: 100]
-    keep: int = 2  # newest checkpoints to keep
-    resume: Literal["auto", "never"] = "auto"  # from the newest checkpoint in --out
-    log: Literal["", "wandb", "tensorboard"] = ""  # where metrics go besides metrics.jsonl
-    eval_every: int = 0  # steps between held-out evaluations; 0: never [OVR: 10]
-    eval_data: tuple[str, ...] = ()  # held-out data; default: the held-out split of --data
-    eval_samples: int = 200  # held-out samples
     pictures_every: int = 50  # steps between saved rollouts and pictures; 0: never
     plan: str = ""  # 8x80: print what each of 8 GPUs of 80 GiB would hold, and stop
 
     def __post_init__(self):
-        training.check_options(self)
-        for name, of_sequence in (("clip_low", 3e-4), ("clip_high", 4e-4)):
-            if getattr(self, name) < 0:
-                object.__setattr__(self, name, 0.2 if self.ratio == "token" else of_sequence)
+        super().__post_init__()
+        sequence = self.ratio == "sequence"
+        if self.clip_low is None:
+            object.__setattr__(self, "clip_low", 3e-4 if sequence else 0.2)
+        if self.clip_high is None:
+            object.__setattr__(self, "clip_high", 4e-4 if sequence else 0.2)
+        if self.overlong == "soft" and self.overlong_buffer >= self.max_tokens:
+            raise ValueError(f"--overlong-buffer is {self.overlong_buffer} and --max-tokens "
+                             f"{self.max_tokens}: every answer would be punished; lower the buffer")
 
 
 PR1 = dict(  # what its tasks share and no default has yet  [PR1 §4.3, code]
@@ -129,19 +99,50 @@ PRESETS = {  # of grpo_vl.py: differences from its defaults
         max_tokens=24 * 1024, max_tokens_at=("300:32768", "700:49152"), eval_every=10)}
 
 
+def without_effect(config: Config) -> list[str]:
+    """Sentences about options that were given but act only together with others."""
+    found = []
+    asked = training.given(config, "ratio")
+    asked += ["--clip-low"] if config.clip_low not in (0.2, 3e-4) else []
+    asked += ["--clip-high"] if config.clip_high not in (0.2, 4e-4) else []
+    if asked and config.inner_steps == 1:
+        found.append(f"{', '.join(asked)}: no effect at --inner-steps 1, where every ratio is 1")
+    if config.beta == 0:
+        found += [f"{flag}: no effect at --beta 0" for flag in training.given(config, "kl")]
+    if config.overlong != "soft":
+        asked = training.given(config, "overlong_buffer")
+        found += [f"{flag}: acts with --overlong soft only" for flag in asked]
+    if config.scale == "none":
+        found += [f"{flag}: no effect at --scale none" for flag in training.given(config, "std")]
+    if config.eval_every == 0:
+        asked = training.given(config, "eval_data", "eval_samples", "blind")
+        found += [f"{flag}: no effect at --eval-every 0" for flag in asked]
+    if config.schedule == "constant" and config.warmup >= config.steps:
+        found.append(f"--warmup {config.warmup}: --lr is not reached in {config.steps} steps")
+    return found
+
+
 def longest(config: Config, step: int) -> int:
     """The length limit at a step. OVR raises it when the mean length stalls [OVR §4.1]."""
-    later = [pair.split(":") for pair in config.max_tokens_at]
-    return max([config.max_tokens, *(int(limit) for at, limit in later if int(at) <= step)])
+    limit = config.max_tokens
+    for pair in config.max_tokens_at:
+        first_step, later_limit = pair.split(":")
+        if step >= int(first_step):
+            limit = max(limit, int(later_limit))
+    return limit
 
 
 # §2 ────────────────────────────────────── group sampling ────────────────────────────────────
-def sample_groups(run: "Run", step: int, attempt: int = 0) -> list[Group]:
+def sample_groups(run: Run, step: int, attempt: int = 0) -> list[Group]:
     """This rank's next groups, G scored completions each. Noise is keyed by sample and attempt."""
     config, limit = run.config, longest(run.config, step)
     groups = draw_groups(run, config.prompts)
-    keys = [group.sample.id + f"/{attempt}" * (attempt > 0) for group in groups]
-    noise = [keyed_uniforms(config.seed, step, key, config.group, limit) for key in keys]
+    noise = []
+    for group in groups:
+        key = group.sample.id
+        if attempt > 0:
+            key += f"/{attempt}"
+        noise.append(keyed_uniforms(config.seed, step, key, config.group, limit))
     prompts = [group.prompt for group in groups]
     sampled = run.sampler.generate(prompts, noise, limit, config.temperature)
     for group, completions in zip(groups, sampled):
@@ -150,54 +151,16 @@ def sample_groups(run: "Run", step: int, attempt: int = 0) -> list[Group]:
     return groups
 
 
-# §3 ──────────────────────────────── rewards → advantages ────────────────────────────────────
-def score_groups(run: "Run", step: int, groups: list[Group]) -> None:
-    """Fill in text, reward and the reward's named parts of every completion."""
-    config, options = run.config, json.loads(run.config.reward_options)
-    options |= {"think": True} if config.think else {}
-    for sample, c in [(group.sample, c) for group in groups for c in group.completions]:
-        c.text = qwen_vl.decode(run.tokenizer, run.special, c.tokens)
-        options["truncated"] = c.truncated
-        score = run.reward(sample.task, c.text, sample.answer, sample.image_size, **options)
-        c.reward, c.parts = float(getattr(score, "total", score)), getattr(score, "parts", {})
-        if c.truncated and config.overlong == "zero":
-            c.reward = 0.0
-        if config.overlong == "soft":  # 0, then linearly to −1 over the buffer [DAPO Eq. 13]
-            over = len(c.tokens) - (longest(config, step) - config.overlong_buffer)
-            c.reward -= max(0.0, over / config.overlong_buffer)
-
-
-def group_advantages(rewards_PG, *, scale="group", std="sample", baseline="mean", eps=1e-4):
-    """How much better than its group: advantages_PG, fp32, from the global batch's rewards_PG.
-    Equal rewards give zeros; G = 1: `mean` gives 0, `leave_one_out` the reward itself."""
-    if (scale not in ("group", "batch", "none") or std not in ("sample", "population")
-            or baseline not in ("mean", "leave_one_out")):
-        raise ValueError(f"scale={scale!r}, std={std!r}, baseline={baseline!r}: see their options")
-    rewards_PG, size = rewards_PG.float(), rewards_PG.shape[1]
-    if baseline == "mean":  # b_i = 1/G · Σ_j r_j  [DSM §4.1.2]
-        baseline_PG = rewards_PG.mean(1, keepdim=True)
-    else:  # b_i = 1/(G−1) · Σ_{j≠i} r_j  [RLOO]
-        baseline_PG = (rewards_PG.sum(1, keepdim=True) - rewards_PG) / max(size - 1, 1)
-    advantages_PG = rewards_PG - baseline_PG
-    dims, count = (1, size) if scale == "group" else ((0, 1), rewards_PG.numel())
-    # A_i = (r_i − b_i) / (std(r) + ε)  [DSM §4.1.2]; Dr. GRPO leaves the division out [DRG §3.2]
-    if scale != "none" and min(count, rewards_PG.numel()) > 1:
-        std_PG = rewards_PG.std(dims, correction=int(std == "sample"), keepdim=True)
-        advantages_PG = advantages_PG / (std_PG + eps)
-    equal_P1 = (rewards_PG.amax(1) - rewards_PG.amin(1) < 1e-6)[:, None]  # rounding is no signal
-    return advantages_PG.masked_fill(equal_P1, 0.0) if size > 1 else advantages_PG
-
-
-def collect_groups(run: "Run", step: int) -> tuple[list[Group], dict[int, list[float]]]:
+def collect_groups(run: Run, step: int) -> tuple[list[Group], dict[int, list[float]]]:
     """This rank's scored groups, and {draw: its G rewards} of all ranks in global order.
 
     Dynamic sampling [DAPO §3.2] replaces groups of equal rewards, in a bounded number of rounds.
     """
     config, groups, rewards_of = run.config, [], {}
     for attempt in range(config.dynamic_sampling + 1):
-        new = unless_interrupted(run, sample_groups, run, step, attempt)
+        new = training.together(run, lambda: sample_groups(run, step, attempt))  # noqa: B023
         if config.dynamic_sampling:
-            new = [group for group in new if max(group.rewards) - min(group.rewards) > 1e-6]
+            new = [group for group in new if spread(group.rewards) > 1e-6]
         groups += new
         for part in run.processes.gather({group.draw: group.rewards for group in new}):
             rewards_of |= part
@@ -207,62 +170,157 @@ def collect_groups(run: "Run", step: int) -> tuple[list[Group], dict[int, list[f
     return [group for group in groups if group.draw in rewards_of], rewards_of
 
 
-# §4 ───────────────────────────────────── token log-probs ────────────────────────────────────
-def reference_logps(run: "Run", packs: list[policy.Pack], shape) -> torch.Tensor | None:
-    """log π_ref of every rollout token [B, T]; None without a reference model (β = 0)."""
-    with torch.no_grad():
-        return run.reference and sum(
-            scatter_BT(run.reference(pack, run.config.temperature)[0], pack, shape)
-            for pack in packs)
+def spread(rewards_G: list[float]) -> float:
+    """Largest difference of a group's rewards; undecided ones (NaN) do not count."""
+    known = [reward for reward in rewards_G if not math.isnan(reward)]
+    return max(known, default=0.0) - min(known, default=0.0)
 
 
-# §5 ─────────────────────────────────────────── loss ─────────────────────────────────────────
-def policy_loss(logp_BT, old_logp_BT, advantages_B, mask_BT, *, loss="grpo", ratio="token",
-                clip_low=0.2, clip_high=0.2, beta=0.0, kl="k3", ref_logp_BT=None,
-                sampler_logp_BT=None, tis_cap=None, norm=None):
-    """The clipped objective with its KL term: (loss, stats), stats being name → [sum, count].
+# §3 ──────────────────────────────── rewards → advantages ────────────────────────────────────
+def score_groups(run: Run, step: int, groups: list[Group]) -> None:
+    """Fill in text, reward and the reward's named parts of every completion."""
+    config, limit = run.config, longest(run.config, step)
+    options = json.loads(config.reward_options)
+    for group in groups:
+        for completion in group.completions:
+            completion.text = qwen_vl.decode(run.tokenizer, run.special, completion.tokens)
+            score = rewards.call_reward(
+                run.reward, group.sample, completion.text, truncated=completion.truncated,
+                think=training.think_of(config), options=options)
+            completion.parts = score.parts
+            completion.reward = shaped_reward(config, completion, score.total, limit)
 
-    norm: the denominator over the global batch (sequences; tokens; sequences · longest length), so
-    that micro-batches and ranks add up to one gradient; without it the batch at hand counts.
-    On policy every ratio is 1 and no clip active: the loss −mean(A) is about 0, but its gradient
-    −mean(A·∇log π) is not.
+
+def shaped_reward(config: Config, completion, reward: float, limit: int) -> float:
+    """The rule's reward, less what --overlong takes for a long answer; NaN if it is undecided."""
+    if completion.parts.get("undecided"):  # no baseline may know what could not be decided
+        return math.nan
+    if config.overlong == "zero" and completion.truncated:
+        return 0.0
+    if config.overlong == "soft":  # 0, then linearly to −1 over the buffer [DAPO Eq. 13]
+        over = len(completion.tokens) - (limit - config.overlong_buffer)
+        return reward - max(0.0, over / config.overlong_buffer)
+    return reward
+
+
+def group_advantages(rewards_PG, *, scale="group", std="sample", baseline="mean", eps=1e-4):
+    """How much better than its group: advantages_PG, fp32, from the global batch's rewards_PG.
+
+    Equal rewards give zeros; G = 1: `mean` gives 0, `leave_one_out` the reward itself. NaN is a
+    reward that could not be decided: it has advantage 0 and counts in no mean and no std.
     """
-    shapes = [tuple(x.shape) for x in (logp_BT, old_logp_BT, mask_BT)]
-    if len(set(shapes)) > 1 or len(advantages_B) != len(logp_BT):
-        raise ValueError(f"logp, old_logp, mask are {shapes}, advantages {len(advantages_B)} rows")
-    if loss not in ("grpo", "dapo", "dr_grpo") or ratio not in ("token", "sequence"):
-        raise ValueError(f"loss={loss!r}, ratio={ratio!r}: see --loss and --ratio for the choices")
-    if (beta and ref_logp_BT is None) or (tis_cap and sampler_logp_BT is None):
-        raise ValueError("beta needs ref_logp_BT, tis_cap needs sampler_logp_BT")
-    mask_BT, advantages_B1 = mask_BT.bool(), advantages_B[:, None]
-    length_B = mask_BT.sum(1).clamp(min=1)
-    log_ratio_BT = torch.where(mask_BT, logp_BT - old_logp_BT, 0.0)
-    if ratio == "sequence":  # s_i = (π(o_i) / π_old(o_i))^(1/|o_i|)  [GSPO Eq. 7]
-        log_ratio_BT = (log_ratio_BT.sum(1) / length_B)[:, None].expand_as(log_ratio_BT)
-    # ℓ_t = −min(r·A, clip(r, 1−ε_low, 1+ε_high)·A),  r = π/π_old  [DSM Eq. 3; OVR §3.2]
-    ratio_BT = log_ratio_BT.exp()
-    clipped_BT = ratio_BT.clamp(1 - clip_low, 1 + clip_high)
-    loss_BT = -torch.minimum(ratio_BT * advantages_B1, clipped_BT * advantages_B1)
-    stats = {"ratio": ratio_BT.detach(),
-             "clip_low": (ratio_BT < 1 - clip_low) & (advantages_B1 < 0),
-             "clip_high": (ratio_BT > 1 + clip_high) & (advantages_B1 > 0)}
-    if tis_cap:  # · min(π_old/π_sampler, C), constant: rollouts came from slightly other numbers
-        loss_BT = loss_BT * (old_logp_BT - sampler_logp_BT).exp().clamp(max=tis_cap).detach()
-    if beta:  # + β·KL(π ‖ π_ref)
-        kl_BT = kl_estimate(torch.where(mask_BT, logp_BT - ref_logp_BT, 0.0), kl)
-        loss_BT, stats["kl"] = loss_BT + beta * kl_BT, kl_BT.detach()
-    tokens = mask_BT.sum()
-    sums = {n: torch.stack([x.where(mask_BT, 0).sum(), tokens]) for n, x in stats.items()}
-    return average(torch.where(mask_BT, loss_BT, 0.0), length_B, tokens, loss, norm), sums
+    if scale not in ("group", "batch", "none"):
+        raise ValueError(f"scale={scale!r}: choose group, batch or none")
+    if std not in ("sample", "population") or baseline not in ("mean", "leave_one_out"):
+        raise ValueError(f"std={std!r}, baseline={baseline!r}: see --std and --baseline")
+    rewards_PG = rewards_PG.double()
+    known_PG = ~rewards_PG.isnan()
+    batch_std = std_of(rewards_PG[known_PG], std)
+    advantages_PG = torch.zeros_like(rewards_PG)
+    for p, known_G in enumerate(known_PG):
+        r_G = rewards_PG[p, known_G]
+        size = len(r_G)
+        if size == 0 or (size > 1 and r_G.max() - r_G.min() < 1e-6):  # rounding is no signal
+            continue
+        if baseline == "mean":  # b_i = 1/G · Σ_j r_j  [DSM §4.1.2]
+            baseline_G = r_G.mean()
+        else:  # b_i = 1/(G−1) · Σ_{j≠i} r_j  [RLOO]
+            baseline_G = (r_G.sum() - r_G) / max(size - 1, 1)
+        # A_i = (r_i − b_i) / (std(r) + ε)  [DSM §4.1.2]; without the division [DRG §3.2]
+        advantage_G = r_G - baseline_G
+        std_r = batch_std if scale == "batch" else std_of(r_G, std)
+        if scale != "none" and std_r is not None:
+            advantage_G = advantage_G / (std_r + eps)
+        advantages_PG[p, known_G] = advantage_G
+    return advantages_PG.float()
 
 
-def average(loss_BT, length_B, tokens, loss: str, norm: int | None) -> torch.Tensor:
-    """What "the mean" of ℓ is: the one thing in which the losses differ."""
+def std_of(rewards: torch.Tensor, kind: str) -> torch.Tensor | None:
+    """The standard deviation over n−1 (sample) or n (population); None of fewer than two."""
+    if len(rewards) < 2:
+        return None
+    return rewards.std(correction=1 if kind == "sample" else 0)
+
+
+# §4 ─────────────────────────────────────────── loss ─────────────────────────────────────────
+def token_weights(lengths_B, *, loss: str, max_tokens: int, norm: float | None = None):
+    """weight_B, float64: what a token of rollout i counts, in which alone the losses differ.
+
+    lengths_B: trained tokens of each rollout, 0 if it is masked: no weight, but counted in B.
+    norm: B of the global batch (grpo, dr_grpo) or its Σ|o| (dapo), so that micro-batches and ranks
+    add up to one gradient; without it the batch at hand counts.
+    """
+    lengths_B = lengths_B.double()
+    trained_B = (lengths_B > 0).double()
     if loss == "grpo":  # 1/B · Σ_i 1/|o_i| · Σ_t ℓ_t  [DSM Eq. 3]
-        return (loss_BT.sum(1) / length_B).sum() / (norm or len(loss_BT))
+        return trained_B / lengths_B.clamp(min=1) / (norm or len(lengths_B))
     if loss == "dapo":  # 1/Σ|o_i| · Σ_i Σ_t ℓ_t  [DAPO Eq. 8]
-        return loss_BT.sum() / (norm or tokens.clamp(min=1))
-    return loss_BT.sum() / (norm or loss_BT.numel())  # 1/(B·T_max) · Σ_i Σ_t ℓ_t  [DRG §3.2]
+        return trained_B / (norm or lengths_B.sum().clamp(min=1))
+    if loss == "dr_grpo":  # 1/(B·T_max) · Σ_i Σ_t ℓ_t  [DRG §3.2]
+        return trained_B / (norm or len(lengths_B)) / max_tokens
+    raise ValueError(f"loss={loss!r}: choose grpo, dapo or dr_grpo")
+
+
+def policy_loss(logp_S, old_logp_S, advantage_S, weight_S, *, row_S=None, ratio="token",
+                clip_low=0.2, clip_high=0.2, beta=0.0, kl="k3", ref_logp_S=None,
+                sampler_logp_S=None, tis_cap=None):
+    """The clipped objective with its KL term over S scored tokens: (loss, stats).
+
+    loss = Σ weight·ℓ over tokens of weight above 0; the others may hold anything. stats: name →
+    tensor [sum, count] over the same tokens. row_S: the rollout of a token, for ratio="sequence".
+    On policy every ratio is 1 and no clip active: the loss −mean(A) is about 0, but its gradient
+    −mean(A·∇log π) is not. Slow twin: naive_grpo.py, a loop over tokens.
+    """
+    check_loss_inputs(logp_S, old_logp_S, advantage_S, weight_S, ratio, row_S, beta, ref_logp_S,
+                      tis_cap, sampler_logp_S)
+    trained_S = weight_S > 0
+    log_ratio_S = torch.where(trained_S, logp_S - old_logp_S, 0.0)
+    if ratio == "sequence":  # s_i = (π(o_i) / π_old(o_i))^(1/|o_i|)  [GSPO Eq. 7]
+        log_ratio_S = mean_of_row(log_ratio_S, trained_S, row_S)
+
+    # ℓ_t = −min(r·A, clip(r, 1−ε_low, 1+ε_high)·A),  r = π/π_old  [DSM Eq. 3; OVR §3.2]
+    ratio_S = log_ratio_S.exp()
+    clipped_S = ratio_S.clamp(1 - clip_low, 1 + clip_high)
+    loss_S = -torch.minimum(ratio_S * advantage_S, clipped_S * advantage_S)
+    stats = {
+        "ratio": ratio_S.detach(),
+        "clip_low": (ratio_S < 1 - clip_low) & (advantage_S < 0),
+        "clip_high": (ratio_S > 1 + clip_high) & (advantage_S > 0)}
+
+    if tis_cap:  # · min(π_old/π_sampler, C), constant: rollouts came from slightly other numbers
+        log_weight_S = torch.where(trained_S, old_logp_S - sampler_logp_S, 0.0).detach()
+        loss_S = loss_S * log_weight_S.exp().clamp(max=tis_cap)
+    if beta:  # + β·KL(π ‖ π_ref)
+        kl_S = kl_estimate(torch.where(trained_S, logp_S - ref_logp_S, 0.0), kl)
+        loss_S = loss_S + beta * kl_S
+        stats["kl"] = kl_S.detach()
+
+    sums = {name: sum_and_count(value, trained_S) for name, value in stats.items()}
+    return (weight_S * torch.where(trained_S, loss_S, 0.0)).sum(), sums
+
+
+def check_loss_inputs(logp_S, old_logp_S, advantage_S, weight_S, ratio, row_S, beta, ref_logp_S,
+                      tis_cap, sampler_logp_S) -> None:
+    """Errors: ValueError with the shapes, or with what an option needs."""
+    shapes = [tuple(x.shape) for x in (logp_S, old_logp_S, advantage_S, weight_S)]
+    if len(set(shapes)) > 1 or len(shapes[0]) != 1:
+        raise ValueError(f"logp, old_logp, advantage and weight must be [S], not {shapes}")
+    if ratio not in ("token", "sequence"):
+        raise ValueError(f"ratio={ratio!r}: choose token or sequence")
+    if ratio == "sequence" and row_S is None:
+        raise ValueError("ratio='sequence' needs row_S, the rollout of each token")
+    if beta and ref_logp_S is None:
+        raise ValueError("beta needs ref_logp_S")
+    if tis_cap and sampler_logp_S is None:
+        raise ValueError("tis_cap needs sampler_logp_S")
+
+
+def mean_of_row(values_S, counted_S, row_S) -> torch.Tensor:
+    """Each token's rollout mean of the values, over the tokens that count. [S]"""
+    rows = int(row_S.max()) + 1 if len(row_S) else 0
+    sum_B = values_S.new_zeros(rows).index_add(0, row_S, values_S)
+    count_B = values_S.new_zeros(rows).index_add(0, row_S, counted_S.to(values_S.dtype))
+    return (sum_B / count_B.clamp(min=1))[row_S]
 
 
 def kl_estimate(log_ratio: torch.Tensor, kind: str) -> torch.Tensor:
@@ -274,127 +332,205 @@ def kl_estimate(log_ratio: torch.Tensor, kind: str) -> torch.Tensor:
     raise ValueError(f"kl={kind!r} in the loss: choose k2 or k3, k1's gradient has mean zero")
 
 
-# §6 ─────────────────────────────────────── train_step ───────────────────────────────────────
+def sum_and_count(values_S, counted_S) -> torch.Tensor:
+    """[sum, count] of the values that count, in float64, on the values' device."""
+    total = torch.where(counted_S, values_S, 0).sum(dtype=torch.float64)
+    return torch.stack([total, counted_S.sum().double()])
+
+
+# §5 ─────────────────────────────────────── train_step ───────────────────────────────────────
 def train_step(run: Run, step: int) -> dict:
     """One batch of GRPO [DSM Algorithm 1]. Returns the step's metrics, the same on every rank."""
-    config, ranks, clock, sums = run.config, run.processes, [time.perf_counter()], {}
+    config, ranks = run.config, run.processes
+    clock, sums = [time.perf_counter()], {}
+
     # 1. Sample G completions o_1 … o_G of each prompt from π_θ and score them.
     groups, rewards_of = collect_groups(run, step)
     rollouts = [completion for group in groups for completion in group.completions]
     clock.append(time.perf_counter())
 
-    # 2. Pack the rollouts. Masks come from lengths: the stop token is trained, padding is not.
+    # 2. Pack them, the prompt once: [prompt | o_1 | … | o_G]. S: sampled tokens of a micro-batch.
     packs = policy.pack_for_ranks(groups, config.micro_tokens, run.special, ranks)
-    kept = [not (c.truncated and config.overlong == "mask") for c in rollouts]
-    mask_BT = pad_BT([[k] * len(c.tokens) for k, c in zip(kept, rollouts)]).bool().to(ranks.device)
-    sampler_logp_BT = pad_BT([c.logps for c in rollouts]).to(ranks.device)
+    sampler_logp = sampled_logps(rollouts, packs, ranks.device)
 
-    # 3. log π_ref, if β > 0. With k1 the KL joins the reward.
-    ref_logp_BT = reference_logps(run, packs, mask_BT.shape)
+    # 3. log π_ref of every token, if β > 0. With k1 the KL joins the reward.
+    ref_logp = reference_logps(run, packs)
+    rewards_PG = as_PG(rewards_of, config.group)
+    penalised_PG = rewards_PG
     if config.beta and config.kl == "k1":
-        subtract_kl(run, groups, rewards_of, ((sampler_logp_BT - ref_logp_BT) * mask_BT).sum(1))
+        kl_of, sums["kl"] = sequence_kl(run, groups, packs, sampler_logp, ref_logp)
+        penalised_PG = rewards_PG - config.beta * as_PG(dict(sorted(kl_of.items())), config.group)
 
     # 4. Advantages A_i from the rewards of the whole global batch; this rank's rows of them.
-    rewards_PG = torch.tensor(list(rewards_of.values())).view(len(rewards_of), config.group)
-    how = {name: getattr(config, name) for name in ("scale", "std", "baseline")}
-    advantages_PG = group_advantages(rewards_PG, **how)
+    advantages_PG = group_advantages(
+        penalised_PG, scale=config.scale, std=config.std, baseline=config.baseline)
     own_P = [list(rewards_of).index(group.draw) for group in groups]
     advantages_B = advantages_PG[own_P].flatten().to(ranks.device)
 
-    # 5. One normaliser, counted over the global batch before it is cut into micro-batches.
-    how = loss_options(config, step, rewards_PG.numel(), sum(ranks.gather(int(mask_BT.sum()))))
+    # 5. What a token weighs, by lengths of the global batch, before it is cut into micro-batches.
+    weight_B = rollout_weights(config, step, ranks, rollouts, rewards_PG.numel())
 
     # 6. µ optimizer steps; the first pass's own log-probs are π_old.
-    old_logp_BT = None
+    old_logp = [None] * len(packs)
     for inner in range(config.inner_steps):
-        pass_logp_BT = torch.zeros_like(sampler_logp_BT)
-        for pack in packs:
+        for k, pack in enumerate(packs):
             logp_S, entropy_S = run.policy(pack, config.temperature)
-            logp_BT = scatter_BT(logp_S, pack, mask_BT.shape)
-            here_BT = scatter_BT(torch.ones_like(logp_S), pack, mask_BT.shape).bool() & mask_BT
-            pass_logp_BT += logp_BT.detach()
+            if inner == 0:
+                old_logp[k] = logp_S.detach()
             loss, stats = policy_loss(
-                logp_BT, old_logp_BT if inner else logp_BT.detach(), advantages_B, here_BT,
-                ref_logp_BT=ref_logp_BT, sampler_logp_BT=sampler_logp_BT, **how)
-            (loss * ranks.world).backward()  # FSDP averages over ranks; norm counts them all
-            add_sums(sums, stats, entropy=(entropy_S.sum(), len(entropy_S)),
-                     loss=(loss.detach(), 1 / len(packs) / ranks.world))
-        old_logp_BT = old_logp_BT if inner else pass_logp_BT
+                logp_S, old_logp[k], advantages_B[pack.row_S], weight_B[pack.row_S],
+                row_S=pack.row_S, ratio=config.ratio, clip_low=config.clip_low,
+                clip_high=config.clip_high, beta=0.0 if config.kl == "k1" else config.beta,
+                kl=config.kl, ref_logp_S=ref_logp[k], sampler_logp_S=sampler_logp[k],
+                tis_cap=config.tis)
+            (loss * ranks.world).backward()  # FSDP averages over ranks; the weights count them all
+            add_sums(sums, stats, loss=loss.detach(), entropy=entropy_S)
         grad_norm = optimizer_step(run, step)
     clock.append(time.perf_counter())
 
     # 7. The sampler's copy of the weights follows; its log-probs should equal the trainer's.
     run.sampler.refresh(run.policy)
-    gap_BT = (old_logp_BT - sampler_logp_BT).abs() * mask_BT
-    add_sums(sums, {}, sampler_gap=(gap_BT.sum(), mask_BT.sum()))
+    for pack, old_S, sampled_S in zip(packs, old_logp, sampler_logp):
+        gap_S = (old_S - sampled_S).abs()
+        add_sums(sums, {"sampler_gap": sum_and_count(gap_S, weight_B[pack.row_S] > 0)})
     clock.append(time.perf_counter())
+
     if ranks.rank == 0 and config.pictures_every and step % config.pictures_every == 0:
         run_folder.save_rollouts(Path(config.out), step, groups)
-    return step_metrics(run, step, rollouts, rewards_PG, sums, clock) | {"grad_norm": grad_norm}
+    metrics = step_metrics(run, step, rollouts, rewards_PG, penalised_PG, sums, clock)
+    return metrics | {"grad_norm": grad_norm}
 
 
-def subtract_kl(run: Run, groups: list[Group], rewards_of: dict, kl_B: torch.Tensor) -> None:
-    """r ← r − β·Σ_t (log π − log π_ref), in this rank's table of all ranks' rewards."""
-    kl_PG = kl_B.view(-1, run.config.group).tolist()
-    for part in run.processes.gather({g.draw: kl_G for g, kl_G in zip(groups, kl_PG)}):
-        for draw, kl_G in part.items():
-            rewards_of[draw] = [r - run.config.beta * k for r, k in zip(rewards_of[draw], kl_G)]
+def as_PG(values_of: dict[int, list[float]], group: int) -> torch.Tensor:
+    """{draw: G numbers} as [P, G] in float64; P may be 0."""
+    return torch.tensor(list(values_of.values()), dtype=torch.float64).view(-1, group)
 
 
-def loss_options(config: Config, step: int, sequences: int, tokens: int) -> dict:
-    """policy_loss's options; sequences and tokens of the global batch make the normaliser."""
-    counts = {"grpo": sequences, "dapo": tokens, "dr_grpo": sequences * longest(config, step)}
-    options = {n: getattr(config, n) for n in ("loss", "ratio", "clip_low", "clip_high", "kl")}
-    beta = 0.0 if config.kl == "k1" else config.beta
-    return options | {"beta": beta, "tis_cap": config.tis, "norm": max(counts[config.loss], 1)}
+def sampled_logps(rollouts: list, packs: list[policy.Pack], device) -> list[torch.Tensor]:
+    """The sampler's log-probability of each scored token, [S] a pack: packs keep their order."""
+    flat = torch.tensor([logp for completion in rollouts for logp in completion.logps])
+    return list(flat.to(device).split([len(pack.target_S) for pack in packs]))
 
 
-def add_sums(sums: dict, stats: dict, **pairs) -> None:
-    """Add [sum, count] tensors, or (sum, count) pairs, to the running ones."""
-    for name, pair in {**stats, **pairs}.items():
-        sums[name] = sums.get(name, 0) + torch.tensor([float(x) for x in pair], dtype=torch.float64)
+def reference_logps(run: Run, packs: list[policy.Pack]) -> list[torch.Tensor | None]:
+    """log π_ref of each scored token, [S] a pack; None without a reference model (β = 0)."""
+    if run.reference is None:
+        return [None] * len(packs)
+    with torch.no_grad():
+        return [run.reference(pack, run.config.temperature)[0] for pack in packs]
 
 
-# §7 ────────────────────────────────── metrics ─────────────────────────────────────────────
-def step_metrics(run: Run, step: int, rollouts, rewards_PG, sums: dict, clock: list) -> dict:
-    """One flat object for metrics.jsonl, means over all ranks. README explains each name."""
-    for c in rollouts:
-        parts = {f"reward/{name}": (value, 1) for name, value in c.parts.items()}
-        add_sums(sums, parts, length=(len(c.tokens), 1), truncated=(c.truncated, 1))
-    totals: dict[str, torch.Tensor] = {}
-    for part in run.processes.gather(sums):
-        add_sums(totals, part)
-    groups = len(rewards_PG)
-    rewards_PG = rewards_PG if groups else torch.zeros(1, 1)  # dynamic sampling may find nothing
-    spread_P = rewards_PG.amax(1) - rewards_PG.amin(1)
-    seconds = zip(("sample", "train", "refresh"), clock, clock[1:])
+def sequence_kl(run: Run, groups: list[Group], packs, sampler_logp, ref_logp):
+    """{draw: Σ_t (log π − log π_ref) of its G rollouts} of all ranks; [sum, count] over tokens."""
+    kl_B = torch.zeros(len(groups) * run.config.group, device=run.processes.device)
+    for pack, logp_S, ref_S in zip(packs, sampler_logp, ref_logp):
+        kl_B.index_add_(0, pack.row_S, logp_S - ref_S)
+    tokens = sum(len(logp_S) for logp_S in sampler_logp)
+    own = dict(zip([group.draw for group in groups], kl_B.view(-1, run.config.group).tolist()))
+    kl_of = {draw: kl_G for part in run.processes.gather(own) for draw, kl_G in part.items()}
+    total = torch.stack([kl_B.sum().double(), kl_B.new_tensor(tokens).double()])
+    return kl_of, total
+
+
+def rollout_weights(config: Config, step: int, ranks, rollouts: list, sequences: int):
+    """token_weights of this rank's rollouts, normalised over the `sequences` of all ranks. [B]"""
+    lengths = []
+    for completion in rollouts:
+        masked = completion.truncated and config.overlong == "mask"
+        left_out = masked or math.isnan(completion.reward)
+        lengths.append(0 if left_out else len(completion.tokens))
+    norm = sequences
+    if config.loss == "dapo":
+        norm = sum(ranks.gather(sum(lengths)))
+    weight_B = token_weights(
+        torch.tensor(lengths), loss=config.loss, max_tokens=longest(config, step),
+        norm=max(norm, 1))
+    return weight_B.float().to(ranks.device)
+
+
+def add_sums(sums: dict, stats: dict, loss=None, entropy=None) -> None:
+    """Add [sum, count] tensors to the running ones, on their device: no wait for a GPU."""
+    if loss is not None:
+        stats = stats | {"loss": torch.stack([loss.double(), torch.zeros_like(loss).double()])}
+    if entropy is not None:
+        stats = stats | {"entropy": sum_and_count(entropy, torch.ones_like(entropy).bool())}
+    for name, pair in stats.items():
+        sums[name] = sums.get(name, 0) + pair
+
+
+# §6 ──────────────────────────────────────── metrics ─────────────────────────────────────────
+def step_metrics(run: Run, step: int, rollouts, rewards_PG, penalised_PG, sums, clock) -> dict:
+    """One flat object for metrics.jsonl, over all ranks. README explains each name."""
+    config = run.config
+    own = {name: pair.tolist() for name, pair in sums.items()}
+    for completion in rollouts:
+        values = {f"reward/{name}": value for name, value in completion.parts.items()}
+        values |= {"length": len(completion.tokens), "truncated": completion.truncated}
+        for name, value in values.items():
+            total, count = own.get(name, (0, 0))
+            own[name] = total + value, count + 1
+    totals: dict[str, list[float]] = {}
+    for part in run.processes.gather(own):
+        for name, (total, count) in part.items():
+            before, counted = totals.get(name, (0, 0))
+            totals[name] = before + total, counted + count
+    loss, _ = totals.pop("loss", (0.0, 0))
+    metrics = {"step": step, **reward_metrics(rewards_PG)}
+    if config.beta and config.kl == "k1":
+        metrics["reward_minus_kl"] = penalised_PG.nanmean().item()
+    metrics["loss"] = loss / config.inner_steps
+    metrics |= {name: total / max(count, 1) for name, (total, count) in totals.items()}
+    metrics |= {"lr": learning_rate(config, step), "cursor": run.cursor}
+    for name, before, after in zip(("sample", "train", "refresh"), clock, clock[1:]):
+        metrics[f"seconds/{name}"] = after - before
+    return metrics
+
+
+def reward_metrics(rewards_PG: torch.Tensor) -> dict:
+    """Mean reward, spread within groups, and how many groups teach nothing."""
+    stds, zero_variance = [], 0
+    for rewards_G in rewards_PG:
+        known_G = rewards_G[~rewards_G.isnan()]
+        stds.append(known_G.std(correction=0).item() if len(known_G) else 0.0)
+        zero_variance += spread(known_G.tolist()) < 1e-6
+    undecided = rewards_PG.isnan().float().mean().item() if len(rewards_PG) else 0.0
+    known = rewards_PG[~rewards_PG.isnan()]
+    groups = len(rewards_PG)  # dynamic sampling may find none
     return {
-        "step": step, "reward": rewards_PG.mean().item(), "groups": groups,
-        "reward_std": rewards_PG.std(1, correction=0).mean().item(),
-        "zero_variance": (spread_P < 1e-6).float().mean().item(),
-        **{name: (pair[0] / pair[1].clamp(min=1e-9)).item() for name, pair in totals.items()},
-        "lr": learning_rate(run.config, step), "cursor": run.cursor,
-        **{f"seconds/{name}": after - before for name, before, after in seconds}}
+        "reward": known.mean().item() if len(known) else 0.0, "groups": groups,
+        "reward_std": sum(stds) / max(groups, 1),
+        "zero_variance": zero_variance / groups if groups else 1.0} | (
+            {"undecided": undecided} if undecided else {})
 
 
-# §8 ────────────────────────────────────────── main ─────────────────────────────────────────
-def run_script(name: str, *arguments: str) -> None:
-    """Another script of this folder, in a process of its own and alone."""
-    alone = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    script = Path(__file__).with_name(name)
-    subprocess.run([sys.executable, script, *arguments], env=alone, check=True)
+# §7 ────────────────────────────────────────── main ──────────────────────────────────────────
+def train(run: Run) -> bool:
+    """All steps that are left; whether the run is finished (False: it was told to stop)."""
+    progress = training.Progress(run, run.config.max_tokens)
+    for step in progress.steps():
+        try:
+            metrics = train_step(run, step)
+        except training.ABANDONED as error:  # nothing of this step has touched the weights
+            progress.abandon(error)
+        else:
+            progress.add(metrics)
+    return progress.finish()
 
 
-def ensure_cold_start(config: Config) -> str:
-    """The checkpoint to begin with. A missing cold start is run first, by rank 0 alone."""
-    model = Path(config.cold_start) / "model"
-    if config.cold_start and not model.exists() and os.environ.get("RANK", "0") == "0":
-        print(f"no cold start in {config.cold_start}: running sft_coldstart.py first", flush=True)
-        how = ["--preset", "tiny"] if config.model == "tiny" else ["--model", config.model]
-        run_script("sft_coldstart.py", *how, "--out", config.cold_start)
-    while config.cold_start and not model.exists():  # other ranks wait; it appears by one rename
-        time.sleep(1)
-    return str(model) if config.cold_start else config.model
+def ensure_cold_start(config: Config, ranks: fsdp.Processes) -> str | None:
+    """The checkpoint to begin with; a missing cold start is run first. None: it was stopped."""
+    if not config.cold_start:
+        return config.model
+    folder = Path(config.cold_start)
+    model = sft_coldstart.find_model(folder)
+    if model is None:
+        say(f"no cold start in {folder}: running it first")
+        preset = sft_coldstart.PRESETS["tiny"] if config.model == "tiny" else {}
+        options = {"model": config.model, "out": str(folder)} | preset
+        if not sft_coldstart.train(sft_coldstart.Config(**options), ranks):
+            return None
+        model = folder / "model"
+    return str(model)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -402,14 +538,20 @@ def main(arguments: list[str] | None = None) -> None:
     config = training.parse_config(Config, arguments, PRESETS, __doc__, gpu)
     if config.plan:
         return fsdp.plan(config, longest(config, config.steps))
-    if config.check:  # faults and exit status 1, or nothing and 0
-        sys.exit("\n".join(datasets.check(config.data, **training.data_options(config))) or 0)
-    source = ensure_cold_start(config)
-    how = {name: getattr(config, name) for name in ("freeze_vision", "beta", "reward")}
+    if config.check:
+        return training.check_data(config)
+    if not run_folder.claim(config):
+        return None
+    for sentence in without_effect(config):
+        say(f"note: {sentence}")
     with training.one_run():
         ranks = fsdp.start_processes(config.timeout)
-        run = training.prepare(config, ranks, source, **how)
-        training.train(run, train_step, eval_tokens=config.max_tokens)
+        source = ensure_cold_start(config, ranks)
+        if source is not None:
+            run = training.prepare(
+                config, ranks, source, freeze_vision=config.freeze_vision, beta=config.beta,
+                reward=config.reward)
+            train(run)
 
 
 if __name__ == "__main__":

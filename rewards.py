@@ -371,6 +371,17 @@ def load(spec: str):
     return getattr(module, name)
 
 
+def call_reward(function, sample, completion: str, *, truncated=False, think=False, options=None):
+    """The Score of a completion by `score` or a user's function; options go where they belong."""
+    options = dict(options or {})
+    if function is score:
+        own = {*OPTIONS.get(sample.task, {}), "format_weight"}
+        options = {name: value for name, value in options.items() if name in own}
+    value = function(sample.task, completion, sample.answer, sample.image_size,
+                     truncated=truncated, **({"think": think} if think else {}), **options)
+    return value if isinstance(value, Score) else Score(float(value), {})
+
+
 def correct(task: str, completion: str, answer: object, image_size=None, *, think=False) -> float:
     """The answer alone, no points for form: IoU > 0.5, exact count, F1, similarity, right/wrong."""
     if task == "counting":

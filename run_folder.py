@@ -1,9 +1,16 @@
-"""What lies under --out? config, metrics and what they say, checkpoints, samples/, model/.
+"""What lies under --out? Configuration, metrics and what they say, checkpoints, samples/, model/.
 
-§1 checkpoints and resume · §2 metrics · §3 samples and the exported model
+    config.json      every option; --config FILE replays it
+    metrics.jsonl    one object a step
+    checkpoint-N/    weights, optimizer and place in the data after N steps: the run goes on from it
+    samples/         some rollouts, as text and with their images
+    model/           the trained model in Hugging Face's format, once the run has finished
+
+§1 is this folder ours? · §2 checkpoints · §3 metrics · §4 samples and the exported model
 """
 import json
 import math
+import os
 import shutil
 import sys
 from dataclasses import asdict
@@ -16,33 +23,86 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint import state_dict as dist_state
 from tqdm import tqdm
 
-import pictures
-import rewards
 from qwen_vl import Group
 from tiny import TINY
 
-SYMPTOMS = (  # metric; sick by its mean over ten steps, and over the first ten; what to try
-    ("zero_variance", lambda now, first: now > 0.8,
-     "most groups have equal rewards: try --dynamic-sampling 3 or other prompts"),
-    ("entropy", lambda now, first: now < 0.1 * first,
-     "hardly any variety is left: try a lower --lr, --clip-high 0.28, --beta 0.04"),
-    ("sampler_gap", lambda now, first: now > 0.05, "sampler and trainer disagree: try --tis 2"),
-    ("truncated", lambda now, first: now > 0.5, "answers are cut: try a higher --max-tokens"),
-    ("kl", lambda now, first: now > max(1, 10 * first), "try a higher --beta or a lower --lr"),
-    ("reward/format", lambda now, first: now < first - 0.2, "look at samples/, lower --lr"))
+# Options that do not change what is learned: a resumed run may have others than before.
+FREE = {
+    "steps", "seconds", "out", "resume", "log", "keep", "save_every", "max_bad_steps", "skip_bad",
+    "eval_every", "eval_data", "eval_samples", "eval_tokens", "blind", "pictures_every", "timeout",
+    "kv_gb", "micro_tokens", "checkpointing", "offload", "graphs", "check", "plan"}
 
 
-def symptoms(history: list[dict]) -> list[str]:
-    """What looks sick in the last ten of these steps' metrics, in words, and what to try."""
-    found = []
-    for name, sick, advice in SYMPTOMS:
-        values = [row[name] for row in history if row.get(name) is not None]
-        now, first = (sum(part) / max(len(part), 1) for part in (values[-10:], values[:10]))
-        if values and sick(now, first):
-            found.append(f"{name} is {now:.3g}, at first {first:.3g}: {advice}")
-    return found
+def say(sentence: str) -> None:
+    """A line to the user on rank 0, above the progress bar."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        tqdm.write(sentence, file=sys.stderr)
 
 
+# §1 ────────────────────────────── is this folder ours? ──────────────────────────────────────
+def saved_config(folder: Path) -> dict | None:
+    """The options of the run in this folder; None where no run has been started.
+
+    Errors: SystemExit if the folder holds something that is no run.
+    """
+    names = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    others = [name for name in names if not name.startswith(".") and not name.endswith(".log")]
+    if not others:
+        return None
+    saved = {}
+    if "config.json" in others:
+        saved = json.loads((folder / "config.json").read_text())
+    if "out" not in saved or "data" not in saved:  # a model's config.json has neither
+        raise SystemExit(f"--out {folder} holds something that is no run of this script "
+                         f"({', '.join(others[:4])}): choose a new folder")
+    return saved
+
+
+def changed_options(saved: dict, config) -> list[str]:
+    """Of the options that change what is learned, those that differ, each with both values."""
+    now = json.loads(json.dumps(asdict(config)))  # tuples as lists, as they were saved
+    free = FREE
+    if now["schedule"] != "constant":  # the learning rate of a step depends on the last one
+        free = FREE - {"steps"}
+    changes = []
+    for name in now:
+        if name in saved and name not in free and saved[name] != now[name]:
+            flag = "--" + name.replace("_", "-")
+            changes.append(f"{flag} was {saved[name]!r} and is {now[name]!r}")
+    return changes
+
+
+def claim(config) -> bool:
+    """Whether --out is new or may be gone on with; False if its run is finished, which is said.
+
+    Errors: SystemExit if the folder holds something else, or a run with other options.
+    """
+    folder = Path(config.out)
+    saved = saved_config(folder)
+    checkpoints = find_checkpoints(folder)
+    if saved is None or not checkpoints:
+        return True
+    unknown = sorted(saved.keys() - asdict(config).keys())
+    if unknown:
+        raise SystemExit(f"--out {folder} holds a run of another script or version, with options "
+                         f"{', '.join(unknown)}: choose a new folder")
+    if config.resume == "never":
+        raise SystemExit(f"--resume never, but {checkpoints[-1]} exists: choose another --out")
+    changes = changed_options(saved, config)
+    if changes:
+        raise SystemExit(f"--out {folder} holds a run with other options: {'; '.join(changes)}. "
+                         f"Choose another --out, or go on with --config {folder}/config.json")
+    state = json.loads((checkpoints[-1] / "state.json").read_text())
+    seconds = getattr(config, "seconds", math.inf)
+    ended_early = seconds < math.inf and saved["seconds"] == seconds
+    if state.get("finished") and (state["step"] >= config.steps or ended_early):
+        say(f"{folder} is finished: {state['step']} steps, the model is in {folder}/model. Raise "
+            "--steps to go on (under a constant schedule), or choose another --out")
+        return False
+    return True
+
+
+# §2 ──────────────────────────────────── checkpoints ─────────────────────────────────────────
 def find_checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoint-N folders, oldest first."""
     found = [p for p in folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
@@ -54,28 +114,38 @@ def save_checkpoint(folder: Path, policy, optimizer, state: dict, keep: int) -> 
 
     Errors: SystemExit on every rank if one cannot write; the earlier checkpoints stay.
     """
-    final, troubles = folder / f"checkpoint-{state['step']}", [None] * dist.get_world_size()
-    partial_folder, first, trouble = final.with_suffix(".partial"), dist.get_rank() == 0, None
+    final = folder / f"checkpoint-{state['step']}"
     if final.exists():  # a step has but one state
         return
+    partial = final.with_suffix(".partial")
+    first = dist.get_rank() == 0
     if first:
-        shutil.rmtree(partial_folder, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
     dist.barrier()
+    trouble = None
     try:
         model, optim = dist_state.get_state_dict(policy, optimizer)
-        dcp.save({"model": model, "optimizer": optim}, checkpoint_id=partial_folder)
-        state = state | {"ranks": len(troubles), "shapes": shapes_of(policy)}
+        dcp.save({"model": model, "optimizer": optim}, checkpoint_id=partial)
         if first:
-            (partial_folder / "state.json").write_text(json.dumps(state))
-            partial_folder.rename(final)
+            about = {"ranks": dist.get_world_size(), "shapes": shapes_of(policy)}
+            (partial / "state.json").write_text(json.dumps(state | about))
+            partial.rename(final)
     except (OSError, CheckpointException) as error:
         trouble = str(error)
+    troubles = [None] * dist.get_world_size()
     dist.all_gather_object(troubles, trouble)
     if any(troubles):
-        shutil.rmtree(partial_folder, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         raise SystemExit(f"{final} could not be written, earlier checkpoints are whole: {troubles}")
-    for old in find_checkpoints(folder)[:-keep] if first else ():
-        shutil.rmtree(old)
+    if first:
+        for old in find_checkpoints(folder)[:-keep]:
+            shutil.rmtree(old)
+
+
+def mark_finished(checkpoint: Path) -> None:
+    """Note in a checkpoint that its run needs no further step. Rank 0 calls it."""
+    state = json.loads((checkpoint / "state.json").read_text())
+    write_whole(checkpoint / "state.json", json.dumps(state | {"finished": True}))
 
 
 def shapes_of(policy) -> dict:
@@ -87,80 +157,154 @@ def load_checkpoint(path: Path, policy, optimizer) -> dict:
 
     Errors: SystemExit naming a parameter that is another one there.
     """
-    state, here = json.loads((path / "state.json").read_text()), shapes_of(policy)
-    for name in sorted(here.keys() | state["shapes"].keys()):
-        if here.get(name) != (there := state["shapes"].get(name)):
+    state = json.loads((path / "state.json").read_text())
+    here, there = shapes_of(policy), state["shapes"]
+    for name in sorted(here.keys() | there.keys()):
+        if here.get(name) != there.get(name):
             raise SystemExit(f"{path} is of another architecture: {name} is {here.get(name)} in "
-                             f"--model and {there} there; choose another --out")
-    saved = dict(zip(("model", "optimizer"), dist_state.get_state_dict(policy, optimizer)))
+                             f"--model and {there.get(name)} there; choose another --out")
+    model, optim = dist_state.get_state_dict(policy, optimizer)
+    saved = {"model": model, "optimizer": optim}
     dcp.load(saved, checkpoint_id=path)
-    how = {"model_state_dict": saved["model"], "optim_state_dict": saved["optimizer"]}
-    dist_state.set_state_dict(policy, optimizer, **how)
+    dist_state.set_state_dict(
+        policy, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
     return state
 
 
 def resume(config, policy, optimizer) -> dict:
-    """{"step", "cursor"}: steps done and draws consumed, of the newest checkpoint in --out.
+    """{"step", "cursor", …}: steps done and draws consumed, of the newest checkpoint in --out.
 
     What a killed run logged after that checkpoint is done again, so it leaves metrics.jsonl.
     """
     folder, ranks = Path(config.out), dist.get_world_size()
-    state, found = {"step": 0, "cursor": 0, "ranks": ranks}, find_checkpoints(folder)
-    if found and config.resume == "never":
-        raise SystemExit(f"--resume never, but {found[-1]} exists: choose another --out")
+    found = find_checkpoints(folder)
+    state = {"step": 0, "cursor": 0, "ranks": ranks}
     if found:
         state = load_checkpoint(found[-1], policy, optimizer)
+        say(f"going on from {found[-1]}, {state['step']} of {config.steps} steps done")
+    if state["ranks"] != ranks:
+        say(f"{found[-1]} was saved by {state['ranks']} ranks, here are {ranks}: weights and "
+            "optimizer are the same, but sums run in another order")
     if dist.get_rank() == 0:
-        if state["ranks"] != ranks:
-            print(f"{found[-1]} was saved by {state['ranks']} ranks, here are {ranks}: weights and "
-                  "optimizer are the same, but sums run in another order", file=sys.stderr)
         folder.mkdir(parents=True, exist_ok=True)
         log = folder / "metrics.jsonl"
         lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-        for path, text in ((log, "".join(lines[: state["step"]])),
-                           (folder / "config.json", json.dumps(asdict(config), indent=2))):
-            path.with_suffix(".partial").write_text(text)
-            path.with_suffix(".partial").rename(path)
+        write_whole(log, "".join(lines[: state["step"]]))
+        write_whole(folder / "config.json", json.dumps(asdict(config), indent=2))
     return state
 
 
-class RunLog:
-    """Rank 0's record: metrics.jsonl, flushed each step, a progress bar, --log's tracker, and every
-    ten steps what `diagnose`, a function of all metrics so far, has to say."""
+def write_whole(path: Path, text: str) -> None:
+    """The file has its old content or all of the new one, whenever the process is killed."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    partial.rename(path)
 
-    def __init__(self, config, diagnose):
-        self.diagnose, self.track = diagnose, open_tracker(config)
+
+# §3 ────────────────────────────────────── metrics ───────────────────────────────────────────
+SYMPTOMS = (  # metric; sick by its mean over ten steps, and over the first ten; what to try
+    ("zero_variance", lambda now, first: now > 0.8,
+     "most groups have equal rewards: try --dynamic-sampling 3 or other prompts"),
+    ("entropy", lambda now, first: now < 0.1 * first,
+     "hardly any variety is left: try a lower --lr, --clip-high 0.28, --beta 0.04"),
+    # bf16 kernels alone differ by 0.05 or so: only a growing gap tells something
+    ("sampler_gap", lambda now, first: now > max(0.02, 3 * first),
+     "sampler and trainer disagree: try --tis 2"),
+    ("truncated", lambda now, first: now > 0.5, "answers are cut: try a higher --max-tokens"),
+    ("undecided", lambda now, first: now > 0.01,
+     "formulas are too hard to compare in time: look at samples/"),
+    ("kl", lambda now, first: now > max(1, 10 * first), "try a higher --beta or a lower --lr"),
+    ("reward/format", lambda now, first: now < first - 0.2, "look at samples/, lower --lr"))
+
+
+def symptoms(history: list[dict]) -> list[str]:
+    """What looks sick in the last ten of these steps' metrics, in words, and what to try."""
+    found = []
+    for name, sick, advice in SYMPTOMS:
+        values = [row[name] for row in history if row.get(name) is not None]
+        if not values:
+            continue
+        now, first = mean(values[-10:]), mean(values[:10])
+        if sick(now, first):
+            found.append(f"{name} is {now:.3g}, at first {first:.3g}: {advice}")
+    return found
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+class RunLog:
+    """Rank 0's record: metrics.jsonl, flushed each step; a progress bar; --log's tracker; and every
+    ten steps what looks sick."""
+
+    def __init__(self, config):
         path = Path(config.out) / "metrics.jsonl"
         self.history = [json.loads(line) for line in path.read_text().splitlines()]
-        self.file, done = path.open("a"), len(self.history)
-        self.bar = tqdm(desc=path.parent.name, initial=done, total=config.steps)
+        self.file = path.open("a")
+        self.track = open_tracker(config)
+        self.bar = tqdm(desc=path.parent.name, initial=len(self.history), total=config.steps)
 
     def add(self, metrics: dict) -> None:
-        finite = {n: v for n, v in metrics.items() if v not in (math.inf, -math.inf) and v == v}
-        self.history.append(dict.fromkeys(metrics) | finite)  # JSON has no NaN: null
+        """Log one step. A number that is not finite becomes null, since JSON has no NaN."""
+        finite = {n: v for n, v in metrics.items() if not isinstance(v, float) or math.isfinite(v)}
+        self.history.append(dict.fromkeys(metrics) | finite)
         print(json.dumps(self.history[-1]), file=self.file, flush=True)
         self.track(finite)
         shown = {n: f"{finite[n]:.3f}" for n in ("reward", "loss", "length") if n in finite}
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
-        for sentence in self.diagnose(self.history) if len(self.history) % 10 == 0 else ():
-            tqdm.write(f"step {metrics['step']}: {sentence}", file=sys.stderr)
+        if len(self.history) % 10 == 0:
+            for sentence in symptoms(self.history):
+                say(f"step {metrics['step']}: {sentence}")
 
 
 def open_tracker(config):
-    """A function that takes a step's metrics: to Weights & Biases, to TensorBoard, or nowhere."""
-    if config.log == "wandb":
-        import wandb
-        return wandb.init(project="grpo-vl", dir=config.out, config=asdict(config)).log
-    if config.log == "tensorboard":
+    """A function that takes a step's metrics: to Weights & Biases, to TensorBoard, or nowhere.
+
+    Errors: SystemExit naming the package to install.
+    """
+    if not config.log:
+        return lambda metrics: None
+    try:
+        if config.log == "wandb":
+            import wandb
+            return wandb.init(project="grpo-vl", dir=config.out, config=asdict(config)).log
         from torch.utils.tensorboard import SummaryWriter
-        writer = SummaryWriter(config.out)
-        return lambda metrics: [writer.add_scalar(n, v, metrics["step"])
-                                for n, v in metrics.items() if isinstance(v, (int, float))]
-    return lambda metrics: None
+    except ImportError as error:
+        raise SystemExit(f"--log {config.log}: pip install {config.log} ({error})") from None
+    writer = SummaryWriter(config.out)
+
+    def add_scalars(metrics: dict) -> None:
+        for name, value in metrics.items():
+            if isinstance(value, (int, float)):
+                writer.add_scalar(name, value, metrics["step"])
+
+    return add_scalars
 
 
-def export(folder, policy, tokenizer, source: str) -> None:
+# §4 ─────────────────────────── samples and the exported model ───────────────────────────────
+def save_rollouts(out: Path, step: int, groups: list[Group]) -> None:
+    """Four groups under samples/: step-N.json, a row a completion, and each group's image."""
+    folder = out / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for group in groups[:4]:
+        sample = group.sample
+        image = f"step-{step}-{group.draw}.png" if sample.images else None
+        if sample.images:
+            sample.images[0].save(folder / image)
+        for completion in group.completions:
+            rows.append({
+                "step": step, "draw": group.draw, "id": sample.id, "task": sample.task,
+                "question": sample.question, "answer": sample.answer, "image": image,
+                "image_size": sample.image_size, "text": completion.text,
+                "truncated": completion.truncated, "reward": completion.reward,
+                "parts": completion.parts})
+    (folder / f"step-{step}.json").write_text(json.dumps(rows, indent=1))
+
+
+def export(folder: Path, policy, tokenizer, source: str) -> None:
     """Write the sharded policy as a Hugging Face checkpoint; every rank calls it, rank 0 writes.
 
     bf16 on GPUs, fp32 on CPU, with the image processor of `source` (a hub id or directory), so that
@@ -171,29 +315,19 @@ def export(folder, policy, tokenizer, source: str) -> None:
     options = dist_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
     full = dist_state.get_model_state_dict(policy, options=options)
     if dist.get_rank() == 0:
-        partial_folder = folder.with_suffix(".partial")
-        shutil.rmtree(partial_folder, ignore_errors=True)
+        partial = folder.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
         dtype = torch.bfloat16 if policy.banned_V.is_cuda else torch.float32
         state = {name.removeprefix("model."): tensor.to(dtype) for name, tensor in full.items()}
-        policy.model.save_pretrained(partial_folder, state_dict=state)
+        if policy.model.config.tie_word_embeddings:  # else it depends on the number of ranks
+            state.pop("lm_head.weight", None)
+        policy.model.save_pretrained(partial, state_dict=state)
         images = processing.Qwen2VLImageProcessorPil
-        for part in (images() if source in TINY else images.from_pretrained(source), tokenizer):
-            part.save_pretrained(partial_folder)
+        processor = images() if source in TINY else images.from_pretrained(source)
+        processor.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        for file in partial.iterdir():  # safetensors are written for their owner alone
+            file.chmod(0o644)
         shutil.rmtree(folder, ignore_errors=True)
-        partial_folder.rename(folder)
+        partial.rename(folder)
     dist.barrier()
-
-
-def save_rollouts(out: Path, step: int, groups: list[Group]) -> None:
-    """Four groups as text, and their best completions as pictures with the true boxes: samples/."""
-    folder, rows = out / "samples", []
-    folder.mkdir(parents=True, exist_ok=True)
-    for s, group in [(group.sample, group) for group in groups[:4]]:
-        about = dict(id=s.id, task=s.task, question=s.question, answer=s.answer)
-        rows += [about | {"text": c.text, "reward": c.reward} for c in group.completions]
-        best = max(group.completions, key=lambda c: c.reward).text
-        said = rewards.parse_boxes(best) or rewards.parse_points(best)
-        if s.images:
-            picture = pictures.draw(s.images[0], predicted=said, true=s.answer, caption=s.question)
-            picture.save(folder / f"step-{step}-{group.draw}.png")
-    (folder / f"step-{step}.json").write_text(json.dumps(rows, indent=1))

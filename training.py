@@ -1,14 +1,19 @@
-"""What do both stages share? Options and command line, prompts, optimizer, the loop's frame."""
+"""What do both stages share? Options and command line, a run's objects, and what is around a step.
+
+§1 options · §2 the run's objects · §3 samples → prompts · §4 held-out answers · §5 optimizer ·
+§6 around a step: resume, log, evaluate, save, finish
+
+Papers: [PR1] Perception-R1, arXiv 2504.07954 · [OVR] Open-Vision-Reasoner, arXiv 2507.05255.
+"""
 import argparse
 import contextlib
 import json
 import math
 import signal
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import tyro
@@ -21,25 +26,94 @@ import run_folder
 from fsdp import Processes
 from policy import Policy
 from qwen_vl import Group, Prompt, SpecialIds
+from run_folder import say
 from sampler import Interrupted, Sampler, keyed_uniforms
 
 
-def check_options(config):
+# §1 ──────────────────────────────────────── options ─────────────────────────────────────────
+@dataclass(frozen=True)
+class Options:
+    """The options that both stages have."""
+
+    model: str = "Qwen/Qwen2.5-VL-3B-Instruct"  # hub id, local directory, tiny or tiny-untied
+    # files and drawn worlds, each with an optional :weight; `python data.py --help` lists formats
+    data: tuple[str, ...] = ("synthetic:counting?size=644x476&objects=2-10",)
+    fields: str = ""  # names of the data's fields, e.g. question=problem,answer=solution
+    heldout: float = 0.05  # share of a file's samples that is never trained on, for evaluation
+    skip_bad: int = 0  # bad rows to leave out and list, instead of stopping
+    check: bool = False  # list each fault of --data as file:line, images too, and stop
+    out: str = "runs/grpo"  # run folder
+    system_prompt: str = qwen_vl.SYSTEM  # system turn [PR1 code: this one]
+    # before: <think>…</think><answer>…</answer> [PR1 T5: hurts perception]; after: answer first
+    think: Literal["no", "before", "after"] = "no"
+    min_pixels: int = 56 * 56  # least area of a resized image [PR1 code: 3136]
+    max_pixels: int = 1_000_000  # largest area of a resized image [PR1 code: 1000000]
+    max_prompt: int = 2048  # longest prompt, tokens; never truncated [PR1 code: 2048]
+    max_tokens: int = 768  # longest completion [PR1 §4.3: 2048, code: 768; OVR §4.1: 24k]
+    steps: int = 500  # optimizer steps (batches, with --inner-steps) [PR1 code: 357–7900; OVR: 900]
+    lr: float = 1e-6  # AdamW learning rate [PR1 §4.3, OVR §4.1: 1e-6]
+    schedule: Literal["constant", "linear", "cosine"] = "constant"  # [OVR; PR1: linear]
+    warmup: int = 0  # steps of linear warm-up [PR1 code: 0; OVR §4.1: 50]
+    beta2: float = 0.999  # AdamW β₂ [PR1 code: 0.999; OVR §4.1: 0.95]
+    max_norm: float = 1.0  # clip of the gradient's norm [PR1 code: 1.0]
+    max_bad_steps: int = 5  # skipped steps in a row (gradient not finite) that end the run
+    micro_tokens: int = 16384  # tokens of a packed micro-batch
+    checkpointing: bool = True  # recompute activations in the backward pass [PR1 code: on]
+    offload: bool = False  # sharded weights and optimizer in host memory
+    graphs: bool = True  # sample by captured CUDA graphs
+    kv_gb: float = 8.0  # memory for keys and values while sampling, GiB a rank
+    timeout: int = 3600  # seconds ranks wait for each other; above the longest rollout
+    seed: int = 0  # of data order, sampling noise and tiny weights [PR1 code: 42]
+    save_every: int = 100  # steps between checkpoints [PR1 code: 100]
+    keep: int = 2  # newest checkpoints to keep
+    resume: Literal["auto", "never"] = "auto"  # from the newest checkpoint in --out
+    log: Literal["", "wandb", "tensorboard"] = ""  # where metrics go besides metrics.jsonl
+    eval_every: int = 0  # steps between held-out evaluations; 0: never [OVR: 10]
+    eval_data: tuple[str, ...] = ()  # held-out data; default: the held-out share of --data
+    eval_samples: int = 200  # held-out samples
+    blind: bool = False  # evaluate on grey images: what the policy scores without its eyes
+
+    def __post_init__(self):
+        check_options(self)
+
+
+AT_LEAST_ONE = ("prompts", "group", "max_tokens", "eval_tokens", "inner_steps", "micro_tokens",
+                "steps", "batch", "keep", "save_every", "eval_samples", "max_bad_steps")
+
+
+def check_options(config) -> None:
     """Errors: ValueError naming the option, its value, and what it may be."""
-    whole = ("prompts", "group", "max_tokens", "inner_steps", "micro_tokens", "steps", "batch",
-             "keep", "save_every", "eval_samples", "max_bad_steps")
-    for f in fields(config):
-        value, flag = getattr(config, f.name), "--" + f.name.replace("_", "-")
-        choices = getattr(f.type, "__args__", ()) if isinstance(value, str) else (value,)
-        if choices and value not in choices:
+    for option in fields(config):
+        value, flag = getattr(config, option.name), flag_of(option.name)
+        choices = getattr(option.type, "__args__", ())
+        if isinstance(value, str) and choices and value not in choices:
             raise ValueError(f"{flag} is {value!r}; choose from {', '.join(choices)}")
-        if (f.name in whole and value < 1) or (f.name in ("temperature", "lr") and value <= 0):
-            raise ValueError(f"{flag} is {value}; it must be {1 if f.name in whole else 'above 0'}")
+        if option.name in AT_LEAST_ONE and value < 1:
+            raise ValueError(f"{flag} is {value}; it must be 1 or more")
+        if option.name in ("temperature", "lr") and value <= 0:
+            raise ValueError(f"{flag} is {value}; it must be above 0")
+    if not 0 <= config.heldout < 1:
+        raise ValueError(f"--heldout is {config.heldout}; it is a share, from 0 to below 1")
+    if config.heldout == 0 and config.eval_every and not config.eval_data:
+        raise ValueError("--heldout 0 leaves nothing to evaluate on: give --eval-data as well")
+
+
+def flag_of(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def given(config, *names: str) -> list[str]:
+    """Those of the options that are not at their default, as flags."""
+    defaults = {option.name: option.default for option in fields(config)}
+    return [flag_of(name) for name in names if getattr(config, name) != defaults[name]]
 
 
 def parse_config(config_class, arguments, presets: dict, text: str, gpu: bool):
     """Defaults < --preset < --config FILE < command line, each option's help the comment beside it.
-    Without a GPU, and with none of --preset, --config and --model, the preset is "tiny"."""
+
+    Without a GPU, and with none of --preset, --config and --model, the preset is "tiny".
+    Errors: exit status 2 and one sentence for an unknown option or a wrong value.
+    """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--preset", choices=presets)
     first.add_argument("--config", type=Path)
@@ -51,18 +125,214 @@ def parse_config(config_class, arguments, presets: dict, text: str, gpu: bool):
         saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
         text += f"\n--preset {' | '.join(presets)}; --config FILE: a run's config.json"
         default = config_class(**(presets.get(chosen.preset, {}) | saved))
-        return tyro.cli(config_class, args=rest, default=default, description=text)
+        return tyro.cli(config_class, args=bare_think(rest), default=default, description=text)
     except (OSError, ValueError, TypeError) as error:
         first.error(str(error))
 
 
+def bare_think(arguments: list[str]) -> list[str]:
+    """The arguments with a `--think` that is followed by no form written as `--think before`."""
+    written = []
+    for word, following in zip(arguments, [*arguments[1:], ""]):
+        written.append(word)
+        if word == "--think" and following not in ("no", "before", "after"):
+            written.append("before")
+    return written
+
+
+def data_options(config) -> dict:
+    """What data.open_data and data.check take of a configuration."""
+    names = ("seed", "min_pixels", "max_pixels", "fields", "skip_bad", "heldout")
+    return {name: getattr(config, name) for name in names}
+
+
+# §2 ─────────────────────────────────── the run's objects ────────────────────────────────────
+@dataclass
+class Run:
+    """Everything that a step reads or changes."""
+
+    config: Any
+    processes: Processes
+    policy: Policy
+    reference: Policy | None  # the frozen initial model, if β > 0
+    tokenizer: Any
+    special: SpecialIds
+    sampler: Sampler
+    optimizer: torch.optim.Optimizer
+    data: datasets.Mixture
+    eval_data: datasets.Mixture | None  # None: nothing is held out
+    reward: Any  # rewards.score, or a function of the user's
+    cursor: int = 0  # draws consumed so far
+    drawn: list = field(default_factory=list)  # ids of the batch at hand, for reports
+
+
+def prepare(config, processes: Processes, source: str, *, freeze_vision=False, beta=0.0, reward=""):
+    """Load, shard, and build all that a run needs; `source` is the checkpoint to begin with."""
+    data = datasets.open_data(config.data, split="train", **data_options(config))
+    eval_data = open_heldout(config)
+    policy, tokenizer, special = fsdp.load_policy(
+        source, processes, config, freeze_vision=freeze_vision)
+    on_gpu = processes.device.type == "cuda"
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    reference = None
+    if beta:
+        reference, _, _ = fsdp.load_policy(source, processes, config, dtype=dtype)
+    sampler = Sampler(
+        policy.model, special, device=processes.device, dtype=dtype, kv_gb=config.kv_gb,
+        graphs=config.graphs and on_gpu, keep_features=freeze_vision)
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(  # no weight decay [PR1 code, OVR]
+        trained, betas=(0.9, config.beta2), weight_decay=0)
+    return Run(config, processes, policy, reference, tokenizer, special, sampler, optimizer, data,
+               eval_data, rewards.load(reward))
+
+
+def open_heldout(config) -> datasets.Mixture | None:
+    """--eval-data, all of it; else the held-out share of --data; None without evaluation."""
+    if not config.eval_every:
+        return None
+    options = data_options(config)
+    if config.eval_data:
+        return datasets.open_data(config.eval_data, split="heldout", **options | {"heldout": 1.0})
+    return datasets.open_data(config.data, split="heldout", **options)
+
+
+# §3 ─────────────────────────────────── samples → prompts ────────────────────────────────────
+def make_prompt(run: Run, sample: datasets.Sample) -> Prompt:
+    """The paper's prompt for the sample's task, tokenised with its images. Never truncated."""
+    text = rewards.prompt(sample.task, sample.question, think=think_of(run.config))
+    system = sample.system or run.config.system_prompt
+    prompt = qwen_vl.encode_chat(run.tokenizer, run.special, text, sample.images, system)
+    if len(prompt.ids) > run.config.max_prompt:
+        raise datasets.DataError(
+            f"sample {sample.id}: its prompt has {len(prompt.ids)} tokens, --max-prompt is "
+            f"{run.config.max_prompt}; raise it, or lower --max-pixels")
+    return prompt
+
+
+def think_of(config) -> str | bool:
+    """--think as rewards.py takes it."""
+    return False if config.think == "no" else config.think
+
+
+def draw_groups(run: Run, count: int) -> list[Group]:
+    """This rank's share of the next `count` draws: prompts without completions.
+
+    Rank r of R takes draws cursor + r, cursor + r + R, …, so a batch does not depend on R.
+    """
+    ranks, groups = run.processes, []
+    for draw in range(run.cursor + ranks.rank, run.cursor + count, ranks.world):
+        sample = run.data[draw]
+        groups.append(Group(make_prompt(run, sample), [], sample=sample, draw=draw))
+    run.cursor += count
+    run.drawn = [group.sample.id for group in groups]
+    return groups
+
+
+# §4 ──────────────────────────────────── held-out answers ────────────────────────────────────
+def answer(run: Run, samples: list, *, tries: int, max_tokens: int, greedy: bool, penalty=1.0,
+           prompt_of=make_prompt) -> list[dict]:
+    """`tries` answers to each of these samples of this rank, a row each: see eval.py's rows.
+
+    Noise is keyed by the sample alone: every evaluation of a run draws the same uniforms.
+    """
+    rows = []
+    for first in range(0, len(samples), 32):  # not all at once: a large image is 300 MB of patches
+        part = samples[first : first + 32]
+        prompts = [prompt_of(run, sample) for sample in part]
+        noise = [keyed_uniforms(0, 0, f"eval {sample.id}", tries, max_tokens) for sample in part]
+        groups = run.sampler.generate(
+            prompts, None if greedy else noise, max_tokens, repetition_penalty=penalty)
+        for sample, completions in zip(part, groups):
+            for completion in completions:
+                text = qwen_vl.decode(run.tokenizer, run.special, completion.tokens)
+                rows.append({
+                    "id": sample.id, "task": sample.task, "question": sample.question,
+                    "answer": sample.answer, "image_size": sample.image_size, "completion": text,
+                    "truncated": completion.truncated})
+    return rows
+
+
+def answer_heldout(run: Run, count: int, **options) -> list[dict]:
+    """Rows of the first `count` held-out samples (0: of all), of all ranks, equal on every rank.
+
+    options: those of `answer`. With --blind the images are grey. Raises what `together` raises.
+    """
+    ranks, total = run.processes, len(run.eval_data)
+    own = range(ranks.rank, min(count or total, total), ranks.world)
+
+    def answer_own() -> list[dict]:
+        samples = [run.eval_data.at(index) for index in own]
+        if run.config.blind:
+            samples = [sample.blinded() for sample in samples]
+        return answer(run, samples, **options)
+
+    return [row for part in ranks.gather(together(run, answer_own)) for row in part]
+
+
+def evaluate(run: Run, max_tokens: int) -> tuple[list[dict], dict[str, float]]:
+    """Held-out samples, greedily and at T = 1: (a row an answer, accuracy of the answers alone)."""
+    config, rows, accuracy = run.config, [], {}
+    for mode in ("greedy", "sampled"):
+        found = answer_heldout(
+            run, config.eval_samples, tries=1, max_tokens=max_tokens, greedy=mode == "greedy")
+        for row in found:
+            row["mode"] = mode
+            row["correct"] = rewards.correct(
+                row["task"], row["completion"], row["answer"], row["image_size"],
+                think=think_of(config))
+        rows += found
+        accuracy[f"eval/{mode}"] = sum(row["correct"] for row in found) / len(found)
+    return rows, accuracy
+
+
+def together(run: Run, work):
+    """work(); what stops it on any rank stops all: Interrupted (told to stop) or DataError.
+
+    Decoding issues no collectives, so ranks agree on this after it.
+    """
+    outcome = trouble = None
+    try:
+        outcome = work()
+    except Interrupted:
+        pass  # the flag that raised it is gathered below
+    except datasets.DataError as error:
+        trouble = str(error)
+    found = run.processes.gather((run.sampler.interrupted(), trouble))
+    troubles = [trouble for _, trouble in found if trouble]
+    if troubles:
+        raise datasets.DataError("\n".join(troubles))
+    if any(interrupted for interrupted, _ in found):
+        raise Interrupted
+    return outcome
+
+
+# §5 ─────────────────────────────────────── optimizer ────────────────────────────────────────
 def learning_rate(config, step: int) -> float:
     """Linear warm-up, then constant, linear to 0, or cosine to 0."""
+    if step < config.warmup:
+        return config.lr * (step + 1) / config.warmup
     done = (step - config.warmup) / max(config.steps - config.warmup, 1)
-    shape = {"constant": 1, "linear": 1 - done, "cosine": 0.5 + 0.5 * math.cos(math.pi * done)}
-    return config.lr * ((step + 1) / config.warmup if done < 0 else shape[config.schedule])
+    if config.schedule == "linear":
+        return config.lr * (1 - done)
+    if config.schedule == "cosine":
+        return config.lr * (0.5 + 0.5 * math.cos(math.pi * done))
+    return config.lr
 
 
+def optimizer_step(run: Run, step: int) -> float:
+    """Clip, step, clear; a gradient that is not finite is dropped. Returns the norm before."""
+    norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), run.config.max_norm)
+    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    for group in run.optimizer.param_groups:
+        group["lr"] = learning_rate(run.config, step)
+    if torch.isfinite(norm):
+        run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    return norm.item()
+
+
+# §6 ────────────────────────────────────── around a step ─────────────────────────────────────
 def watch_signals():
     """A function that says whether SIGTERM or Ctrl-C has come. A second one ends the process."""
     received = []
@@ -79,6 +349,107 @@ def watch_signals():
     return lambda: bool(received)
 
 
+ABANDONED = Interrupted, datasets.DataError  # what ends a step before it has touched the weights
+
+
+class Progress:
+    """Where a run stands: it resumes, counts, logs, evaluates, saves and finishes.
+
+        progress = Progress(run, eval_tokens)      # from the newest checkpoint
+        for step in progress.steps():              # to --steps, a signal, or --max-bad-steps
+            try:
+                progress.add(one_step(run, step))
+            except ABANDONED as error:             # nothing of this step has touched the weights
+                progress.abandon(error)
+        progress.finish()                          # the last checkpoint, and model/
+    """
+
+    def __init__(self, run: Run, eval_tokens: int, seconds: float = math.inf):
+        self.run, self.config, self.folder = run, run.config, Path(run.config.out)
+        self.eval_tokens, self.seconds = eval_tokens, seconds
+        state = run_folder.resume(run.config, run.policy, run.optimizer)
+        self.done = state["step"]
+        run.cursor = self.cursor = state["cursor"]
+        self.started = time.perf_counter()
+        self.bad_steps, self.stopped, self.last = 0, False, self.done >= self.config.steps
+        self.metrics: dict = {}
+        self.log = run_folder.RunLog(run.config) if run.processes.rank == 0 else None
+        run.sampler.refresh(run.policy)
+        run.sampler.interrupted = watch_signals()
+        if state.get("unlogged"):  # the run ended between a checkpoint and its evaluation
+            self.evaluate_and_log(state["unlogged"])
+
+    def steps(self):
+        """The numbers of the steps to take."""
+        while not (self.stopped or self.last or self.bad_steps == self.config.max_bad_steps):
+            yield self.done
+
+    def abandon(self, error: Exception) -> None:
+        """The step at hand left the weights alone: no other follows it. Bad data ends the run."""
+        self.stopped = True
+        if not isinstance(error, Interrupted):
+            self.save()
+            raise error
+
+    def add(self, metrics: dict) -> None:
+        """A step was taken: save, evaluate and log as is due. All ranks call it together."""
+        run, config = self.run, self.config
+        self.done += 1
+        self.cursor = run.cursor
+        elapsed = max(run.processes.gather(time.perf_counter() - self.started))
+        metrics["seconds/total"] = elapsed
+        self.last = self.done == config.steps or elapsed > self.seconds
+        self.bad_steps = 0 if math.isfinite(metrics["grad_norm"]) else self.bad_steps + 1
+        if self.bad_steps:  # the optimizer left this step out
+            drawn = run.processes.gather(run.drawn)
+            metrics["skipped_samples"] = [name for part in drawn for name in part]
+        if self.done % config.save_every == 0:  # before an evaluation, which may fail
+            self.save(unlogged=metrics)
+        self.evaluate_and_log(metrics)
+        self.stopped = any(run.processes.gather(run.sampler.interrupted()))
+
+    def evaluate_and_log(self, metrics: dict) -> None:
+        """Finish a step's metrics. Bad held-out data ends the run, and loses no step."""
+        run, config = self.run, self.config
+        if config.eval_every and (self.done % config.eval_every == 0 or self.last):
+            run.sampler.refresh(run.policy)
+            try:
+                metrics = metrics | evaluate(run, self.eval_tokens)[1]
+            except ABANDONED as error:
+                self.save(unlogged=metrics)
+                if isinstance(error, Interrupted):  # evaluated when the run goes on
+                    return
+                raise
+        self.metrics = metrics
+        if self.log:
+            self.log.add(metrics)
+
+    def save(self, unlogged: dict | None = None) -> None:
+        state = {"step": self.done, "cursor": self.cursor, "unlogged": unlogged}
+        run_folder.save_checkpoint(
+            self.folder, self.run.policy, self.run.optimizer, state, self.config.keep)
+
+    def finish(self) -> bool:
+        """The last checkpoint, and model/ if all steps are done: whether they are."""
+        config, run = self.config, self.run
+        self.save()
+        if self.bad_steps == config.max_bad_steps:
+            raise SystemExit(
+                f"{self.bad_steps} steps in a row without a finite gradient, the last one from "
+                f"{self.metrics['skipped_samples']}: lower --lr or look at these samples")
+        checkpoint = self.folder / f"checkpoint-{self.done}"
+        if not self.last:
+            say(f"stopped after {self.done} of {config.steps} steps; the same command goes on from "
+                f"{checkpoint}")
+            return False
+        run_folder.export(self.folder / "model", run.policy, run.tokenizer, config.model)
+        if run.processes.rank == 0:
+            run_folder.mark_finished(checkpoint)
+        say(f"finished: {self.done} steps, model in {self.folder}/model, metrics in "
+            f"{self.folder}/metrics.jsonl, checkpoint in {checkpoint}")
+        return True
+
+
 @contextlib.contextmanager
 def one_run():
     """The frame of a run: bad data ends it with one sentence; else all ranks leave together."""
@@ -89,152 +460,8 @@ def one_run():
     fsdp.leave()
 
 
-@dataclass
-class Run:
-    """Everything that a step reads or changes."""
-
-    config: Any
-    processes: Processes
-    policy: Policy
-    reference: Policy | None  # the frozen initial model, if β > 0
-    tokenizer: Any
-    special: SpecialIds
-    sampler: Sampler
-    optimizer: torch.optim.Optimizer
-    data: datasets.Mixture
-    eval_data: datasets.Mixture
-    reward: Any
-    cursor: int = 0  # draws consumed so far
-    ahead: dict = field(default_factory=dict)  # first draw: the batch that the thread prepares
-    thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
-    drawn: list = field(default_factory=list)  # ids of the batch at hand, for reports
-
-
-def make_prompt(run: "Run", sample: datasets.Sample) -> Prompt:
-    """The paper's prompt for the sample's task, tokenised with its images. Never truncated."""
-    text = rewards.prompt(sample.task, sample.question, think=run.config.think)
-    system, most = sample.system or run.config.system_prompt, run.config.max_prompt
-    prompt = qwen_vl.encode_chat(run.tokenizer, run.special, text, sample.images, system)
-    if len(prompt.ids) > most:
-        raise datasets.DataError(f"sample {sample.id}: its prompt has {len(prompt.ids)} tokens, "
-                                 f"--max-prompt is {most}; raise it, or lower --max-pixels")
-    return prompt
-
-
-def draw_groups(run: "Run", count: int) -> list[Group]:
-    """This rank's share of the next draws; a thread decodes the ones after them meanwhile."""
-    def prepare(first):
-        torch.set_num_threads(1)  # this thread's: a second OpenMP team slows the main thread's
-        draws = range(first + run.processes.rank, first + count, run.processes.world)
-        drawn = [(run.data[draw], draw) for draw in draws]
-        return [Group(make_prompt(run, s), [], sample=s, draw=draw) for s, draw in drawn]
-
-    for first in (run.cursor, run.cursor + count):
-        if first not in run.ahead:
-            run.ahead[first] = run.thread.submit(prepare, first)
-    groups = run.ahead.pop(run.cursor).result()
-    run.drawn = [group.sample.id for group in groups]
-    run.cursor += count
-    return groups
-
-
-def unless_interrupted(run: "Run", work, *arguments):
-    """work(*arguments); if any rank was told to stop meanwhile, all of them raise Interrupted."""
-    outcome = None
-    with contextlib.suppress(Interrupted):
-        outcome = work(*arguments)
-    if any(run.processes.gather(run.sampler.interrupted())):
-        raise Interrupted
-    return outcome
-
-
-def optimizer_step(run: Run, step: int) -> float:
-    """Clip, step, clear; a gradient that is not finite is dropped. Returns the norm before."""
-    norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), run.config.max_norm)
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    for group in run.optimizer.param_groups:
-        group["lr"] = learning_rate(run.config, step)
-    if torch.isfinite(norm):
-        run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
-    return norm.item()
-
-
-def evaluate(run: Run, max_tokens: int) -> tuple[list[dict], dict[str, float]]:
-    """Held-out samples, greedily and at T = 1: (a row an answer, accuracy of the answers alone)."""
-    ranks, rows, count = run.processes, [], min(run.config.eval_samples, len(run.eval_data))
-    samples = [run.eval_data.at(i) for i in range(ranks.rank, count, ranks.world)]
-    prompts = [make_prompt(run, sample) for sample in samples]
-    noise = [keyed_uniforms(0, 0, f"eval {s.id}", 1, max_tokens) for s in samples]
-    for mode, keyed in (("greedy", None), ("sampled", noise)):
-        answers = unless_interrupted(run, run.sampler.generate, prompts, keyed, max_tokens)
-        for s, (c,) in zip(samples, answers):
-            text = qwen_vl.decode(run.tokenizer, run.special, c.tokens)
-            right = rewards.correct(s.task, text, s.answer, s.image_size, think=run.config.think)
-            about = dict(id=s.id, task=s.task, question=s.question, answer=s.answer)
-            rows.append(about | {"image_size": s.image_size, "mode": mode, "completion": text,
-                                 "correct": right})
-    rows = [row for part in ranks.gather(rows) for row in part]
-    return rows, {f"eval/{mode}": sum(row["correct"] for row in rows if row["mode"] == mode) / count
-                  for mode in ("greedy", "sampled")}
-
-
-def prepare(config, processes: Processes, source: str, *, freeze_vision=False, beta=0.0, reward=""):
-    """Load, shard, and build all that a run needs; `source` is the checkpoint to begin with."""
-    loaded = fsdp.load_policy(source, processes, config, freeze_vision=freeze_vision)
-    policy, tokenizer, special = loaded
-    dtype = torch.bfloat16 if processes.device.type == "cuda" else torch.float32
-    reference = fsdp.load_policy(source, processes, config, dtype=dtype)[0] if beta else None
-    copy = Sampler(policy.model, special, device=processes.device, dtype=dtype, kv_gb=config.kv_gb,
-                   graphs=config.graphs and dtype == torch.bfloat16, keep_features=freeze_vision)
-    trained, betas = [p for p in policy.parameters() if p.requires_grad], (0.9, config.beta2)
-    optimizer = torch.optim.AdamW(trained, betas=betas, weight_decay=0)  # [PR1, OVR: 0]
-    specs = {"train": config.data, "heldout": config.eval_data or config.data}
-    opened = [datasets.open_data(specs[s], split=s, **data_options(config)) for s in specs]
-    return Run(config, processes, policy, reference, tokenizer, special, copy, optimizer, *opened,
-               rewards.load(reward))
-
-
-def data_options(config) -> dict:
-    names = ("seed", "min_pixels", "max_pixels", "fields", "skip_bad")
-    return {name: getattr(config, name) for name in names}
-
-
-def train(run: Run, one_step, *, eval_tokens: int, seconds: float = math.inf) -> None:
-    """The loop around one_step(run, step) → metrics: resume, log, evaluate, save, export.
-
-    Told to stop (SIGTERM, Ctrl-C), it saves the last completed step and returns.
-    """
-    config, folder, ranks = run.config, Path(run.config.out), run.processes
-    state = run_folder.resume(config, run.policy, run.optimizer)
-    run.cursor, bad_steps, stop, last = state["cursor"], 0, False, state["step"] >= config.steps
-    run.sampler.refresh(run.policy)
-    run.sampler.interrupted = watch_signals()
-    log = run_folder.RunLog(config, run_folder.symptoms) if ranks.rank == 0 else None
-    started = time.perf_counter()
-    while not (stop or last or bad_steps == config.max_bad_steps):
-        try:
-            metrics = one_step(run, state["step"])
-        except Interrupted:  # nothing of this step has touched the weights
-            break
-        state = {"step": state["step"] + 1, "cursor": run.cursor}
-        metrics["seconds/total"] = max(ranks.gather(time.perf_counter() - started))
-        last = state["step"] == config.steps or metrics["seconds/total"] > seconds
-        if config.eval_every and (state["step"] % config.eval_every == 0 or last):
-            run.sampler.refresh(run.policy)
-            with contextlib.suppress(Interrupted):  # seen again below
-                metrics |= evaluate(run, eval_tokens)[1]
-        bad_steps = 0 if math.isfinite(metrics["grad_norm"]) else bad_steps + 1
-        if bad_steps:  # the optimizer left this step out
-            metrics["skipped_samples"] = [name for part in ranks.gather(run.drawn) for name in part]
-        if log:
-            log.add(metrics)
-        stop = any(ranks.gather(run.sampler.interrupted()))
-        if state["step"] % config.save_every == 0:
-            run_folder.save_checkpoint(folder, run.policy, run.optimizer, state, config.keep)
-    run_folder.save_checkpoint(folder, run.policy, run.optimizer, state, config.keep)
-    if bad_steps == config.max_bad_steps:
-        raise SystemExit(f"{bad_steps} steps in a row without a finite gradient, the last one from "
-                         f"{metrics['skipped_samples']}: lower --lr or look at these samples")
-    if last:
-        run_folder.export(folder / "model", run.policy, run.tokenizer, config.model)
+def check_data(config) -> None:
+    """--check: each fault of --data and exit status 1, or what the data holds and 0."""
+    faults = datasets.check(config.data, **data_options(config))
+    if faults:
+        raise SystemExit("\n".join(faults))

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint import state_dict as dist_state
 
+import data as datasets
 import grpo_vl
 import run_folder
 import training
@@ -56,7 +57,7 @@ def steps(ranks, count=3, **changes):
 def mixed_modalities(ranks, text_rank):
     """A step in which one rank sees text alone and the other images."""
     run = make_run(ranks, prompts=2)
-    text = grpo_vl.datasets.open_data(["synthetic:math?text=1"], seed=0)
+    text = datasets.open_data(["synthetic:math?text=1"], seed=0)
     plain = run.data
 
     class Mixed:

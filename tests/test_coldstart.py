@@ -4,10 +4,10 @@ import ranks
 import torch
 from conftest import ROOT
 
-import grpo_vl
 import policy
 import sft_coldstart
 import training
+from qwen_vl import Group
 
 MIXED = (f"{ranks.WORLD}:0.5", "synthetic:math?text=1:0.5")
 
@@ -75,7 +75,7 @@ def test_samples_do_not_see_each_other(alone):
     for draw in range(4):
         sample = run.data[draw]
         response = sft_coldstart.Completion(sft_coldstart.response_tokens(run, sample))
-        groups.append(grpo_vl.Group(training.make_prompt(run, sample), [response]))
+        groups.append(Group(training.make_prompt(run, sample), [response]))
     def logps(chosen):
         (pack,) = policy.pack_for_ranks(chosen, 10**6, run.special, alone)
         with torch.no_grad():
@@ -97,7 +97,7 @@ def test_a_datas_own_response_is_learnt_and_think_is_written(alone, tmp_path):
     run = make_run(alone, data=(str(tmp_path / "own.jsonl"),))
     tokens = sft_coldstart.response_tokens(run, run.data[0])
     assert run.tokenizer.decode(tokens[:-1]) == "It is 2."
-    run = make_run(alone, data=(ranks.WORLD,), think=True)
+    run = make_run(alone, data=(ranks.WORLD,), think="before")
     text = run.tokenizer.decode(sft_coldstart.response_tokens(run, run.data[0])[:-1])
     assert text.startswith("<think>") and text.endswith("</answer>") and "bbox_2d" in text
 

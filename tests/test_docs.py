@@ -89,7 +89,7 @@ def test_help_lists_each_option(module):
 
 def test_readme_flags_exist():
     options = {"--" + f.name.replace("_", "-") for m in (grpo_vl, sft_coldstart) for f in dataclasses.fields(m.Config)}
-    options |= set(re.findall(r"--[a-z][a-z-]+", (ROOT / "tests" / "bench_step.py").read_text()))
+    options |= set(re.findall(r"--[a-z][a-z-]+", (ROOT / "benchmarks" / "bench_step.py").read_text()))
     options |= {"--no-checkpointing", "--no-graphs", "--preset", "--config", "--help", "--seeds", "--nproc"}
     options |= set(re.findall(r"--[a-z][a-z-]+", source("eval").split('"""')[1]))  # its commands
     used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README.replace("--nproc_per_node", "--nproc")))
@@ -97,7 +97,7 @@ def test_readme_flags_exist():
 
 
 def test_readme_files_exist():
-    for path in re.findall(r"\]\((?!http)([^)#]+)\)", README) + re.findall(r"python ((?:tests/)?\w+\.py)", README):
+    for path in re.findall(r"\]\((?!http)([^)#]+)\)", README) + re.findall(r"python ((?:benchmarks/)?\w+\.py)", README):
         assert (ROOT / path).exists(), path
 
 

@@ -10,7 +10,7 @@ from conftest import ROOT
 from PIL import Image
 
 QUICK = ["--steps", "2", "--prompts", "2", "--group", "2", "--max-tokens", "6", "--eval-samples", "4",
-         "--eval-every", "2", "--pictures-every", "1", "--save-every", "1"]
+         "--eval-every", "2", "--pictures-every", "1", "--save-every", "1", "--schedule", "constant"]
 
 
 def run(*command, cwd=ROOT):
@@ -43,8 +43,8 @@ def test_cold_start_then_grpo_under_torchrun(cold_start, tmp_path):
         path.name for path in out.iterdir()}
     pictures = sorted((out / "samples").glob("*.png"))
     texts = json.loads((out / "samples" / "step-1.json").read_text())
-    assert pictures and Image.open(pictures[0]).size[0] >= 400
-    assert {"id", "task", "question", "text", "answer", "reward"} == set(texts[0])
+    assert pictures and Image.open(pictures[0]).size == (56, 56)  # as the model saw it
+    assert {"id", "task", "question", "text", "answer", "reward"} <= set(texts[0])
     # one more step from the checkpoint, with the saved configuration
     run("grpo_vl.py", "--config", out / "config.json", "--steps", "3")
     assert [row["step"] for row in metrics(out)] == [0, 1, 2]
@@ -63,7 +63,7 @@ def test_a_missing_cold_start_is_announced_and_run(tmp_path):
             break
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert f"no cold start in {cold}: running sft_coldstart.py first" in said
+    assert f"no cold start in {cold}: running it first" in said
     assert json.loads((cold / "metrics.jsonl").read_text().splitlines()[0])["loss"] > 1
 
 
@@ -80,7 +80,7 @@ def test_training_on_a_file_of_mixed_rows(cold_start, tmp_path):
     out = tmp_path / "out"
     run("-m", "torch.distributed.run", "--nproc_per_node=2", "grpo_vl.py", "--preset", "tiny", "--cold-start",
         cold_start, "--out", out, *QUICK, "--prompts", "3", "--data", tmp_path / "data.jsonl", "--think",
-        "--reward-options", "{}")
+        "--eval-every", "0")  # the preset's iou_power goes to grounding alone
     assert {"reward/format", "reward/iou", "reward/correct", "reward/think"} <= set(metrics(out)[0])
 
 

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from grpo_vl import group_advantages, kl_estimate, policy_loss
+from grpo_vl import group_advantages, kl_estimate, policy_loss, token_weights
 
 
 def rows(*values):
@@ -13,6 +13,19 @@ def rows(*values):
     padded = torch.tensor([[*row, *[0.0] * (longest - len(row))] for row in values])
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in values]).bool()
     return padded, mask
+
+
+def loss_of(logp_BT, old_BT, advantages_B, mask_BT, *, loss="grpo", max_tokens=None, norm=None, ref_BT=None,
+            sampler_BT=None, **options):
+    """policy_loss of the tokens under the mask, laid end to end with their weights."""
+    mask_BT = mask_BT.bool()
+    row_S = torch.arange(len(mask_BT))[:, None].expand(mask_BT.shape)[mask_BT]
+    weight_B = token_weights(mask_BT.sum(1), loss=loss, max_tokens=max_tokens or mask_BT.shape[1], norm=norm)
+    weight_B = weight_B.to(logp_BT.dtype)
+    return policy_loss(
+        logp_BT[mask_BT], old_BT[mask_BT], advantages_B[row_S], weight_B[row_S], row_S=row_S,
+        ref_logp_S=None if ref_BT is None else ref_BT[mask_BT],
+        sampler_logp_S=None if sampler_BT is None else sampler_BT[mask_BT], **options)
 
 
 # ── advantages ──
@@ -80,7 +93,7 @@ def worked_example():
         (dict(loss="grpo"), ((1.2 + 1.0) / 2 - 0.8) / 2),  # 0.15
         (dict(loss="dapo"), (1.2 + 1.0 - 0.8) / 3),  # 0.46667
         (dict(loss="dr_grpo"), (1.2 + 1.0 - 0.8) / (2 * 2)),  # 0.7 a sequence, over T = 2
-        (dict(loss="dr_grpo", norm=2 * 10), (1.2 + 1.0 - 0.8) / 20),  # configured length 10
+        (dict(loss="dr_grpo", max_tokens=10), (1.2 + 1.0 - 0.8) / 20),  # configured length 10
         (dict(loss="grpo", norm=4), (1.1 - 0.8) / 4),
         # clip-higher 0.6: 1.5 is not clipped any more
         (dict(loss="dapo", clip_high=0.6), (1.5 + 1.0 - 0.8) / 3),
@@ -91,12 +104,12 @@ def worked_example():
     ],
 )
 def test_objective_of_the_worked_example(options, objective):
-    loss, _ = policy_loss(*worked_example(), **options)
+    loss, _ = loss_of(*worked_example(), **options)
     assert loss.item() == pytest.approx(-objective, abs=1e-6)
 
 
 def test_clip_fractions_of_the_worked_example():
-    _, stats = policy_loss(*worked_example())
+    _, stats = loss_of(*worked_example())
     # 1.5 > 1.2 with A > 0: one of three tokens above; 0.5 < 0.8 with A < 0: one below; mean ratio 1
     assert stats["clip_high"].tolist() == [1, 3]
     assert stats["clip_low"].tolist() == [1, 3]
@@ -109,7 +122,7 @@ def test_kl_at_log_two(kind, value):
     assert kl_estimate(torch.tensor(math.log(2)), kind).item() == pytest.approx(value, abs=1e-6)
     logp, mask = rows([math.log(2)] * 3, [math.log(2)])
     zeros = torch.zeros_like(logp)
-    loss, stats = policy_loss(logp, logp, torch.zeros(2), mask, beta=0.04, kl=kind, ref_logp_BT=zeros)
+    loss, stats = loss_of(logp, logp, torch.zeros(2), mask, beta=0.04, kl=kind, ref_BT=zeros)
     assert loss.item() == pytest.approx(0.04 * value, abs=1e-7)
     assert stats["kl"].tolist() == pytest.approx([4 * value, 4], abs=1e-5)
 
@@ -117,14 +130,14 @@ def test_kl_at_log_two(kind, value):
 def test_k1_in_the_loss_is_refused():
     logp, mask = rows([0.1])
     with pytest.raises(ValueError, match="k2 or k3"):
-        policy_loss(logp, logp, torch.zeros(1), mask, beta=0.1, kl="k1", ref_logp_BT=logp)
+        loss_of(logp, logp, torch.zeros(1), mask, beta=0.1, kl="k1", ref_BT=logp)
 
 
 def test_truncated_importance_weight():
     # old − sampler = ln 3 → weight min(3, 2) = 2; ln 0.5 → 0.5. On policy, A = 1: −(2 + 0.5)/2
     logp, mask = rows([0.0, 0.0])
     sampler = torch.tensor([[-math.log(3), math.log(2)]])
-    loss, _ = policy_loss(logp, logp, torch.ones(1), mask, sampler_logp_BT=sampler, tis_cap=2.0)
+    loss, _ = loss_of(logp, logp, torch.ones(1), mask, sampler_BT=sampler, tis_cap=2.0)
     assert loss.item() == pytest.approx(-1.25, abs=1e-6)
 
 
@@ -133,7 +146,7 @@ def test_loss_is_zero_on_policy_but_its_gradient_is_not():
     logp = torch.tensor([[-1.0, -2.0], [-3.0, 0.0]], requires_grad=True)
     mask = torch.tensor([[True, True], [True, False]])
     advantages = group_advantages(torch.tensor([[1.0, 0.0]]), eps=0.0)[0]
-    loss, _ = policy_loss(logp, logp.detach(), advantages, mask)
+    loss, _ = loss_of(logp, logp.detach(), advantages, mask)
     loss.backward()
     assert loss.item() == pytest.approx(0.0, abs=1e-7)
     a = 0.70710678
@@ -171,7 +184,7 @@ def test_loss_equals_a_naive_loop(loss, ratio, kl):
     mask = torch.arange(5) < torch.tensor(lengths)[:, None]
     advantages = torch.tensor([0.7, -1.2, 0.3, -0.4], dtype=torch.float64)
     options = dict(loss=loss, ratio=ratio, clip_low=0.1, clip_high=0.3, beta=0.05, kl=kl)
-    got, _ = policy_loss(logp, old, advantages, mask, ref_logp_BT=ref, **options)
+    got, _ = loss_of(logp, old, advantages, mask, ref_BT=ref, **options)
     want = naive_objective(logp, old, advantages.tolist(), lengths, loss, ratio, 0.1, 0.3, 0.05, kl, ref)
     assert got.item() == pytest.approx(-want, abs=1e-12)
 
@@ -187,8 +200,8 @@ def test_gradient_by_finite_differences(loss, ratio, kl):
     advantages = torch.tensor([0.9, -1.1, 0.2], dtype=torch.float64)
 
     def value(x):
-        options = dict(loss=loss, ratio=ratio, beta=0.1, kl=kl, ref_logp_BT=ref)
-        return policy_loss(x, old, advantages, mask, **options)[0]
+        options = dict(loss=loss, ratio=ratio, beta=0.1, kl=kl, ref_BT=ref)
+        return loss_of(x, old, advantages, mask, **options)[0]
 
     assert torch.autograd.gradcheck(value, logp.requires_grad_(), eps=1e-6, atol=1e-7)
 
@@ -199,37 +212,67 @@ def test_micro_batches_add_up(loss):
     logp, old = -torch.rand(6, 5), -torch.rand(6, 5)
     mask = torch.arange(5) < torch.tensor([5, 1, 3, 2, 5, 4])[:, None]
     advantages = torch.randn(6)
-    norm = {"grpo": 6, "dapo": 20, "dr_grpo": 30}[loss]  # 5+1+3+2+5+4 = 20 tokens
-    whole, _ = policy_loss(logp, old, advantages, mask, loss=loss, norm=norm)
-    default, _ = policy_loss(logp, old, advantages, mask, loss=loss)
-    parts = [policy_loss(logp[i:j], old[i:j], advantages[i:j], mask[i:j], loss=loss, norm=norm)[0]
+    norm = {"grpo": 6, "dapo": 20, "dr_grpo": 6}[loss]  # 5+1+3+2+5+4 = 20 tokens
+    whole, _ = loss_of(logp, old, advantages, mask, loss=loss, norm=norm)
+    default, _ = loss_of(logp, old, advantages, mask, loss=loss)
+    parts = [loss_of(logp[i:j], old[i:j], advantages[i:j], mask[i:j], loss=loss, norm=norm)[0]
              for i, j in ((0, 1), (1, 4), (4, 6))]
     torch.testing.assert_close(sum(parts), whole)
     torch.testing.assert_close(default, whole)
 
 
-def test_padding_does_not_matter():
-    logp, old, advantages, mask = worked_example()
-    wide = [torch.nn.functional.pad(x, (0, 3), value=value) for x, value in ((logp, 5.0), (old, -7.0), (mask, False))]
-    wide[0][1, 1], wide[1][1, 1] = float("nan"), float("inf")  # garbage in the padding
-    for loss in ("grpo", "dapo"):
-        narrow, _ = policy_loss(logp, old, advantages, mask, loss=loss)
-        padded, stats = policy_loss(wide[0], wide[1], advantages, wide[2], loss=loss)
-        torch.testing.assert_close(padded, narrow)
-        assert stats["ratio"][1] == 3
+def test_tokens_without_weight_may_hold_anything():
+    """A masked rollout between two others: neither its numbers nor its gradient get through."""
+    logp = torch.tensor([0.1, math.nan, -0.2, math.inf], requires_grad=True)
+    old = torch.tensor([0.0, -7.0, 0.0, math.inf])
+    options = dict(row_S=torch.tensor([0, 1, 2, 1]), beta=0.1, ref_logp_S=old.clone(), tis_cap=2.0, sampler_logp_S=old.clone())
+    advantage, weight = torch.tensor([1.0, 2.0, -1.0, 2.0]), torch.tensor([0.5, 0.0, 0.5, 0.0])
+    for ratio in ("token", "sequence"):
+        loss, stats = policy_loss(logp, old, advantage, weight, ratio=ratio, **options)
+        kept = [0, 2]
+        alone, _ = policy_loss(logp[kept], old[kept], advantage[kept], weight[kept], ratio=ratio, row_S=torch.tensor([0, 1]),
+                               beta=0.1, ref_logp_S=old[kept], tis_cap=2.0, sampler_logp_S=old[kept])
+        torch.testing.assert_close(loss, alone)
+        assert stats["ratio"][1] == 2
+        (gradient,) = torch.autograd.grad(loss, logp)
+        assert gradient.isfinite().all() and gradient[[1, 3]].tolist() == [0.0, 0.0]
 
 
 def test_everything_masked_is_zero_not_nan():
-    logp = torch.zeros(2, 3, requires_grad=True)
+    logp = torch.zeros(6, requires_grad=True)
     for loss in ("grpo", "dapo", "dr_grpo"):
-        value, _ = policy_loss(logp, logp.detach(), torch.ones(2), torch.zeros(2, 3), loss=loss)
+        weight_B = token_weights(torch.zeros(2), loss=loss, max_tokens=3)
+        assert weight_B.tolist() == [0.0, 0.0]
+        value, _ = policy_loss(logp, logp.detach(), torch.ones(6), weight_B.float().repeat_interleave(3))
         assert value.item() == 0.0
 
 
-def test_errors_show_both_shapes():
-    with pytest.raises(ValueError, match=r"\(2, 3\).*\(2, 4\)"):
-        policy_loss(torch.zeros(2, 3), torch.zeros(2, 4), torch.zeros(2), torch.ones(2, 3))
-    with pytest.raises(ValueError, match="ref_logp_BT"):
-        policy_loss(torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1), torch.ones(1, 1), beta=0.1)
+def test_token_weights_by_hand():
+    lengths = torch.tensor([2, 0, 3])  # the second rollout is masked: counted in B = 3, not in Σ = 5
+    for loss, options, expected in (
+            ("grpo", {}, [1 / 6, 0, 1 / 9]), ("grpo", dict(norm=30), [1 / 60, 0, 1 / 90]),
+            ("dapo", {}, [1 / 5, 0, 1 / 5]), ("dapo", dict(norm=20), [1 / 20, 0, 1 / 20]),
+            ("dr_grpo", {}, [1 / 30, 0, 1 / 30]), ("dr_grpo", dict(norm=6), [1 / 60, 0, 1 / 60])):
+        got = token_weights(lengths, loss=loss, max_tokens=10, **options)
+        torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64), msg=loss)
     with pytest.raises(ValueError, match="mean"):
-        policy_loss(torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1), torch.ones(1, 1), loss="mean")
+        token_weights(lengths, loss="mean", max_tokens=10)
+
+
+def test_an_undecided_reward_is_in_no_mean():
+    # known rewards [1, 0]: ±0.5 over the sample std 0.7071; the third is left out with advantage 0
+    got = group_advantages(torch.tensor([[1.0, math.nan, 0.0]]), eps=0.0)
+    torch.testing.assert_close(got, torch.tensor([[0.70710678, 0.0, -0.70710678]]), atol=1e-6, rtol=0)
+    for scale in ("group", "batch", "none"):
+        nothing = group_advantages(torch.tensor([[math.nan, math.nan], [math.nan, 1.0]]), scale=scale)
+        assert nothing.tolist() == [[0.0, 0.0], [0.0, 0.0]]
+
+
+def test_errors_show_all_shapes():
+    one = torch.zeros(1)
+    with pytest.raises(ValueError, match=r"\(3,\).*\(4,\)"):
+        policy_loss(torch.zeros(3), torch.zeros(4), torch.zeros(3), torch.ones(3))
+    for options, said in ((dict(beta=0.1), "ref_logp_S"), (dict(tis_cap=2.0), "sampler_logp_S"),
+                          (dict(ratio="sequence"), "row_S"), (dict(ratio="word"), "word")):
+        with pytest.raises(ValueError, match=said):
+            policy_loss(one, one, one, one, **options)

@@ -140,7 +140,7 @@ def test_kl_in_the_reward_is_subtracted_before_advantages(alone, monkeypatch):
     grpo_vl.train_step(run, 0)
     grpo_vl.train_step(run, 1)
     # at step 0 policy and reference are one, so the KL is 0; at step 1 it is the sum over the sequence
-    before = torch.tensor([group.rewards for group in raw[0]])
+    before = torch.tensor([group.rewards for group in raw[0]], dtype=torch.float64)
     torch.testing.assert_close(seen[0], before, atol=1e-4, rtol=0)
     reference = ranks.make_run(alone)
     for index, group in enumerate(raw[1]):

@@ -1,9 +1,9 @@
 """Whole GRPO steps, timed: this project and, with --against trl, TRL's GRPOTrainer.
 
-  python tests/bench_step.py --steps 3                             tiny shape, ours alone
-  python tests/bench_step.py --against trl --rounds 3 --trl-python TRL_VENV/bin/python
-  python tests/bench_step.py --g-scaling --image-tokens 961 --length 32     G = 4, 8, 16, 32
-  python tests/bench_step.py --shape 3b --peak-tflops 989          a GPU; random weights, no hub
+  python benchmarks/bench_step.py --steps 3                             tiny shape, ours alone
+  python benchmarks/bench_step.py --against trl --rounds 3 --trl-python TRL_VENV/bin/python
+  python benchmarks/bench_step.py --g-scaling --image-tokens 961 --length 32     G = 4, 8, 16, 32
+  python benchmarks/bench_step.py --shape 3b --peak-tflops 989          a GPU; random weights, no hub
 
 One JSON line on stdout, the rest on stderr. Each side of a round is a fresh process (ours, trl,
 ours, trl, …); all load the same weights and get the same images, prompts and forced completion

@@ -1,7 +1,7 @@
 r"""Siege of rewards.py: mutated completions over all tasks and options, by hand, not by pytest.
 
-    python tests/fuzz_rewards.py --count 1000000 --seed 0
-    python tests/fuzz_rewards.py --only 4711       # that item again: its inputs and its score
+    python benchmarks/fuzz_rewards.py --count 1000000 --seed 0
+    python benchmarks/fuzz_rewards.py --only 4711       # that item again: its inputs and its score
 
 An item fails if it raises, takes 60 s, or has a total or a part out of its range. The first
 --symbolic items are maths that the real children compare; the others start no process. What failed

@@ -1,8 +1,8 @@
 """kill -9 at random moments, over and over: every restart must go on, and end as if nothing had happened.
 
-    python tests/kill_siege.py --kills 50 --ranks 1        minutes on two cores; one JSON line
-    python tests/kill_siege.py --kills 20 --ranks 2 --window 15      two ranks start more slowly
-    python tests/kill_siege.py --kills 20 --script sft_coldstart.py
+    python benchmarks/kill_siege.py --kills 50 --ranks 1        minutes on two cores; one JSON line
+    python benchmarks/kill_siege.py --kills 20 --ranks 2 --window 15      two ranks start more slowly
+    python benchmarks/kill_siege.py --kills 20 --script sft_coldstart.py
 
 A run that saves at every step (so that saves are hit too) is started, killed after a random time, and
 started again, until there were so many kills; a run that finishes in between is compared, and the next begins
@@ -95,7 +95,7 @@ def siege(script, kills, ranks, steps, seed, window, folder):
                  "--eval-every", "0", "--warmup", "2", *sizes]
     if script == "grpo_vl.py":
         arguments += ["--cold-start", "", "--scale", "none", "--overlong", "keep",
-                      "--reward", str(Path(__file__).parent / "ranks.py") + ":by_length"]
+                      "--reward", str(Path(__file__).parent / "control_rewards.py") + ":by_text"]
     whole, killed = folder / "whole", folder / "killed"
     assert finish(start(script, [*arguments, "--out", str(whole)], ranks, log)) == [0] * ranks
     count, starts, in_save, hit_steps, checks = 0, 0, 0, [], []

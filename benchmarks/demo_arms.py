@@ -1,6 +1,6 @@
 """The demo's claim and its controls: arms × seeds, written to results/demo.csv.
 
-  python tests/demo_arms.py --seeds 0 1 2
+  python benchmarks/demo_arms.py --seeds 0 1 2
 
 For each seed: a cold start; from its checkpoint GRPO, GRPO with a format-only and with a random reward,
 and as many more seconds of cold-start training as GRPO took. Accuracy is measured on 1,000 held-out
@@ -63,7 +63,7 @@ def main():
         seconds = 0.0
         for arm, reward in (("grpo", ""), ("format only", "format_only"), ("random", "random_reward")):
             folder = f"{given.runs}/{seed}/{arm.replace(' ', '_')}"
-            extra = ("--reward", f"tests/control_rewards.py:{reward}") if reward else ()
+            extra = ("--reward", f"benchmarks/control_rewards.py:{reward}") if reward else ()
             command = launch("grpo_vl.py", "--seed", seed, "--cold-start", cold, "--out", folder,
                              "--eval-every", 10_000, *extra)
             spent = record(seed, arm, folder, command)

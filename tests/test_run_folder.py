@@ -1,0 +1,173 @@
+"""What lies under --out: whose it is, what a resumed run may change, what is exported."""
+import json
+import math
+import stat
+from dataclasses import asdict, replace
+
+import pytest
+import ranks
+import torch
+from safetensors.torch import load_file
+
+import grpo_vl
+import run_folder
+import sft_coldstart
+import training
+from data import DataError
+
+
+def finished_run(alone, folder, **changes):
+    """A run of two steps, all done."""
+    run = ranks.make_run(alone, optimizer="adamw", lr=1e-4, steps=2, out=str(folder), **changes)
+    assert grpo_vl.train(run)
+    return run
+
+
+# ── whose folder is it? ──
+def test_other_options_are_refused_and_named_with_both_values(alone, tmp_path):
+    run = finished_run(alone, tmp_path / "run")
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    changed = replace(run.config, loss="dapo", lr=1e-3)
+    with pytest.raises(SystemExit) as stopped:
+        run_folder.claim(changed)
+    said = str(stopped.value)
+    assert "--loss was 'grpo' and is 'dapo'" in said and "--lr was 0.0001 and is 0.001" in said
+    assert "--steps" not in said
+    assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize("changes", [
+    dict(steps=9), dict(log="wandb"), dict(keep=7), dict(save_every=3), dict(eval_every=5), dict(eval_samples=50),
+    dict(eval_data=("synthetic:math?text=1",)), dict(pictures_every=9), dict(timeout=60), dict(kv_gb=1.0),
+    dict(micro_tokens=300), dict(checkpointing=True), dict(offload=True), dict(graphs=False),
+])
+def test_options_that_teach_nothing_else_may_change(tmp_path, changes):
+    config = grpo_vl.Config(**ranks.SMALL | dict(out=str(tmp_path / "run")))
+    (tmp_path / "run" / "checkpoint-1").mkdir(parents=True)
+    (tmp_path / "run" / "config.json").write_text(json.dumps(asdict(config)))
+    (tmp_path / "run" / "checkpoint-1" / "state.json").write_text('{"step": 1, "cursor": 4}')
+    assert run_folder.claim(replace(config, **changes))
+
+
+def test_steps_may_not_change_under_a_schedule_that_ends(tmp_path):
+    config = grpo_vl.Config(**ranks.SMALL | dict(out=str(tmp_path / "run"), schedule="linear"))
+    saved = json.loads(json.dumps(asdict(config)))
+    assert run_folder.changed_options(saved, replace(config, steps=9)) == ["--steps was 3 and is 9"]
+
+
+def test_a_finished_run_says_so_and_goes_on_with_more_steps(alone, tmp_path, capsys):
+    run = finished_run(alone, tmp_path / "run")
+    assert not run_folder.claim(run.config)
+    assert f"{tmp_path}/run is finished: 2 steps, the model is in {tmp_path}/run/model" in capsys.readouterr().err
+    assert run_folder.claim(replace(run.config, steps=3))
+
+
+def test_a_cold_start_that_ended_by_its_seconds_is_finished(tmp_path):
+    config = sft_coldstart.Config(model="tiny", out=str(tmp_path), seconds=5.0)
+    (tmp_path / "checkpoint-7").mkdir()
+    (tmp_path / "config.json").write_text(json.dumps(asdict(config)))
+    (tmp_path / "checkpoint-7" / "state.json").write_text('{"step": 7, "cursor": 4, "finished": true}')
+    assert not run_folder.claim(config)
+    assert run_folder.claim(replace(config, seconds=50.0))
+
+
+def test_nothing_is_started_into_a_folder_that_holds_something_else(alone, tmp_path):
+    finished_run(alone, tmp_path / "run")
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "thesis.tex").write_text("x")
+    for folder in (tmp_path / "run" / "model", tmp_path / "notes"):
+        before = sorted(folder.iterdir())
+        for config in (grpo_vl.Config(model="tiny", out=str(folder)), sft_coldstart.Config(model="tiny", out=str(folder))):
+            with pytest.raises(SystemExit, match=r"holds something that is no run.*choose a new folder"):
+                run_folder.claim(config)
+        assert sorted(folder.iterdir()) == before
+
+
+def test_a_run_of_the_other_script_is_refused(alone, tmp_path):
+    finished_run(alone, tmp_path / "run")
+    with pytest.raises(SystemExit, match=r"another script or version, with options .*group"):
+        run_folder.claim(sft_coldstart.Config(model="tiny", out=str(tmp_path / "run")))
+
+
+def test_a_cold_start_is_found_by_its_run_and_by_its_model(alone, tmp_path):
+    finished_run(alone, tmp_path / "run")
+    assert sft_coldstart.find_model(tmp_path / "run") == tmp_path / "run" / "model"
+    assert sft_coldstart.find_model(tmp_path / "run" / "model") == tmp_path / "run" / "model"
+    assert sft_coldstart.find_model(tmp_path / "new") is None
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "data.jsonl").write_text("{}")
+    with pytest.raises(SystemExit, match="no run"):
+        sft_coldstart.find_model(tmp_path / "other")
+
+
+# ── a checkpoint before an evaluation ──
+def test_an_evaluation_that_fails_loses_no_step_and_is_made_up_for(alone, tmp_path, monkeypatch):
+    def bad_row(run, tokens):
+        raise DataError("rows.jsonl:7: this picture is broken")
+
+    options = dict(optimizer="adamw", lr=1e-4, steps=3, eval_every=2, save_every=100, out=str(tmp_path / "run"))
+    run = ranks.make_run(alone, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "evaluate", bad_row)
+        with pytest.raises(DataError, match=r"rows.jsonl:7"):
+            grpo_vl.train(run)
+    (saved,) = run_folder.find_checkpoints(tmp_path / "run")
+    assert saved.name == "checkpoint-2"
+    assert grpo_vl.train(ranks.make_run(alone, **options))  # mended: the second step's evaluation is made up for
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert ["eval/greedy" in row for row in rows] == [False, True, True]
+    assert rows[1]["grad_norm"] > 0
+
+
+def test_it_says_where_it_goes_on_and_that_it_is_finished(alone, tmp_path, capsys):
+    run = finished_run(alone, tmp_path / "run")
+    assert f"finished: 2 steps, model in {tmp_path}/run/model" in capsys.readouterr().err
+    again = ranks.make_run(alone, optimizer="adamw", **{
+        name: getattr(run.config, name) for name in ("lr", "out")} | {"steps": 3})
+    assert grpo_vl.train(again)
+    assert f"going on from {tmp_path}/run/checkpoint-2, 2 of 3 steps done" in capsys.readouterr().err
+
+
+# ── exports ──
+@pytest.mark.parametrize("model", ["tiny", "tiny-untied"])
+def test_one_and_two_ranks_export_the_same_tensors_readable_by_all(alone, pair, tmp_path, model):
+    ranks.export(alone, str(tmp_path / "one"), model)
+    pair.run("ranks.export", folder=str(tmp_path / "two"), model=model)
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    assert one.keys() == two.keys() and ("lm_head.weight" in one) == (model == "tiny-untied")
+    for file in (tmp_path / "two").iterdir():
+        assert stat.S_IMODE(file.stat().st_mode) == 0o644, file.name
+
+
+def test_samples_hold_what_a_sheet_needs(alone, tmp_path):
+    run = ranks.make_run(alone, out=str(tmp_path), pictures_every=1)
+    grpo_vl.train_step(run, 0)
+    rows = json.loads((tmp_path / "samples" / "step-0.json").read_text())
+    assert len(rows) == 4 * 3  # four groups of three
+    assert {"step", "draw", "id", "task", "question", "answer", "image", "image_size", "text", "reward", "parts",
+            "truncated"} == set(rows[0])
+    assert (tmp_path / "samples" / rows[0]["image"]).exists()
+
+
+def test_a_missing_tracker_is_one_sentence(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(SystemExit, match="--log wandb: pip install wandb"):
+        run_folder.open_tracker(grpo_vl.Config(**ranks.SMALL | dict(log="wandb")))
+
+
+def test_numbers_that_are_not_finite_are_null_in_the_log(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("")
+    log = run_folder.RunLog(grpo_vl.Config(**ranks.SMALL | dict(out=str(tmp_path))))
+    log.add({"step": 0, "loss": math.inf, "skipped_samples": ["a"]})
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 0, "loss": None, "skipped_samples": ["a"]}
+
+
+def test_weights_are_restored(alone, tmp_path):
+    run = finished_run(alone, tmp_path / "run")
+    other = ranks.make_run(alone, optimizer="adamw", lr=1e-4, steps=2, out=str(tmp_path / "run"))
+    run_folder.resume(other.config, other.policy, other.optimizer)
+    one, two = ranks.full_weights(run.policy), ranks.full_weights(other.policy)
+    assert all(torch.equal(one[name], two[name]) for name in one)
