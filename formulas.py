@@ -44,13 +44,20 @@ def boxed(text):
     r"""What stands in the last \boxed{…}, or else in $…$; "" if its braces do not balance."""
     start = text.rfind("\\boxed{")
     if start < 0:
-        return text.strip().strip("$").strip()
+        return undollared(text)
     content, depth = text[start + len("\\boxed{") :][: 10 * LONGEST], 1
     for match in re.finditer(r"\\.|[{}]", content, re.DOTALL):
         depth += {"{": 1, "}": -1}.get(match.group(), 0)
         if depth == 0:
-            return content[: match.start()].strip()
+            return undollared(content[: match.start()])
     return ""
+
+
+def undollared(text):
+    """A text without the $…$ or $$…$$ around all of it."""
+    text = text.strip()
+    whole = re.fullmatch(r"(?s)(\$\$?)(.*)(?<!\\)\1", text)
+    return whole[2].strip() if whole else text
 
 
 def symbolically_equal(said: str, true: str) -> bool:

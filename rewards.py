@@ -18,7 +18,7 @@ D2 Answers are JSON in absolute pixels of the resized image, as Qwen2.5-VL's. Qw
    math and choice: [OVR] ignores the format. Text before </think> is never the answer.
 -  No reward by accident, as an exception's 0: IoU without area is 0, a bad box is one invalid item,
    class indices line up, far-off points earn 0 and not less, a format is its whole pattern. Nothing
-   to find and "[]" said is right: 3 in detection, 1 in counting. Empty OCR texts stay 0.
+   to find and "[]" said is right: 3 in detection, 1 in counting. An empty true text is refused.
 """
 import argparse
 import contextlib
@@ -83,40 +83,118 @@ def prompt(task: str, question: str = "", *, think: bool = False) -> str:
 
 def reference(task: str, answer: object, question: str = "", *, think: bool = False) -> str:
     """A completion that earns the full reward, coordinates in whole pixels, as Qwen writes them."""
-    said = _truth(task, answer)
+    said = read_truth(task, answer)
     if task == "grounding":
         said = [{"bbox_2d": [round(x) for x in said], "label": question}]
     elif task == "counting" and isinstance(said, list):
         said = [{"point_2d": [round(x) for x in point], "label": question} for point in said]
     elif task == "detection":
-        said = [{"bbox_2d": [round(x) for x in box], "label": label} for box, label in said]
+        said = [item | {"bbox_2d": [round(x) for x in item["bbox_2d"]]} for item in said]
     elif task == "math":
-        said = f"\\boxed{{{boxed(said)}}}"
+        said = f"\\boxed{{{said}}}"
     text = said if isinstance(said, str) else json.dumps(said, ensure_ascii=False)
     return f"<think>I look: {question}.</think><answer>{text}</answer>" if think else text
 
 
-def _truth(task, answer):
-    """The true answer: a box, points or their bare number, (box, label) pairs, or a text."""
+# ---- §2 the true answer --------------------------------------------------------------------------
+def read_truth(task: str, answer: object) -> object:
+    """The true answer in its task's one spelling, whatever a data set or a trainer wraps around it.
+
+    grounding [x1, y1, x2, y2]; counting [[x, y], …] or a whole number from 0; detection
+    [{"bbox_2d": [x1, y1, x2, y2], "label": str}, …]; ocr, math: text; choice: one capital letter.
+    Read too: JSON as text, <answer>…</answer>, \\boxed{…} and $…$ around it, points as {"x", "y"},
+    [PR1 code] {"target_id", "target_box"}, "(B)" and "b.". ValueError says what does not fit.
+    """
     check(task in TASKS, f"unknown task {task!r}; the tasks are {', '.join(TASKS)}")
-    if task in ("ocr", "math", "choice"):
-        return str(answer)
-    value = json.loads(answer) if isinstance(answer, str) else answer  # [PR1 code] stores strings
-    if task == "detection" and isinstance(value, dict):  # [PR1 code] {"target_id", "target_box"}
+    if isinstance(answer, str):
+        wrapped = re.fullmatch(r"(?s).*<answer>(.*)</answer>\s*", answer)
+        answer = wrapped[1].strip() if wrapped else answer
+    if task in ("grounding", "counting", "detection"):
+        if isinstance(answer, str):
+            value = read_json(boxed(answer).strip())
+            check(value is not None, f"the true answer in {task} is no JSON: {answer!r:.200}")
+            answer = value
+        readers = {"grounding": _true_box, "counting": _true_count, "detection": _true_objects}
+        return readers[task](answer)
+    return _true_text(task, answer)
+
+
+def _true_box(value):
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, dict):
+        value = value.get("bbox_2d")
+    box = _true_numbers(value, 4)
+    check(box is not None, f"a true box must be [x1, y1, x2, y2], not {value!r:.200}")
+    upright = box[0] < box[2] and box[1] < box[3]
+    check(upright, f"the true box {box} has x2 ≤ x1 or y2 ≤ y1: is it x, y, w, h? then ?box=xywh")
+    return box
+
+
+def _true_count(value):
+    if isinstance(value, (list, tuple)):
+        return [_true_point(item) for item in value]
+    form = "the true answer in counting must be a whole number from 0 or a list of [x, y]"
+    number = _true_numbers([value], 1)
+    check(number is not None and number[0] >= 0, f"{form}, not {value!r:.200}")
+    check(number[0] % 1 == 0, f"{form}, not {value!r:.200}")
+    return int(number[0])
+
+
+def _true_point(value):
+    point = value
+    if isinstance(value, dict):
+        point = value.get("point_2d") or [value.get("x"), value.get("y")]
+    point = _true_numbers(point, 2)
+    check(point is not None, f"a true point must be [x, y], not {value!r:.200}")
+    return point
+
+
+def _true_objects(value):
+    if isinstance(value, dict) and {"target_id", "target_box"} <= value.keys():
         names = dict(zip(COCO_IDS, COCO_NAMES, strict=True))
         pairs = zip(value["target_box"], value["target_id"], strict=True)
         value = [{"bbox_2d": box, "label": names.get(number)} for box, number in pairs]
-    if task == "counting" and isinstance(value, (int, float)) and value >= 0 and value % 1 == 0:
-        return int(value)
-    items = value if isinstance(value, list) else [None]
-    if task == "grounding":
-        true, form = _numbers(value, 4) or [None], "[x1, y1, x2, y2]"
-    elif task == "counting":
-        true, form = [_numbers(item, 2) for item in items], "a whole number or a list of [x, y]"
-    else:
-        true, form = [read_object(item) for item in items], 'a list of {"bbox_2d", "label"}'
-    check(None not in true, f"the true answer in {task} must be {form}, not {answer!r:.200}")
-    return true
+    form = 'the true answer in detection must be a list of {"bbox_2d", "label"}'
+    check(isinstance(value, (list, tuple)), f"{form}, not {value!r:.200}")
+    objects = []
+    for item in value:
+        whole = isinstance(item, dict) and {"bbox_2d", "label"} <= item.keys()
+        check(whole, f"{form}, not {value!r:.200}")
+        label = item["label"]
+        named = isinstance(label, (str, int, float)) and str(label).strip() != ""
+        check(named, f"a true label must be text, not {label!r:.200}")
+        objects.append({"bbox_2d": _true_box(item["bbox_2d"]), "label": str(label)})
+    return objects
+
+
+def _true_text(task, value):
+    check(value is not None, f"the true answer in {task} is missing")
+    plain = isinstance(value, (str, int, float)) and not isinstance(value, bool)
+    check(plain, f"the true answer in {task} must be text or a number, not {value!r:.200}")
+    text = str(value)
+    if task != "ocr":
+        text = boxed(text)
+    check(text.strip() != "", f"the true answer in {task} is empty: every completion would earn 0")
+    if task == "choice":
+        letter = re.sub(r"\\[a-z]+|[{}\s().:]", "", text)
+        one = re.fullmatch("[A-Za-z]", letter)
+        check(one, f"the true answer in choice must be one letter, not {value!r:.200}")
+        return letter.upper()
+    return text
+
+
+def _true_numbers(values, length):
+    """So many finite numbers as floats, numbers as text too; None if they are not."""
+    if isinstance(values, (str, bytes, dict)):
+        return None
+    try:
+        values = list(values)
+        numbers = [float(value) for value in values]
+    except (TypeError, ValueError, OverflowError):  # no list; no number; too long an integer
+        return None
+    plain = len(numbers) == length and not any(isinstance(value, bool) for value in values)
+    return numbers if plain and all(abs(number) <= 1e7 for number in numbers) else None
 
 
 # ---- §2 from a completion to the text of its answer ----------------------------------------------
@@ -249,6 +327,7 @@ def _counting(text, true, image_size, truncated, weight, matching, gate=True):
 
 
 def _detection(text, true, image_size, truncated, weight, matching, penalty, components):
+    true = [(item["bbox_2d"], item["label"]) for item in true]
     items = read_json(text)
     # Labels are COCO's where the true ones are (as released: always), else any.
     coco = matching == "detr" or (true and {label for _, label in true} <= set(COCO_NAMES))
@@ -301,7 +380,7 @@ def _ocr(text, true, image_size, truncated, weight):
 def _math(text, true, image_size, truncated, weight, exact):
     said = boxed(text) if "\\boxed{" in text and not truncated else ""
     # [OVR §3.2] r = 1 if the answer in the box matches the reference (0.5 and \frac{1}{2}), else 0
-    right = float(equal(said, boxed(true), exact=exact))
+    right = float(equal(said, true, exact=exact))
     return right, {"correct": right}
 
 
@@ -326,7 +405,7 @@ def chosen_letters(text: str) -> set[str]:
 
 
 def _choice(text, true, image_size, truncated, weight):
-    right = chosen_letters(text) == {true.strip(" ().").upper()} and not truncated
+    right = chosen_letters(text) == {true} and not truncated
     return float(right), {"correct": float(right)}
 
 
@@ -337,7 +416,7 @@ def score(task: str, completion: str, answer: object, image_size=None, *, trunca
     image_size: [W, H] that the model saw; without it nothing is rescaled, and distances are divided
     by 1000·√2. truncated (too long) makes counting, math, choice, think and grounding's form 0.
     """
-    true, own = _truth(task, answer), OPTIONS.get(task, {})
+    true, own = read_truth(task, answer), OPTIONS.get(task, {})
     for name, value in options.items():
         check(name in own, f"{task} has no option {name!r}; its own are {list(own)}")
         fits = set(value) <= set(COMPONENTS) if name == "components" else value in own[name]
@@ -385,7 +464,7 @@ def call_reward(function, sample, completion: str, *, truncated=False, think=Fal
 def correct(task: str, completion: str, answer: object, image_size=None, *, think=False) -> float:
     """The answer alone, no points for form: IoU > 0.5, exact count, F1, similarity, right/wrong."""
     if task == "counting":
-        text, true = split_thinking(completion)[0], _truth(task, answer)
+        text, true = split_thinking(completion)[0], read_truth(task, answer)
         parts = _counting(text, true, image_size, False, 1.0, "order", gate=False)[1]
         return float(parts["count"] == 1)
     parts = score(task, completion, answer, image_size, think=think).parts

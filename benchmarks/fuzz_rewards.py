@@ -44,12 +44,12 @@ TOKENS = [
     "\\frac{1}{3}", "\\left(", "\\text{", "Answer: B", "option (A)", "not", "I", "\ud83d",
 ]  # fmt: skip
 TRUE = {
-    "grounding": [[10, 10, 40, 40], [1.5, 2, 30, 40], [5, 5, 5, 5], "[-9, 0, 1e7, 40]"],
+    "grounding": [[10, 10, 40, 40], [1.5, 2, 30, 40], [5, 5, 5, 6], "[-9, 0, 1e7, 40]"],
     "counting": [[[5, 5], [20, 20]], [], 2, 0, [[k, 9 * k] for k in range(40)]],
     "detection": [f"[{CAT}]", [], {"target_id": [17, 90], "target_box": [[1, 2, 3, 4]] * 2},
-              [{"bbox_2d": [5, 5, 5, 5], "label": "é"}, {"bbox_2d": [1, 2, 3, 4], "label": "a"}]],
-    "ocr": ["a word", "", "Straße 日本語 \ud800", "word " * 200],
-    "math": ["x+1", "\\frac{1}{2}", "12", "5", "", "$\\boxed{\\sqrt{2}}$", "(1,2)"],
+              [{"bbox_2d": [5, 5, 6, 6], "label": "é"}, {"bbox_2d": [1, 2, 3, 4], "label": "a"}]],
+    "ocr": ["a word", " $", "Straße 日本語 \ud800", "word " * 200],
+    "math": ["x+1", "\\frac{1}{2}", "12", "5", "{", "$\\boxed{\\sqrt{2}}$", "(1,2)"],
     "choice": ["B", "(c)", "I"],
 }
 

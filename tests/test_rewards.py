@@ -146,8 +146,8 @@ def test_grounding_reads_box_tokens():
     assert total("grounding", "<garbage", [0, 0, 10, 20]) == 0
 
 
-def test_grounding_of_a_box_without_area_is_0_not_an_error():
-    assert score("grounding", "[5, 5, 5, 5]", [5, 5, 5, 5]).parts == {"format": 1, "iou": 0}
+def test_a_said_box_without_area_is_0_not_an_error():
+    assert score("grounding", "[5, 5, 5, 5]", [5, 5, 9, 9]).parts == {"format": 1, "iou": 0}
 
 
 def test_correct_grounding_is_above_one_half():
@@ -379,7 +379,6 @@ def test_detr_matching_equals_the_released_code():
         ("sitting", "kitten", 4 / 7),
         ("a  b\n\tc", "a b c", 1),
         ("", "abc", 0),
-        ("", "", 0),  # as released
         ("abcd", "ABCD", 0),
         ("Straße", "Strasse", 5 / 7),  # ß -> ss: one replaced, one inserted
     ],
@@ -610,7 +609,7 @@ ATTACKS = [  # (what is tried, task, completion, true answer, the total it gets)
     ("deep nesting", "detection", "[" * 100_000 + "]" * 100_000, CAT, 0),
     ("a long text", "ocr", "word " * 1000, "word", 4 / 4999),
     ("a box of all", "math", r"\boxed{1,2,3,4,5,6,7,8,9}", "5", 0),
-    ("an empty box", "math", r"\boxed{}", "", 0),
+    ("an empty box", "math", r"\boxed{}", "5", 0),
     ("a power tower", "math", r"\boxed{9**9**9**9}", "5", 0),
     ("python", "math", r"\boxed{__import__('os').getpid()}", "5", 0),
     ("a box in the thinking", "math", r"<think>\boxed{5}</think> five", "5", 0),
@@ -756,12 +755,6 @@ def test_what_pictures_draw():
     [
         (("detecting", "", []), {}, "unknown task 'detecting'; the tasks are grounding,"),
         (("grounding", "", [1, 2, 3]), {}, "must be [x1, y1, x2, y2], not [1, 2, 3]"),
-        (("grounding", "", [1, 2, 3, float("nan")]), {}, "must be [x1, y1, x2, y2]"),
-        (("counting", "", [[1]]), {}, "must be a whole number or a list of [x, y], not [[1]]"),
-        (("counting", "", 1.5), {}, "must be a whole number"),
-        (("detection", "", [{"label": "cat"}]), {}, 'must be a list of {"bbox_2d", "label"}'),
-        (("detection", "", None), {}, 'must be a list of {"bbox_2d", "label"}, not None'),
-        (("counting", "", {}), {}, "a list of [x, y], not {}"),
         (("ocr", None, "x"), {}, "a completion must be text, not"),
         (("ocr", "", "x", [0, 5]), {}, "image_size must be [W, H]"),
         (("ocr", "", "x"), {"power": 2}, "ocr has no option 'power'"),
@@ -825,7 +818,7 @@ def test_command_line_answers_row_by_row():
         ("[1]", "a row must be a JSON object with task, completion and answer"),
         ('{"task": "ocr", "completion": "a"}', "a row must be a JSON object with task, completion"),
         ('{"task": "ocr", "completion": "a", "answer": "a", "options": {"x": 1}}', "no option 'x'"),
-        ('{"task": "grounding", "completion": "a", "answer": "a"}', "Expecting value"),
+        ('{"task": "grounding", "completion": "a", "answer": "a"}', "is no JSON"),
     ],
 )
 def test_a_bad_row_names_file_and_line(tmp_path, second, sentence):
