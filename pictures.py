@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 UNREADABLE = (ArithmeticError, AttributeError, LookupError, OSError, RecursionError, TypeError,
               ValueError, SyntaxError, Image.DecompressionBombError)  # Syntax: a broken PNG chunk
@@ -25,17 +25,25 @@ DRAWN = (*PLACED, "ocr", "math")
 
 
 def smart_resize(height, width, *, factor=28, min_pixels=56 * 56, max_pixels=28 * 28 * 1280):
-    """Qwen2.5-VL's rule: (height, width) in multiples of `factor`, the area within the limits."""
-    sides = height, width  # the limits' defaults are those of Qwen's image processor
-    if max(sides) > 200 * min(sides):
+    """Qwen2.5-VL's rule: (height, width) in multiples of `factor`, the area within the limits.
+
+    The limits' defaults are those of Qwen's image processor. Errors: ValueError for a thin image.
+    """
+    if max(height, width) > 200 * min(height, width):
         raise ValueError(f"an image of {width}x{height} pixels is longer than 200 : 1: crop it")
-    rows, columns = (max(factor, round(side / factor) * factor) for side in sides)
+
+    def multiple(side, rule):
+        return max(factor, rule(side / factor) * factor)
+
+    rows, columns = multiple(height, round), multiple(width, round)
     if rows * columns > max_pixels:
         shrink = math.sqrt(height * width / max_pixels)
-        rows, columns = (max(factor, int(side / shrink / factor) * factor) for side in sides)
+        rows = multiple(height / shrink, int)
+        columns = multiple(width / shrink, int)
     elif rows * columns < min_pixels:
         grow = math.sqrt(min_pixels / (height * width))
-        rows, columns = (math.ceil(side * grow / factor) * factor for side in sides)
+        rows = multiple(height * grow, math.ceil)
+        columns = multiple(width * grow, math.ceil)
     return rows, columns
 
 
@@ -53,7 +61,8 @@ def scale(answer, from_size, to_size):
     """Move a point, a box or a whole answer from a frame of (W, H) to another one."""
     if tuple(from_size) == tuple(to_size):
         return answer
-    factors = [new / old for new, old in zip(to_size, from_size)] * 2
+    wider, higher = to_size[0] / from_size[0], to_size[1] / from_size[1]
+    factors = (wider, higher, wider, higher)
     return map_marks(answer, lambda mark: [v * factor for v, factor in zip(mark, factors)])
 
 
@@ -62,21 +71,33 @@ def scale(answer, from_size, to_size):
 
 def load_image(source):
     """An upright RGB image from a path or from encoded bytes; ValueError for what is unreadable."""
+    name, stream = str(source), source
+    if isinstance(source, bytes):
+        name, stream = f"of {len(source)} bytes", io.BytesIO(source)
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        with Image.open(stream) as image:
             # Bombs, before anything is decoded; floating-point pixels have no agreed white.
             if image.width * image.height > Image.MAX_IMAGE_PIXELS or image.mode == "F":
                 raise ValueError(f"{image.width}x{image.height} pixels of mode {image.mode}")
             image = ImageOps.exif_transpose(image)  # cameras may store it lying; boxes are upright
+    except UnidentifiedImageError as error:
+        raise ValueError(f"image {name} is unusable, replace it: no picture, or damaged") from error
     except UNREADABLE as error:
-        raise ValueError(f"image {str(source)[:99]} is unusable, replace it: {error}") from error
+        raise ValueError(f"image {name} is unusable, replace it: {error}") from error
     if image.mode.startswith("I"):  # 16 bits: convert() would clip them to an all-white picture
-        grey = np.clip(image, 0, 65535)
-        image = Image.fromarray((grey // (257 if grey.max() > 255 else 1)).astype(np.uint8))
+        levels = np.clip(image, 0, 65535)
+        if levels.max() > 255:
+            levels = levels // 257
+        image = Image.fromarray(levels.astype(np.uint8))
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
     return image.convert("RGB")
+
+
+def grey(image):
+    """A picture of the same size with nothing on it: what is answered without seeing."""
+    return Image.new("RGB", image.size, (128, 128, 128))
 
 
 def draw(image, *, predicted=(), true=(), caption=""):
@@ -87,13 +108,17 @@ def draw(image, *, predicted=(), true=(), caption=""):
     lines = textwrap.wrap(caption, max(8, picture.width // (5 * unit)))
     sheet = ImageOps.expand(picture, (0, 0, 0, 9 * unit * len(lines)), "white")
     pen = ImageDraw.Draw(sheet)
-    pen.multiline_text((unit, picture.height), "\n".join(lines), "black", font_size=7 * unit)
+    below = unit, picture.height
+    pen.multiline_text(below, "\n".join(lines), "black", font_size=7 * unit)
 
     def paint(mark, colour, line):
-        if all(abs(value) < 1e9 for value in mark):  # and a number at all
-            corners = np.clip(np.reshape(mark, (-1, 2)), -9, np.add(image.size, 9)) * zoom
-            grow = 2 * line if len(mark) == 2 else 0  # a point is a small square
-            pen.rectangle((*corners.min(0) - grow, *corners.max(0) + grow), None, colour, line)
+        if not all(abs(value) < 1e9 for value in mark):  # too far, or no number at all
+            return
+        corners = np.reshape(mark, (-1, 2))
+        corners = np.clip(corners, -9, np.add(image.size, 9)) * zoom
+        grow = 2 * line if len(mark) == 2 else 0  # a point is a small square
+        low, high = corners.min(0) - grow, corners.max(0) + grow
+        pen.rectangle((*low, *high), None, colour, line)
 
     map_marks(true, lambda mark: paint(mark, "#00d0ff", 2 * unit))
     map_marks(predicted, lambda mark: paint(mark, "#ff00c0", unit))
@@ -121,30 +146,53 @@ def paint_shapes(image, things, reach, rng):
     for colour, shape in things:
         side = round(rng.uniform(*reach) * min(image.size))
         for tries in range(1, 2000):
-            x, y = rng.randint(0, image.width - side), rng.randint(0, image.height - side)
-            if all(x > right + 1 or x + side < left - 1 or y > bottom + 1 or y + side < top - 1
-                   for left, top, right, bottom in boxes):
+            x = rng.randint(0, image.width - side)
+            y = rng.randint(0, image.height - side)
+            box = [x, y, x + side, y + side]
+            if all(apart(box, other) for other in boxes):
                 break
-            side = max(5, side * 9 // 10) if tries % 50 == 0 else side  # crowded: smaller
+            if tries % 50 == 0:  # crowded: smaller
+                side = max(5, side * 9 // 10)
         else:
             raise ValueError(f"{len(things)} shapes do not fit in {image.size}: ask for fewer")
-        end = side - 1  # Pillow draws the outline's own pixels too: 0 … end are `side` pixels
-        if shape == "circle":
-            pen.ellipse((x, y, x + end, y + end), COLOURS[colour])
-        else:
-            points = [map(int, point.split(",")) for point in SHAPES[shape].split()]
-            outline = [(x + round(u * end / 100), y + round(v * end / 100)) for u, v in points]
-            pen.polygon(outline, COLOURS[colour])
-        boxes.append([x, y, x + side, y + side])
+        paint_shape(pen, box, COLOURS[colour], shape)
+        boxes.append(box)
     return boxes
+
+
+def apart(box, other):
+    """Whether more than a pixel lies between two boxes."""
+    left, top, right, bottom = box
+    low_x, low_y, high_x, high_y = other
+    if left > high_x + 1 or right < low_x - 1:
+        return True
+    return top > high_y + 1 or bottom < low_y - 1
+
+
+def paint_shape(pen, box, colour, shape):
+    x, y, right, _ = box
+    end = right - x - 1  # Pillow draws the outline's own pixels too: 0 … end are the whole side
+    if shape == "circle":
+        pen.ellipse((x, y, x + end, y + end), colour)
+        return
+    outline = []
+    for point in SHAPES[shape].split():
+        u, v = point.split(",")
+        across = round(int(u) * end / 100)
+        down = round(int(v) * end / 100)
+        outline.append((x + across, y + down))
+    pen.polygon(outline, colour)
 
 
 @dataclass(frozen=True)
 class Synthetic:
     """Drawn scenes with exact answers: item i follows from the fields that repr shows, and i.
+
     grounding: the box of "red circle", the only one; counting: the centres of all "red circles";
     detection: every shape by name; ocr: printed words; math: a sum, printed or as text.
-    `objects`: how many are asked for (ocr: lines, math: numbers)."""
+    `objects`: how many are asked for (ocr: lines, math: numbers).
+    """
+
     task: str
     size: tuple[int, int] = (84, 84)  # (W, H) as drawn
     objects: tuple[int, int] = (1, 4)  # lowest, highest
@@ -166,55 +214,99 @@ class Synthetic:
     def draw(self, item):
         """(question, answer, images) of item 0 … count − 1; IndexError after the last."""
         rng = random.Random(f"{self!r} {range(self.count)[item]}")
-        image = Image.new("RGB", self.size, (rng.randint(232, 255),) * 3)
-        pen, thick = ImageDraw.Draw(image), 1 + min(self.size) // 100
-        for _ in range(round(20 * self.clutter)):  # pale lines, in no colour that a question names
-            ends = [rng.randint(0, side - 1) for side in self.size * 2]
-            pen.line(ends, tuple(rng.randint(165, 225) for _ in "rgb"), rng.randint(1, 3) * thick)
-        make = self.printed if self.task in ("ocr", "math") else self.scene
-        question, answer = make(image, rng.randint(*self.objects), rng)
-        return question, answer, [] if self.text and self.task == "math" else [image]
+        shade = rng.randint(232, 255)
+        image = Image.new("RGB", self.size, (shade, shade, shade))
+        self.clutter_up(image, rng)
+        count = rng.randint(*self.objects)
+        if self.task in ("ocr", "math"):
+            question, answer = self.printed(image, count, rng)
+        else:
+            question, answer = self.scene(image, count, rng)
+        if self.text and self.task == "math":
+            return question, answer, []
+        return question, answer, [image]
+
+    def clutter_up(self, image, rng):
+        """Pale lines, in no colour that a question names."""
+        pen = ImageDraw.Draw(image)
+        width, height = self.size
+        thick = 1 + min(self.size) // 100
+        for _ in range(round(20 * self.clutter)):
+            ends = []
+            for side in (width, height, width, height):
+                ends.append(rng.randint(0, side - 1))
+            red = rng.randint(165, 225)
+            green = rng.randint(165, 225)
+            blue = rng.randint(165, 225)
+            line_width = rng.randint(1, 3) * thick
+            pen.line(ends, (red, green, blue), line_width)
 
     def scene(self, image, count, rng):
         """(question, answer) about shapes; every other distractor shares the colour or shape."""
-        labels = [(c, s) for c in [*COLOURS][: self.colours] for s in [*SHAPES][: self.shapes]]
+        colours, shapes = [*COLOURS][: self.colours], [*SHAPES][: self.shapes]
+        labels = [(colour, shape) for colour in colours for shape in shapes]
         target = colour, shape = rng.choice(labels)
         others = [label for label in labels if label != target]
-        close = [label for label in others if label[0] == colour or label[1] == shape] or others
-        extra = [rng.choice((others, close)[k % 2]) for k in range(rng.randint(*self.distractors))]
-        things = [target] * (1 if self.task == "grounding" else count) + extra
-        things = rng.choices(labels, k=count) if self.task == "detection" else things
+        close = [label for label in others if label[0] == colour or label[1] == shape]
+        kinds, extra = (others, close or others), []
+        for number in range(rng.randint(*self.distractors)):
+            extra.append(rng.choice(kinds[number % 2]))
+        if self.task == "grounding":
+            count = 1
+        things = [target] * count + extra
+        if self.task == "detection":
+            things = rng.choices(labels, k=count)
         rng.shuffle(things)  # later ones are smaller in a crowd: that must not tell the target
         placed = paint_shapes(image, things, self.reach, rng)
         if self.task == "detection":
-            found = [{"bbox_2d": box, "label": name} for box, (_, name) in zip(placed, things)]
-            return ", ".join([*SHAPES][: self.shapes]), found
+            found = []
+            for box, (_, name) in zip(placed, things):
+                found.append({"bbox_2d": box, "label": name})
+            return ", ".join(shapes), found
         boxes = [box for box, thing in zip(placed, things) if thing == target]
         if self.task == "grounding":
             return f"{colour} {shape}", boxes[0]
-        plural = f"{colour} {shape}{'es' if shape == 'cross' else 's'}"  # "circle" would mean 1
-        return plural, [[(x1 + x2) / 2, (y1 + y2) / 2] for x1, y1, x2, y2 in boxes]
+        ending = "es" if shape == "cross" else "s"  # "circle" would mean one
+        centres = []
+        for x1, y1, x2, y2 in boxes:
+            centres.append([(x1 + x2) / 2, (y1 + y2) / 2])
+        return f"{colour} {shape}{ending}", centres
 
     def printed(self, image, count, rng):
         """(question, answer) of words, or of a sum with a number a line: small images hold it."""
         if self.task == "ocr":
             most = max(1, min(5, image.width // 100))
-            lines = [" ".join(rng.choices(WORDS, k=rng.randint(1, most)))
-                     for _ in range(max(1, count))]
+            lines = []
+            for _ in range(max(1, count)):
+                words = rng.choices(WORDS, k=rng.randint(1, most))
+                lines.append(" ".join(words))
             question, answer = "", "\n".join(lines)
         else:
-            first, *rest = (rng.choice((-1, 1)) * rng.randint(1, 20) for _ in range(max(2, count)))
-            lines = [str(first), *(f"{'-' if n < 0 else '+'} {abs(n)}" for n in rest)]
+            numbers = []
+            for _ in range(max(2, count)):
+                sign = rng.choice((-1, 1))
+                numbers.append(sign * rng.randint(1, 20))
+            lines = [str(numbers[0])]
+            for number in numbers[1:]:
+                sign = "-" if number < 0 else "+"
+                lines.append(f"{sign} {abs(number)}")
             shown = " ".join(lines) if self.text else "the result of the sum in the image"
-            question, answer = f"What is {shown}?", str(first + sum(rest))
-        from matplotlib import get_data_path  # it brings the font
-        font, text = Path(get_data_path(), "fonts/ttf/DejaVuSans.ttf"), "\n".join(lines)
-        pen, size, spare = ImageDraw.Draw(image), image.height / 3, (-1, -1)
-        while min(spare) < 0 and size > 6:  # as large as it fits
-            size *= 0.9
-            face = ImageFont.truetype(font, size)
-            left, top, right, bottom = pen.multiline_textbbox((0, 0), text, face)
-            spare = image.width - right + left, image.height - bottom + top
-        x, y = (rng.randint(0, max(0, int(pixels))) for pixels in spare)
-        pen.multiline_text((x - left, y - top), text, (20, 20, 20), face)
+            question, answer = f"What is {shown}?", str(sum(numbers))
+        write_large(image, "\n".join(lines), rng)
         return question, answer
+
+
+def write_large(image, text, rng):
+    """Write the text as large as it fits, somewhere."""
+    from matplotlib import get_data_path  # it brings the font
+
+    font = Path(get_data_path(), "fonts/ttf/DejaVuSans.ttf")
+    pen, size, spare = ImageDraw.Draw(image), image.height / 3, (-1, -1)
+    while min(spare) < 0 and size > 6:
+        size *= 0.9
+        face = ImageFont.truetype(font, size)
+        left, top, right, bottom = pen.multiline_textbbox((0, 0), text, face)
+        spare = image.width - right + left, image.height - bottom + top
+    x = rng.randint(0, max(0, int(spare[0])))
+    y = rng.randint(0, max(0, int(spare[1])))
+    pen.multiline_text((x - left, y - top), text, (20, 20, 20), face)
