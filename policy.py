@@ -6,21 +6,27 @@ The network itself (weights, norms, MLPs) is Hugging Face's `Qwen2_5_VLForCondit
 its two attention forwards are replaced (§2), as packing is a statement about attention, and the
 patch embedding, a convolution that is a matrix product.
 
+Each fast form has a plain twin that tests/test_policy.py holds it to:
+  a packed row        one completion at a time through Hugging Face's forward
+  varlen attention    the same rule as a mask
+  patch embedding     Hugging Face's convolution
+
 Shapes, as suffixes: L packed tokens, S scored completion tokens, P groups in a row, N image
-patches, V vocabulary, D width, H heads, K key/value heads, B rollouts, T longest completion.
+patches, I image tokens, V vocabulary, D width, H heads, K key/value heads, d head width,
+B rollouts, T longest completion.
 """
 import inspect
 import math
 from dataclasses import dataclass, field, replace
 from functools import partial
-from types import MethodType, SimpleNamespace
+from types import MethodType
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from qwen_vl import MERGE, PATCH, Prompt, SpecialIds, rope_positions
+from qwen_vl import MERGE, PATCH, Group, Prompt, SpecialIds, rope_positions
 
 try:  # the GPU extra; PyTorch's own variable-length attention, then masked attention, stand in
     from flash_attn import flash_attn_varlen_func
@@ -49,51 +55,65 @@ class Pack:
     pixels_ND: torch.Tensor | None
     grids_I3: torch.Tensor | None
     features_ID: torch.Tensor | None = None  # in place of pixels, where they are known
-    attention: dict = field(default_factory=dict)  # §4's index tensors, from `prepare_attention`
+    attention: dict = field(default_factory=dict)  # §2's index tensors, from `prepare_attention`
 
     def to(self, device) -> "Pack":
         def move(values: dict) -> dict:
             return {k: v.to(device) if torch.is_tensor(v) else v for k, v in values.items()}
 
-        return Pack(**move(vars(self)) | {"attention": move(self.attention)})
+        moved = move(vars(self))
+        moved["attention"] = move(self.attention)
+        return Pack(**moved)
 
 
-def split_groups(groups: list, budget: int) -> list[list]:
-    """Cut sampler.Groups into micro-batches of at most `budget` tokens each, in order.
+def split_groups(groups: list[Group], budget: int) -> list[list[Group]]:
+    """Cut groups into micro-batches of at most `budget` tokens each, in order.
 
     A group over the budget is split and its prompt repeated; a prompt with one completion over the
     budget stands alone (nothing is ever dropped here).
     """
     pieces = []
     for group in groups:
-        room = budget - len(group.prompt.ids)
-        starts, used = [0], 0
-        for i, completion in enumerate(group.completions):
-            used += len(completion.tokens)
-            if used > room and i > starts[-1]:
-                starts.append(i)
-                used = len(completion.tokens)
-        for first, end in zip(starts, [*starts[1:], None]):
-            part = group.completions[first:end]
-            pieces.append(replace(group, completions=part, row=group.row + first))
+        pieces += split_group(group, budget)
     micro_batches, filled = [], math.inf
-    for part in pieces:
-        tokens = len(part.prompt.ids) + sum(len(c.tokens) for c in part.completions)
+    for piece in pieces:
+        tokens = len(piece.prompt.ids)
+        for completion in piece.completions:
+            tokens += len(completion.tokens)
         if filled + tokens > budget:
             micro_batches.append([])
             filled = 0
-        micro_batches[-1].append(part)
+        micro_batches[-1].append(piece)
         filled += tokens
     return micro_batches
 
 
-def pack_groups(groups: list) -> Pack:
+def split_group(group: Group, budget: int) -> list[Group]:
+    """The group in pieces of as many completions as fit beside the prompt, one at least."""
+    left = budget - len(group.prompt.ids)
+    starts, used = [0], 0
+    for i, completion in enumerate(group.completions):
+        used += len(completion.tokens)
+        if used > left and i > starts[-1]:
+            starts.append(i)
+            used = len(completion.tokens)
+    pieces = []
+    for first, end in zip(starts, [*starts[1:], None]):
+        completions = group.completions[first:end]
+        pieces.append(replace(group, completions=completions, row=group.row + first))
+    return pieces
+
+
+def pack_groups(groups: list[Group]) -> Pack:
     """Lay groups end to end: [prompt | completion 1 | … | completion G] [prompt | …] …
 
     Positions restart after the prompt for each completion. The token at place t of a completion is
     predicted by the hidden state before it: by the prompt's last token for t = 0.
+    Plain twin: one completion at a time through Hugging Face's forward.
     """
-    ids, positions, group_of, segment, source, target, row, column, slots = ([] for _ in range(9))
+    ids, positions, group_of, segment = [], [], [], []
+    source, target, row, column = [], [], [], []
+    slots = []
     for index, group in enumerate(groups):
         prompt, start = group.prompt, len(ids)
         slots += [start + slot for slot in prompt.image_slots]
@@ -102,23 +122,41 @@ def pack_groups(groups: list) -> Pack:
         positions.append(prompt.positions_3L)
         prompt_end = len(ids) - 1
         for number, completion in enumerate(group.completions):
-            tokens, length = completion.tokens, len(completion.tokens)
-            source += [prompt_end, *range(len(ids), len(ids) + length - 1)]
-            target += tokens
+            length = len(completion.tokens)
+            first = len(ids)
+            source += [prompt_end, *range(first, first + length - 1)]
+            target += completion.tokens
             row += [group.row + number] * length
             column += range(length)
-            ids += tokens
+            ids += completion.tokens
             segment += [number + 1] * length
-            positions.append(rope_positions([length], prompt.next_position)[0])
+            own_positions, _ = rope_positions([length], prompt.next_position)
+            positions.append(own_positions)
         group_of += [index] * (len(ids) - start)
-    lists = (group_of, segment, source, target, row, column, slots)
-    known = [group.prompt.features_ID for group in groups if group.prompt.features_ID is not None]
-    unknown = [group.prompt for group in groups if group.prompt.grids and not known]
     return Pack(
-        torch.tensor(ids), torch.cat(positions, dim=1), *(torch.tensor(x).long() for x in lists),
-        torch.cat([prompt.pixels_ND for prompt in unknown]) if unknown else None,
-        torch.tensor([g for p in unknown for g in p.grids]) if unknown else None,
-        torch.cat(known) if known else None)
+        ids_L=torch.tensor(ids),
+        positions_3L=torch.cat(positions, dim=1),
+        group_L=torch.tensor(group_of),
+        segment_L=torch.tensor(segment),
+        source_S=torch.tensor(source).long(),
+        target_S=torch.tensor(target).long(),
+        row_S=torch.tensor(row).long(),
+        column_S=torch.tensor(column).long(),
+        image_slots=torch.tensor(slots).long(),
+        **image_inputs([group.prompt for group in groups]))
+
+
+def image_inputs(prompts: list[Prompt]) -> dict:
+    """The images of a row: as features where the sampler kept them, else as pixels and grids."""
+    known = [prompt.features_ID for prompt in prompts if prompt.features_ID is not None]
+    if known:
+        return {"pixels_ND": None, "grids_I3": None, "features_ID": torch.cat(known)}
+    seeing = [prompt for prompt in prompts if prompt.grids]
+    if not seeing:
+        return {"pixels_ND": None, "grids_I3": None}
+    grids = [grid for prompt in seeing for grid in prompt.grids]
+    pixels_ND = torch.cat([prompt.pixels_ND for prompt in seeing])
+    return {"pixels_ND": pixels_ND, "grids_I3": torch.tensor(grids)}
 
 
 def ensure_image(pack: Pack) -> None:
@@ -128,24 +166,32 @@ def ensure_image(pack: Pack) -> None:
         pack.grids_I3 = torch.tensor([[1, MERGE, MERGE]])
 
 
-def pack_for_ranks(groups: list, budget: int, special: SpecialIds, ranks) -> list[Pack]:
+def pack_for_ranks(groups: list[Group], budget: int, special: SpecialIds, ranks) -> list[Pack]:
     """Packed micro-batches, equally many on every rank, since FSDP's collectives must match.
 
     A short rank adds fillers that score no token; a row without images carries a dummy one if
-    another rank has images in its turn. ranks: who we are (grpo_vl.Processes).
+    another rank has images in its turn. ranks: who we are (fsdp.Processes).
     """
     row = 0
     for group in groups:
-        group.row, row = row, row + len(group.completions)
+        group.row = row
+        row += len(group.completions)
     packs = [pack_groups(part) for part in split_groups(groups, budget)]
+    # [rank][turn]: does that rank's micro-batch of this turn hold images?
     image_flags = ranks.gather([pack.pixels_ND is not None for pack in packs])
-    nothing = Prompt([special.im_start], torch.zeros(3, 1).long(), 1)
-    for turn in range(max(map(len, image_flags))):
-        if turn == len(packs):
-            packs.append(pack_groups([SimpleNamespace(prompt=nothing, completions=[], row=0)]))
+    turns = max(len(flags) for flags in image_flags)
+    while len(packs) < turns:
+        packs.append(filler(special))
+    for turn, pack in enumerate(packs):
         if any(True in flags[turn : turn + 1] for flags in image_flags):
-            ensure_image(packs[turn])
+            ensure_image(pack)
     return [prepare_attention(pack, ranks.device) for pack in packs]
+
+
+def filler(special: SpecialIds) -> Pack:
+    """One token, none scored."""
+    nothing = Prompt([special.im_start], torch.zeros(3, 1).long(), next_position=1)
+    return pack_groups([Group(nothing, completions=[])])
 
 
 def scatter_BT(values_S: torch.Tensor, pack: Pack, shape: tuple[int, int]) -> torch.Tensor:
@@ -156,7 +202,10 @@ def scatter_BT(values_S: torch.Tensor, pack: Pack, shape: tuple[int, int]) -> to
 def pad_BT(rows: list[list[float]]) -> torch.Tensor:
     """Ragged rows → [B, T], zero behind their ends."""
     longest = max(map(len, rows), default=1)
-    return torch.tensor([[*row, *[0.0] * (longest - len(row))] for row in rows]).view(-1, longest)
+    padded_BT = torch.zeros(len(rows), longest)
+    for row, values in zip(padded_BT, rows):
+        row[: len(values)] = torch.tensor(values)
+    return padded_BT
 
 
 # §2 ─────────────────────────────────────── attention ────────────────────────────────────────
@@ -174,70 +223,107 @@ def prepare_attention(pack: Pack, device: torch.device) -> Pack:
 
 def mask_layout(pack: Pack) -> dict:
     """`gather_PL`: token index of each padded place (0 where empty); `mask_P1LL`: who sees whom."""
-    lengths = torch.bincount(pack.group_L)
-    longest, starts = int(lengths.max()), lengths.cumsum(0) - lengths
-    place_L = torch.arange(longest)
-    filled_PL = place_L < lengths[:, None]
-    gather_PL = torch.where(filled_PL, starts[:, None] + place_L, 0)
+    lengths_P = torch.bincount(pack.group_L)
+    starts_P = lengths_P.cumsum(0) - lengths_P
+    place_L = torch.arange(int(lengths_P.max()))
+    filled_PL = place_L < lengths_P[:, None]
+    gather_PL = torch.where(filled_PL, starts_P[:, None] + place_L, 0)
+
     segment_PL = torch.where(filled_PL, pack.segment_L[gather_PL], -1)
-    key, query = segment_PL[:, None, :], segment_PL[:, :, None]
+    key_P1L = segment_PL[:, None, :]
+    query_PL1 = segment_PL[:, :, None]
     causal_LL = place_L[:, None] >= place_L[None, :]
-    seen_PLL = causal_LL & ((key == 0) | (key == query))  # empty places see each other
-    return {"gather_PL": gather_PL, "scatter_L": torch.nonzero(filled_PL.flatten()).squeeze(1),
-            "mask_P1LL": torch.zeros(seen_PLL.shape).masked_fill(~seen_PLL, -math.inf)[:, None]}
+    seen_PLL = causal_LL & ((key_P1L == 0) | (key_P1L == query_PL1))  # empty sees empty
+    mask_PLL = torch.zeros(seen_PLL.shape).masked_fill(~seen_PLL, -math.inf)
+    return {
+        "gather_PL": gather_PL,
+        "scatter_L": torch.nonzero(filled_PL.flatten()).squeeze(1),
+        "mask_P1LL": mask_PLL[:, None]}
 
 
 def varlen_layout(pack: Pack) -> dict:
-    """Queries stay in place; `key_index` lists each sequence's keys: own prompt, then itself."""
-    sequences, keys, prompt = pack.group_L * (pack.segment_L.max() + 1) + pack.segment_L, [], None
-    lengths = torch.unique_consecutive(sequences, return_counts=True)[1]
-    for own in torch.arange(len(sequences)).split(lengths.tolist()):
-        in_prompt = pack.segment_L[own[0]] == 0
-        prompt = own if in_prompt else prompt
-        keys.append(own if in_prompt else torch.cat([prompt, own]))
+    """Queries stay in place; `key_index` lists each sequence's keys: own prompt, then itself.
+
+    Plain twin: `mask_layout`.
+    """
+    segments = pack.segment_L.max() + 1
+    sequence_L = pack.group_L * segments + pack.segment_L  # a number for each (group, segment)
+    _, lengths = torch.unique_consecutive(sequence_L, return_counts=True)
+    keys, prompt = [], None
+    for own in torch.arange(len(sequence_L)).split(lengths.tolist()):
+        if pack.segment_L[own[0]] == 0:
+            prompt = own
+            keys.append(prompt)
+        else:
+            keys.append(torch.cat([prompt, own]))
     key_lengths = torch.tensor([len(index) for index in keys])
-    cu_q, cu_k = (F.pad(x.cumsum(0), (1, 0)).int() for x in (lengths, key_lengths))
-    return {"key_index": torch.cat(keys), "cu_q": cu_q, "cu_k": cu_k,
-            "max_q": int(lengths.max()), "max_k": int(key_lengths.max())}
+    return {
+        "key_index": torch.cat(keys),
+        "cu_q": borders(lengths),
+        "cu_k": borders(key_lengths),
+        "max_q": int(lengths.max()),
+        "max_k": int(key_lengths.max())}
+
+
+def borders(lengths: torch.Tensor) -> torch.Tensor:
+    """Where sequences laid end to end begin, and where the last one ends: [n + 1] int32."""
+    return F.pad(lengths.cumsum(0), (1, 0)).int()
 
 
 def varlen_attention(q_LHd, k_LKd, v_LKd, cu_q, cu_k, max_q: int, max_k: int, *, causal: bool):
-    """Attention over sequences laid end to end (CUDA): flash-attn if installed, else PyTorch's."""
+    """Attention over sequences laid end to end (CUDA): flash-attn if installed, else PyTorch's.
+
+    Plain twin: the mask of `mask_layout`, or a loop over the sequences.
+    """
     if flash_attn_varlen_func is not None:
         return flash_attn_varlen_func(q_LHd, k_LKd, v_LKd, cu_q, cu_k, max_q, max_k, causal=causal)
     repeats = q_LHd.shape[1] // k_LKd.shape[1]
     if repeats > 1:  # torch 2.11 has no enable_gqa here; the gathered keys are small
-        k_LKd, v_LKd = (x.repeat_interleave(repeats, dim=1) for x in (k_LKd, v_LKd))
-    old = "is_causal" in inspect.signature(varlen_attn).parameters  # before torch 2.11
-    how = {"is_causal": causal} if old else {"window_size": (-1, 0 if causal else -1)}
-    return varlen_attn(q_LHd, k_LKd, v_LKd, cu_q, cu_k, max_q, max_k, **how)
+        k_LKd = k_LKd.repeat_interleave(repeats, dim=1)
+        v_LKd = v_LKd.repeat_interleave(repeats, dim=1)
+    if "is_causal" in inspect.signature(varlen_attn).parameters:  # before torch 2.11
+        options = {"is_causal": causal}
+    else:
+        options = {"window_size": (-1, 0 if causal else -1)}
+    return varlen_attn(q_LHd, k_LKd, v_LKd, cu_q, cu_k, max_q, max_k, **options)
 
 
 def shared_prefix_attention(q_LHd, k_LKd, v_LKd, layout: dict) -> torch.Tensor:
     """softmax(q·kᵀ/√d + mask)·v over a packed row. Returns [L, H, d]."""
     if "key_index" in layout:
         index = layout["key_index"]
-        borders = (layout[name] for name in ("cu_q", "cu_k", "max_q", "max_k"))
-        return varlen_attention(q_LHd, k_LKd[index], v_LKd[index], *borders, causal=True)
-    index, mask = layout["gather_PL"], layout["mask_P1LL"].to(q_LHd.dtype)
-    side_by_side = [x[index].transpose(1, 2) for x in (q_LHd, k_LKd, v_LKd)]  # [P, heads, L, d]
-    out = F.scaled_dot_product_attention(*side_by_side, attn_mask=mask, enable_gqa=True)
-    return out.transpose(1, 2).flatten(0, 1)[layout["scatter_L"]]
+        cu_q, cu_k = layout["cu_q"], layout["cu_k"]
+        max_q, max_k = layout["max_q"], layout["max_k"]
+        return varlen_attention(
+            q_LHd, k_LKd[index], v_LKd[index], cu_q, cu_k, max_q, max_k, causal=True)
+    index = layout["gather_PL"]
+    q_PHLd = q_LHd[index].transpose(1, 2)
+    k_PKLd = k_LKd[index].transpose(1, 2)
+    v_PKLd = v_LKd[index].transpose(1, 2)
+    mask_P1LL = layout["mask_P1LL"].to(q_LHd.dtype)
+    out_PHLd = F.scaled_dot_product_attention(
+        q_PHLd, k_PKLd, v_PKLd, attn_mask=mask_P1LL, enable_gqa=True)
+    return out_PHLd.transpose(1, 2).flatten(0, 1)[layout["scatter_L"]]
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotary embedding: x·cos + rotate_half(x)·sin. x [..., H, d]; cos, sin [..., 1, d]."""
     first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    turned = torch.cat([-second, first], dim=-1)
+    return x * cos + turned * sin
 
 
 def decoder_attention(self, hidden_states, position_embeddings, layout: dict, **_):
     """Replaces `Qwen2_5_VLAttention.forward` for packed rows; hidden_states [1, L, D]."""
     hidden_LD = hidden_states[0]
-    projections = (self.q_proj, self.k_proj, self.v_proj)
-    q, k, v = (proj(hidden_LD).unflatten(-1, (-1, self.head_dim)) for proj in projections)
-    cos, sin = (x[0][:, None] for x in position_embeddings)  # [L, 1, d]
-    out_LHd = shared_prefix_attention(rotate(q, cos, sin), rotate(k, cos, sin), v, layout)
+    heads = (-1, self.head_dim)
+    q_LHd = self.q_proj(hidden_LD).unflatten(-1, heads)
+    k_LKd = self.k_proj(hidden_LD).unflatten(-1, heads)
+    v_LKd = self.v_proj(hidden_LD).unflatten(-1, heads)
+    cos_L1d, sin_L1d = (x[0][:, None] for x in position_embeddings)
+    q_LHd = rotate(q_LHd, cos_L1d, sin_L1d)
+    k_LKd = rotate(k_LKd, cos_L1d, sin_L1d)
+    out_LHd = shared_prefix_attention(q_LHd, k_LKd, v_LKd, layout)
     return self.o_proj(out_LHd.flatten(1))[None], None
 
 
@@ -249,7 +335,10 @@ def replace_vision_forwards(vision) -> None:
 
 
 def patch_embedding(self, pixels_ND):
-    """Replaces a 3-D convolution whose stride is its kernel size: a matrix product."""
+    """Replaces a 3-D convolution whose stride is its kernel size: a matrix product.
+
+    Plain twin: that convolution, in Hugging Face's tower.
+    """
     weight = self.proj.weight.flatten(1)
     return F.linear(pixels_ND.to(weight.dtype), weight)
 
@@ -257,23 +346,34 @@ def patch_embedding(self, pixels_ND):
 def vision_attention(self, hidden_states, cu_seqlens, position_embeddings, **_):
     """Replaces `Qwen2_5_VLVisionAttention.forward`: all windows (or images) of a layer at once.
 
-    hidden_states [N, D]; cu_seqlens: borders of the windows, over which Hugging Face loops.
+    hidden_states [N, D]; cu_seqlens: borders of the windows.
+    Plain twin: Hugging Face's tower, which loops over the windows.
     """
-    q, k, v = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1)).unbind(1)  # [N, H, d]
-    cos, sin = (x[:, None].float() for x in position_embeddings)
-    q, k = (rotate(x.float(), cos, sin).to(v.dtype) for x in (q, k))
-    lengths = cu_seqlens.diff()
-    if q.is_cuda and (flash_attn_varlen_func or varlen_attn):
-        longest, borders = int(lengths.max()), cu_seqlens.int()
-        out = varlen_attention(q, k, v, borders, borders, longest, longest, causal=False)
+    qkv = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1))
+    q_NHd, k_NHd, v_NHd = qkv.unbind(1)
+    cos_N1d, sin_N1d = (x[:, None].float() for x in position_embeddings)
+    q_NHd = rotate(q_NHd.float(), cos_N1d, sin_N1d).to(v_NHd.dtype)
+    k_NHd = rotate(k_NHd.float(), cos_N1d, sin_N1d).to(v_NHd.dtype)
+    if q_NHd.is_cuda and (flash_attn_varlen_func or varlen_attn):
+        longest = int(cu_seqlens.diff().max())
+        cu = cu_seqlens.int()
+        out_NHd = varlen_attention(q_NHd, k_NHd, v_NHd, cu, cu, longest, longest, causal=False)
     else:
-        out = torch.empty_like(q)
-        for length in lengths.unique().tolist():  # windows of one size make one batch
-            starts = cu_seqlens[:-1][lengths == length]
-            index = starts[:, None] + torch.arange(length, device=q.device)  # [windows, length]
-            batch = F.scaled_dot_product_attention(*(x[index].transpose(1, 2) for x in (q, k, v)))
-            out = out.index_put((index.flatten(),), batch.transpose(1, 2).flatten(0, 1))
-    return self.proj(out.flatten(1))
+        out_NHd = window_attention(q_NHd, k_NHd, v_NHd, cu_seqlens)
+    return self.proj(out_NHd.flatten(1))
+
+
+def window_attention(q_NHd, k_NHd, v_NHd, cu_seqlens) -> torch.Tensor:
+    """Full attention within each window; windows of one size make one batch. [N, H, d]."""
+    out_NHd = torch.empty_like(q_NHd)
+    lengths = cu_seqlens.diff()
+    for length in lengths.unique().tolist():
+        starts = cu_seqlens[:-1][lengths == length]
+        index = starts[:, None] + torch.arange(length, device=starts.device)  # [windows, length]
+        batch = [x[index].transpose(1, 2) for x in (q_NHd, k_NHd, v_NHd)]
+        out = F.scaled_dot_product_attention(*batch).transpose(1, 2)
+        out_NHd = out_NHd.index_put((index.flatten(),), out.flatten(0, 1))
+    return out_NHd
 
 
 # §3 ───────────────────────────────────────── policy ─────────────────────────────────────────
@@ -284,16 +384,22 @@ def token_logprobs(hidden_SD, lm_head, target_S, banned_V, temperature: float, c
     computed again in the backward pass, so memory is one chunk of logits: chunk · V · 4 bytes.
     """
 
-    def one_chunk(hidden, target):
-        logits = lm_head(hidden).float() / temperature
-        logp = logits.masked_fill(banned_V, float("-inf")).log_softmax(dim=-1)
+    def one_chunk(hidden_SD, target_S):
+        logits_SV = lm_head(hidden_SD).float() / temperature
+        logits_SV = logits_SV.masked_fill(banned_V, -math.inf)
+        logp_SV = logits_SV.log_softmax(dim=-1)
         with torch.no_grad():  # H = −Σ p·log p, for the logs only
-            entropy = -(logp.exp() * logp.masked_fill(banned_V, 0.0)).sum(-1)
-        return logp.gather(-1, target[:, None]).squeeze(-1), entropy
+            finite_SV = logp_SV.masked_fill(banned_V, 0.0)
+            entropy_S = -(logp_SV.exp() * finite_SV).sum(-1)
+        logp_S = logp_SV.gather(-1, target_S[:, None]).squeeze(-1)
+        return logp_S, entropy_S
 
-    chunks = zip(hidden_SD.split(chunk), target_S.split(chunk))
-    parts = [checkpoint(one_chunk, *pair, use_reentrant=False) for pair in chunks]
-    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+    logps, entropies = [], []
+    for hidden, target in zip(hidden_SD.split(chunk), target_S.split(chunk)):
+        logp, entropy = checkpoint(one_chunk, hidden, target, use_reentrant=False)
+        logps.append(logp)
+        entropies.append(entropy)
+    return torch.cat(logps), torch.cat(entropies)
 
 
 class Policy(nn.Module):
@@ -301,6 +407,7 @@ class Policy(nn.Module):
 
     That makes it the FSDP root: vision tower, decoder and chunked lm_head run inside,
     log-probabilities come out, and the loss is computed outside in fp32.
+    Plain twin: Hugging Face's forward on one completion at a time.
     """
 
     def __init__(self, model, banned_V: torch.Tensor, *, checkpointing: bool = False):
@@ -331,8 +438,9 @@ class Policy(nn.Module):
             features_ID = self.vision(pack.pixels_ND, grid_thw=pack.grids_I3).pooler_output
             hidden_LD = hidden_LD + 0.0 * features_ID.sum()  # a dummy's gradient exists: FSDP waits
         if features_ID is not None:
-            features_ID = features_ID[: len(pack.image_slots)].to(hidden_LD.dtype)
-            hidden_LD = hidden_LD.index_copy(0, pack.image_slots, features_ID)  # a dummy has none
+            features_ID = features_ID[: len(pack.image_slots)]  # a dummy image has no slot
+            features_ID = features_ID.to(hidden_LD.dtype)
+            hidden_LD = hidden_LD.index_copy(0, pack.image_slots, features_ID)
         hidden_1LD = hidden_LD[None]
         cos_sin = decoder.rotary_emb(hidden_1LD, pack.positions_3L[:, None])
         for layer in decoder.layers:

@@ -14,19 +14,12 @@ import torch
 from data import DataError
 from tiny import TINY, tiny_model, tiny_tokenizer
 
-try:  # the GPU extra; PyTorch's own variable-length attention, then masked attention, stand in
-    from flash_attn import flash_attn_varlen_func
-except ImportError:
-    flash_attn_varlen_func = None
-try:
-    from torch.nn.attention.varlen import varlen_attn
-except ImportError:
-    varlen_attn = None
-
 PATCH, MERGE = 14, 2  # a patch is 14×14 pixels; 2×2 patches become one image token (28×28 pixels)
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, as in preprocessor_config.json
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 SYSTEM = "You are a helpful assistant."  # Qwen's default, also Perception-R1's  [PR1 code]
+
+
 # §1 ────────────────────────────────────── special ids ───────────────────────────────────────
 @dataclass(frozen=True)
 class SpecialIds:
@@ -44,24 +37,40 @@ class SpecialIds:
     @staticmethod
     def read(tokenizer, config) -> "SpecialIds":
         """Errors: DataError naming a token that the tokenizer lacks or numbers otherwise."""
-        names = ("im_start", "im_end", "image_pad", "vision_start", "vision_end", "endoftext")
-        vocabulary = tokenizer.get_vocab()
-        missing = [f"<|{name}|>" for name in names if f"<|{name}|>" not in vocabulary]
+        id_of = tokenizer.get_vocab()
+        needed = ("im_start", "im_end", "image_pad", "vision_start", "vision_end", "endoftext")
+        missing = [f"<|{name}|>" for name in needed if f"<|{name}|>" not in id_of]
         if missing:
             raise DataError(f"the tokenizer lacks {', '.join(missing)}: no Qwen2.5-VL tokenizer")
-        ids = [vocabulary[f"<|{name}|>"] for name in names]
-        if vocabulary["<|image_pad|>"] != config.image_token_id:
+        image_pad = id_of["<|image_pad|>"]
+        if image_pad != config.image_token_id:
             raise DataError(
-                f"<|image_pad|> is {vocabulary['<|image_pad|>']} in the tokenizer and "
-                f"{config.image_token_id} in the model's config: they do not belong together")
-        # A sampled placeholder would be taken for an image slot by the next forward pass; and
-        # Qwen's embedding has 151,936 rows for 151,665 tokens.
-        banned_V = torch.zeros(config.text_config.vocab_size, dtype=torch.bool)
-        for kind in ("image_pad", "video_pad", "vision_start", "vision_end", "vision_pad"):
-            if f"<|{kind}|>" in vocabulary:
-                banned_V[vocabulary[f"<|{kind}|>"]] = True
-        banned_V[max(vocabulary.values()) + 1 :] = True
-        return SpecialIds(*ids, stops=(ids[1], ids[-1]), banned_V=banned_V)
+                f"<|image_pad|> is {image_pad} in the tokenizer and {config.image_token_id} "
+                "in the model's config: they do not belong together")
+        return SpecialIds(
+            im_start=id_of["<|im_start|>"],
+            im_end=id_of["<|im_end|>"],
+            image_pad=image_pad,
+            vision_start=id_of["<|vision_start|>"],
+            vision_end=id_of["<|vision_end|>"],
+            pad=id_of["<|endoftext|>"],
+            stops=(id_of["<|im_end|>"], id_of["<|endoftext|>"]),
+            banned_V=banned_ids(id_of, config.text_config.vocab_size))
+
+
+def banned_ids(id_of: dict[str, int], vocabulary: int) -> torch.Tensor:
+    """True where an id is never sampled: placeholders, and ids without a token. [V] bool.
+
+    A sampled placeholder would be taken for an image slot by the next forward pass; and Qwen's
+    embedding has 151,936 rows for 151,665 tokens.
+    """
+    banned_V = torch.zeros(vocabulary, dtype=torch.bool)
+    for kind in ("image_pad", "video_pad", "vision_start", "vision_end", "vision_pad"):
+        if f"<|{kind}|>" in id_of:
+            banned_V[id_of[f"<|{kind}|>"]] = True
+    first_unused = max(id_of.values()) + 1
+    banned_V[first_unused:] = True
+    return banned_V
 
 
 def decode(tokenizer, special: SpecialIds, tokens: list[int]) -> str:
@@ -79,16 +88,21 @@ def patchify(image) -> tuple[torch.Tensor, tuple[int, int, int]]:
     Errors: ValueError if a side is not a multiple of 28 (resize once, in data.py).
     """
     width, height = image.size
-    if width % (PATCH * MERGE) or height % (PATCH * MERGE):
-        raise ValueError(f"image is {width}×{height}; sides must be multiples of {PATCH * MERGE}")
-    pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255.0
+    token_side = PATCH * MERGE
+    if width % token_side or height % token_side:
+        raise ValueError(f"image is {width}×{height}; sides must be multiples of {token_side}")
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float32) / 255.0  # [height, width, 3]
     pixels = (pixels - np.float32(IMAGE_MEAN)) / np.float32(IMAGE_STD)
+
     rows, columns = height // PATCH, width // PATCH
+    down, across = rows // MERGE, columns // MERGE
     # [row/2, 2, 14, column/2, 2, 14, channel] → [row/2, column/2, 2, 2, channel, 14, 14]
-    blocks = pixels.reshape(rows // MERGE, MERGE, PATCH, columns // MERGE, MERGE, PATCH, 3)
-    blocks = blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(rows * columns, 3, 1, PATCH, PATCH)
-    frames = np.repeat(blocks, 2, axis=2).reshape(rows * columns, -1)
-    return torch.from_numpy(frames), (1, rows, columns)
+    blocks = pixels.reshape(down, MERGE, PATCH, across, MERGE, PATCH, 3)
+    blocks = blocks.transpose(0, 3, 1, 4, 6, 2, 5)
+    frame = blocks.reshape(-1, 3, 1, PATCH, PATCH)
+    two_frames = np.repeat(frame, 2, axis=2)
+    pixels_ND = torch.from_numpy(two_frames).flatten(1)
+    return pixels_ND, (1, rows, columns)
 
 
 def rope_positions(kinds: list, start: int = 0) -> tuple[torch.Tensor, int]:
@@ -104,9 +118,11 @@ def rope_positions(kinds: list, start: int = 0) -> tuple[torch.Tensor, int]:
             parts.append(torch.arange(start, start + kind).expand(3, kind))
             start += kind
         else:
-            rows, columns = kind[1] // MERGE, kind[2] // MERGE
+            _, height, width = kind
+            rows, columns = height // MERGE, width // MERGE
             row, column = torch.cartesian_prod(torch.arange(rows), torch.arange(columns)).T
-            parts.append(start + torch.stack([torch.zeros_like(row), row, column]))
+            time = torch.zeros_like(row)
+            parts.append(start + torch.stack([time, row, column]))
             start += max(rows, columns)
     return torch.cat(parts, dim=1), start
 
@@ -201,5 +217,3 @@ def load(name: str, *, weights: bool = True, seed: int = 0):
         model.tie_weights()  # which no_init_weights leaves out
         return model, tokenizer
     return Network.from_pretrained(name, dtype=torch.float32, use_safetensors=True), tokenizer
-
-

@@ -3,6 +3,8 @@
 A ~1 M-parameter `Qwen2_5_VLForConditionalGeneration` for teaching and tests, never presented as the
 papers' models.
 """
+import math
+
 import torch
 
 SPECIAL_TOKENS = [  # Qwen2.5's 22 added tokens, in order (151643 … 151664 in the true vocabulary)
@@ -11,14 +13,13 @@ SPECIAL_TOKENS = [  # Qwen2.5's 22 added tokens, in order (151643 … 151664 in 
     "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>", "<tool_call>",
     "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>",
     "<|repo_name|>", "<|file_sep|>"]
-
-
 QWEN_SPLIT = (  # Qwen2.5's pre-tokenizer: words, single digits, punctuation, white space
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 
-
 TINY = ("tiny", "tiny-untied")  # names of the stand-in
+# What it is trained on: small scenes, few shapes and colours, so that minutes on a CPU suffice.
+WORLD = "synthetic:grounding?size=56x56&shapes=2&colours=3&distractors=1-2&reach=0.3-0.5"
 TINY_CORPUS = """\
 You are a helpful assistant. system user assistant Output the bounding box of the in the image.
 Output all the bounding boxes of the Please output bbox coordinates and names of OCR this image.
@@ -65,23 +66,36 @@ def tiny_model(tokenizer, *, tied: bool = True, seed: int = 0, hidden: int = 128
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
     ids = tokenizer.get_vocab()
+    blocks = math.ceil(len(tokenizer) / 64) + 1  # at least 64 rows without a token, as in Qwen's
     config = Qwen2_5_VLConfig(
         text_config=dict(
-            vocab_size=-(-len(tokenizer) // 64) * 64 + 64,  # rows without a token, as in Qwen's
-            hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
-            num_attention_heads=4, num_key_value_heads=2, rms_norm_eps=1e-6, initializer_range=0.06,
-            max_position_embeddings=4096, tie_word_embeddings=tied,
+            vocab_size=64 * blocks,
+            hidden_size=hidden,
+            intermediate_size=3 * hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            rms_norm_eps=1e-6,
+            initializer_range=0.06,
+            max_position_embeddings=4096,
+            tie_word_embeddings=tied,
             rope_parameters=dict(rope_type="default", rope_theta=10_000.0, mrope_section=[4, 6, 6]),
-            bos_token_id=ids["<|endoftext|>"], eos_token_id=ids["<|im_end|>"]),
+            bos_token_id=ids["<|endoftext|>"],
+            eos_token_id=ids["<|im_end|>"]),
         vision_config=dict(
-            depth=3, hidden_size=96, intermediate_size=192, num_heads=4, out_hidden_size=hidden,
-            fullatt_block_indexes=[2], window_size=112, initializer_range=0.06),
-        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
+            depth=3,
+            hidden_size=96,
+            intermediate_size=192,
+            num_heads=4,
+            out_hidden_size=hidden,
+            fullatt_block_indexes=[2],
+            window_size=112,
+            initializer_range=0.06),
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
         tie_word_embeddings=tied)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return Qwen2_5_VLForConditionalGeneration(config).float()
-
-
-WORLD = "synthetic:grounding?size=56x56&shapes=2&colours=3&distractors=1-2&reach=0.3-0.5"
