@@ -4,13 +4,19 @@
 decode: all rows of a group read the same prompt keys · §5 sample
 
 Decoding issues no collectives: ranks finish at different lengths, and a collective would hang.
+Plain twins (tests/test_sampler.py): tokens ↔ Hugging Face's `generate`, log-probabilities ↔ the
+policy's, padded shapes ↔ exact ones.
 
-Shapes: P prompts, G completions a prompt, L longest prompt, T completion tokens, V vocabulary,
-D width, H query heads, K key/value heads, R = H/K queries that share a key head, d head width.
+Words: a *row* is one completion being sampled; a *batch* is what decodes together, P prompts with G
+rows each; the *cache* holds the keys and values of a batch: each prompt's once, each row's own.
+
+Shapes: P prompts, G rows a prompt, L prompt places, T own places, V vocabulary, D width, F width of
+the MLP, H query heads, K key/value heads, R = H/K queries that share a key head, d head width,
+B rows in the order of the results, N image patches, I image tokens.
 """
 import hashlib
 import math
-from types import SimpleNamespace
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -26,19 +32,30 @@ def keyed_uniforms(seed: int, step: int, sample_id: str, group: int, length: int
 
     A pure function: a rollout is the same on any rank, in any batch, after a resume.
     """
-    sample_key = int.from_bytes(hashlib.sha256(sample_id.encode()).digest()[:8], "little")
-    rows = [np.random.default_rng([seed, step, sample_key, g]).random(length) for g in range(group)]
+    digest = hashlib.sha256(sample_id.encode()).digest()
+    sample_key = int.from_bytes(digest[:8], "little")
+    rows = []
+    for g in range(group):
+        generator = np.random.default_rng([seed, step, sample_key, g])
+        rows.append(generator.random(length))
     return torch.from_numpy(np.stack(rows))
 
 
 def inverse_cdf(probabilities_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
     """The first id whose cumulative probability exceeds u: ids [B], never one of probability 0."""
     cdf_BV = probabilities_BV.double().cumsum(-1)
-    threshold_B1 = uniform_B[:, None] * cdf_BV[:, -1:]  # the sum is 1 only up to rounding
-    id_B = torch.searchsorted(cdf_BV, threshold_B1, right=True).squeeze(1)
-    id_B = id_B.clamp(max=cdf_BV.shape[1] - 1)
-    chosen_B = probabilities_BV.gather(1, id_B[:, None]).squeeze(1)
-    return torch.where(chosen_B > 0, id_B, probabilities_BV.argmax(-1))  # a parallel sum may wobble
+    total_B1 = cdf_BV[:, -1:]  # 1 only up to rounding
+    threshold_B1 = uniform_B[:, None] * total_B1
+    id_B1 = torch.searchsorted(cdf_BV, threshold_B1, right=True)
+    id_B1 = id_B1.clamp(max=cdf_BV.shape[1] - 1)
+    chosen_B1 = probabilities_BV.gather(1, id_B1)
+    likeliest_B1 = probabilities_BV.argmax(-1, keepdim=True)
+    return torch.where(chosen_B1 > 0, id_B1, likeliest_B1)[:, 0]  # a parallel sum may wobble
+
+
+def round_up(x: int, multiple: int) -> int:
+    """The smallest multiple that is at least x."""
+    return math.ceil(x / multiple) * multiple
 
 
 def product_fp32(a, b) -> torch.Tensor:
@@ -54,58 +71,131 @@ class Interrupted(Exception):
 
 
 # §2 ──────────────────────────────────────── weights ─────────────────────────────────────────
-LAYER = {  # a decoding step is bound by reading weights, so fewer, larger reads: some are stacked
-    "norm_in": "input_layernorm.weight",
-    "qkv": "self_attn.q_proj.weight self_attn.k_proj.weight self_attn.v_proj.weight",
-    "qkv_bias": "self_attn.q_proj.bias self_attn.k_proj.bias self_attn.v_proj.bias",
-    "out": "self_attn.o_proj.weight", "norm_mlp": "post_attention_layernorm.weight",
-    "gate_up": "mlp.gate_proj.weight mlp.up_proj.weight", "down": "mlp.down_proj.weight"}
+@dataclass
+class Layer:
+    """A decoder layer's weights. Reading them bounds a step, so some are stacked: fewer reads."""
+
+    norm_in: torch.Tensor  # [D]
+    qkv: torch.Tensor  # [(H + 2K)·d, D]
+    qkv_bias: torch.Tensor  # [(H + 2K)·d]
+    out: torch.Tensor  # [D, H·d]
+    norm_mlp: torch.Tensor  # [D]
+    gate_up: torch.Tensor  # [2F, D]
+    down: torch.Tensor  # [D, F]
+
+
+LAYER_PARTS = {  # Hugging Face's parameters in each of a Layer's tensors
+    "norm_in": ["input_layernorm.weight"],
+    "qkv": ["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"],
+    "qkv_bias": ["self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"],
+    "out": ["self_attn.o_proj.weight"],
+    "norm_mlp": ["post_attention_layernorm.weight"],
+    "gate_up": ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
+    "down": ["mlp.down_proj.weight"]}
+
+
+@dataclass
+class Batch:
+    """Rows that decode together: all that a decoding step reads and writes.
+
+    At equal shapes, tensors lie at equal addresses: a captured graph knows addresses only.
+    """
+
+    shape: tuple[int, int, int, int]  # P, G, L, T
+    prompt: torch.Tensor  # keys and values of the prompts, [layers, 2, P, K, L, d]
+    own: torch.Tensor  # keys and values of the rows' own tokens, [layers, 2, P, K, G, T, d]
+    padding_P11L: torch.Tensor  # −∞ behind a prompt's end, else 0
+    next_P: torch.Tensor  # position of a row's first own token
+    place_1: torch.Tensor  # how many own tokens each row has cached
+    ids_PG: torch.Tensor  # each row's last token
+    row_PG: torch.Tensor  # where its tokens are collected: an index into B
+    alive_PG: torch.Tensor  # no stop id so far
+    captured: dict = field(default_factory=dict)  # places read: (graph, the hidden states it fills)
+
+
+@dataclass
+class Rows:
+    """What has been sampled so far, in the order of the results."""
+
+    tokens_BT: torch.Tensor
+    logp_BT: torch.Tensor
+    length_B: torch.Tensor
+    uniform_BT: torch.Tensor | None  # None: greedy
+    seen_BV: torch.Tensor | None  # ids that a repetition penalty makes less likely
+
+    def completions(self, stops: tuple[int, ...]) -> list[Completion]:
+        results = []
+        rows = zip(self.tokens_BT.tolist(), self.logp_BT.tolist(), self.length_B.tolist())
+        for tokens, logps, length in rows:
+            truncated = tokens[length - 1] not in stops
+            results.append(Completion(tokens[:length], logps[:length], truncated))
+        return results
 
 
 class Sampler:
     """Owns the weight copy; `refresh` fills it, `generate` samples from it.
 
     model: a Qwen2.5-VL whose shapes count; kv_gb: GiB for keys and values; graphs: shapes padded to
-    buckets, on CUDA replayed as captured graphs; keep_features: leave images' features in prompts
+    blocks, on CUDA replayed as captured graphs; keep_features: leave images' features in prompts
     (frozen tower). `interrupted()` is asked every round; True abandons the rollout.
     """
 
     def __init__(self, model, special: SpecialIds, *, device="cpu", dtype=torch.float32, kv_gb=8.0,
                  graphs=False, keep_features=False):
-        self.special, self.device, self.dtype = special, torch.device(device), dtype
-        self.graphs, self.keep_features, self.interrupted = graphs, keep_features, lambda: False
-        self.stages, self.pool = {}, torch.empty(0, device=device, dtype=dtype)
-        self.graph_pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
-        self.banned_V, self.kv_bytes = special.banned_V.to(device), kv_gb * 2**30
+        self.special = special
+        self.device = torch.device(device)
+        self.dtype = dtype
+        self.kv_bytes = kv_gb * 2**30
+        self.graphs = graphs
+        self.keep_features = keep_features
+        self.interrupted = lambda: False
+        self.banned_V = special.banned_V.to(device)
         self.stops = torch.tensor(special.stops, device=device)
-        text = model.config.text_config
-        self.heads, self.kv_heads = text.num_attention_heads, text.num_key_value_heads
-        self.head_width, self.eps = text.hidden_size // self.heads, text.rms_norm_eps
-        decoder, vision = model.model.language_model, model.model.visual
-        self.rotary = type(decoder.rotary_emb)(text).to(device)
-        self.vision = type(vision)(vision.config).to(device, dtype).eval().requires_grad_(False)
-        replace_vision_forwards(self.vision)
-        # Each of the policy's parameters and its place in this copy.
-        self.targets = dict(self.vision.named_parameters("model.model.visual"))
-        weights = {f"model.{name}": parameter for name, parameter in model.named_parameters()}
-        prefix = "model.model.language_model."
-        self.layers = [
-            SimpleNamespace(**{short: self.allocate(weights, f"{prefix}layers.{i}.", names)
-                               for short, names in LAYER.items()})
-            for i in range(len(decoder.layers))]
-        self.norm = self.allocate(weights, prefix, "norm.weight")
-        self.embed = self.head = self.allocate(weights, prefix, "embed_tokens.weight")
-        if "model.lm_head.weight" in weights:  # not tied
-            self.head = self.allocate(weights, "model.", "lm_head.weight")
 
-    def allocate(self, weights: dict, prefix: str, names: str) -> torch.Tensor:
+        text = model.config.text_config
+        self.heads = text.num_attention_heads
+        self.kv_heads = text.num_key_value_heads
+        self.head_width = text.hidden_size // self.heads
+        self.eps = text.rms_norm_eps
+
+        self.batches = {}  # by shape, each with its graphs
+        self.cache = torch.empty(0, device=device, dtype=dtype)
+        self.graph_pool = None
+        if self.device.type == "cuda":
+            self.graph_pool = torch.cuda.graph_pool_handle()
+        self.allocate_weights(model)
+
+    def allocate_weights(self, model) -> None:
+        """This copy's tensors; `targets` says where in it each of the policy's parameters lies."""
+        decoder, vision = model.model.language_model, model.model.visual
+        self.rotary = type(decoder.rotary_emb)(model.config.text_config).to(self.device)
+        self.vision = type(vision)(vision.config).to(self.device, self.dtype)
+        self.vision.eval().requires_grad_(False)
+        replace_vision_forwards(self.vision)
+
+        self.targets = dict(self.vision.named_parameters("model.model.visual"))
+        shapes = {f"model.{name}": weight.shape for name, weight in model.named_parameters()}
+        prefix = "model.model.language_model."
+        self.layers = []
+        for index in range(len(decoder.layers)):
+            parts = {}
+            for name, sources in LAYER_PARTS.items():
+                parts[name] = self.allocate(shapes, f"{prefix}layers.{index}.", sources)
+            self.layers.append(Layer(**parts))
+        self.norm = self.allocate(shapes, prefix, ["norm.weight"])
+        self.embed = self.allocate(shapes, prefix, ["embed_tokens.weight"])
+        self.head = self.embed
+        if "model.lm_head.weight" in shapes:  # not tied
+            self.head = self.allocate(shapes, "model.", ["lm_head.weight"])
+
+    def allocate(self, shapes: dict, prefix: str, names: list[str]) -> torch.Tensor:
         """One tensor for several parameters stacked along their first dimension."""
-        names = [prefix + name for name in names.split()]
-        rows = [len(weights[name]) for name in names]
-        shape = (sum(rows), *weights[names[0]].shape[1:])
-        fused = torch.empty(shape, device=self.device, dtype=self.dtype)
-        self.targets.update(zip(names, fused.split(rows)))
-        return fused
+        names = [prefix + name for name in names]
+        rows = [shapes[name][0] for name in names]
+        stacked_shape = (sum(rows), *shapes[names[0]][1:])
+        stacked = torch.empty(stacked_shape, device=self.device, dtype=self.dtype)
+        self.targets.update(zip(names, stacked.split(rows)))
+        return stacked
 
     @torch.no_grad()
     def refresh(self, policy) -> None:
@@ -116,244 +206,302 @@ class Sampler:
 
     # §3 ────────────────────────────────────── prefill ───────────────────────────────────────
     def run_layers(self, x, cos, sin, attend) -> torch.Tensor:
-        """All decoder layers on x [..., D]; `attend(layer, q, k, v)` sees [..., heads, d]."""
-        for index, w in enumerate(self.layers):
-            qkv = F.linear(self.rms(x, w.norm_in), w.qkv, w.qkv_bias)
+        """All decoder layers on x [..., D]; `attend(index, q, k, v)` sees [..., heads, d]."""
+        heads = [self.heads, self.kv_heads, self.kv_heads]
+        for index, layer in enumerate(self.layers):
+            normed = self.rms(x, layer.norm_in)
+            qkv = F.linear(normed, layer.qkv, layer.qkv_bias)
             qkv = qkv.unflatten(-1, (-1, self.head_width))
-            q, k, v = qkv.split([self.heads, self.kv_heads, self.kv_heads], dim=-2)
+            q, k, v = qkv.split(heads, dim=-2)
             out = attend(index, rotate(q, cos, sin), rotate(k, cos, sin), v)
-            x = x + F.linear(out.flatten(-2), w.out)
-            gate, up = F.linear(self.rms(x, w.norm_mlp), w.gate_up).chunk(2, dim=-1)
-            x = x + F.linear(F.silu(gate) * up, w.down)
+            x = x + F.linear(out.flatten(-2), layer.out)
+
+            normed = self.rms(x, layer.norm_mlp)
+            gate, up = F.linear(normed, layer.gate_up).chunk(2, dim=-1)
+            x = x + F.linear(F.silu(gate) * up, layer.down)
         return x
 
     def rms(self, x, weight):
         x32 = x.float()
-        scale = torch.rsqrt(x32.pow(2).mean(-1, keepdim=True) + self.eps)
+        mean_square = x32.pow(2).mean(-1, keepdim=True)
+        scale = torch.rsqrt(mean_square + self.eps)
         return weight * (x32 * scale).to(x.dtype)
 
-    def prefill(self, prompts: list[Prompt], prompt_cache) -> torch.Tensor:
+    def prefill(self, prompts: list[Prompt], batch: Batch) -> torch.Tensor:
         """Vision tower and decoder once per prompt, right-padded to the longest.
 
-        Fills `prompt_cache` [layers, 2, P, K, ≥ L, d] and returns the last hidden state of each
-        prompt [P, D]. Padding lies behind: causal attention never sees it, decoding masks it.
+        Fills `batch.prompt` and returns the last hidden state of each prompt, [P, D]. Padding lies
+        behind: causal attention never sees it, decoding masks it. Plain twin: the policy's forward.
         """
-        longest = max(len(prompt.ids) for prompt in prompts)
+        lengths = [len(prompt.ids) for prompt in prompts]
+        longest = max(lengths)
         ids_PL = torch.full((len(prompts), longest), self.special.pad)
         positions_3PL = torch.zeros(3, len(prompts), longest, dtype=torch.long)
+        slots = []
         for p, prompt in enumerate(prompts):
-            ids_PL[p, : len(prompt.ids)] = torch.tensor(prompt.ids)
-            positions_3PL[:, p, : len(prompt.ids)] = prompt.positions_3L
-        x_PLD = F.embedding(ids_PL.to(self.device), self.embed)
-        slots = [p * longest + s for p, prompt in enumerate(prompts) for s in prompt.image_slots]
-        if slots:
-            features_ID = self.image_features([p for p in prompts if p.pixels_ND is not None])
-            x_PLD.view(-1, x_PLD.shape[-1])[torch.tensor(slots, device=self.device)] = features_ID
-        cos, sin = (t[:, :, None] for t in self.rotary(x_PLD, positions_3PL.to(self.device)))
+            ids_PL[p, : lengths[p]] = torch.tensor(prompt.ids)
+            positions_3PL[:, p, : lengths[p]] = prompt.positions_3L
+            slots += [p * longest + slot for slot in prompt.image_slots]
 
-        def attend(layer, q, k, v):
-            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-            prompt_cache[layer, 0, :, :, :longest], prompt_cache[layer, 1, :, :, :longest] = k, v
+        x_PLD = F.embedding(ids_PL.to(self.device), self.embed)
+        if slots:
+            flat = x_PLD.view(-1, x_PLD.shape[-1])
+            flat[torch.tensor(slots, device=self.device)] = self.image_features(prompts)
+        cos_PLd, sin_PLd = self.rotary(x_PLD, positions_3PL.to(self.device))
+        cos_PL1d, sin_PL1d = cos_PLd[:, :, None], sin_PLd[:, :, None]
+
+        def attend(index, q_PLHd, k_PLKd, v_PLKd):
+            q, k, v = (x.transpose(1, 2) for x in (q_PLHd, k_PLKd, v_PLKd))
+            keys, values = batch.prompt[index]
+            keys[:, :, :longest] = k
+            values[:, :, :longest] = v
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
             return out.transpose(1, 2)
 
-        x_PLD = self.run_layers(x_PLD, cos, sin, attend)
-        last_P = torch.tensor([len(prompt.ids) - 1 for prompt in prompts], device=self.device)
+        x_PLD = self.run_layers(x_PLD, cos_PL1d, sin_PL1d, attend)
+        last_P = torch.tensor(lengths, device=self.device) - 1
         return x_PLD[torch.arange(len(prompts), device=self.device), last_P]
 
     def image_features(self, prompts: list[Prompt]) -> torch.Tensor:
-        """Merged vision features of all images in order, [image tokens, D]."""
-        pixels_ND = torch.cat([prompt.pixels_ND for prompt in prompts]).to(self.device, self.dtype)
-        grids_I3 = torch.tensor([grid for prompt in prompts for grid in prompt.grids])
-        features_ID = self.vision(pixels_ND, grid_thw=grids_I3.to(self.device)).pooler_output
+        """Merged vision features of all images in order, [I, D]."""
+        seeing = [prompt for prompt in prompts if prompt.pixels_ND is not None]
+        pixels_ND = torch.cat([prompt.pixels_ND for prompt in seeing])
+        pixels_ND = pixels_ND.to(self.device, self.dtype)
+        grids = torch.tensor([grid for prompt in seeing for grid in prompt.grids])
+        features_ID = self.vision(pixels_ND, grid_thw=grids.to(self.device)).pooler_output
         features_ID = features_ID.to(self.dtype)
-        parts = features_ID.split([len(prompt.image_slots) for prompt in prompts])
-        for prompt, part_ID in zip(prompts, parts):
+        parts = features_ID.split([len(prompt.image_slots) for prompt in seeing])
+        for prompt, part_ID in zip(seeing, parts):
             prompt.features_ID = part_ID if self.keep_features else None
         return features_ID
 
     # §4 ─────────────────────────────────────── decode ───────────────────────────────────────
-    def decode(self, wave: SimpleNamespace, room: int) -> torch.Tensor:
+    def decode(self, batch: Batch, places: int) -> torch.Tensor:
         """One token of every row through the decoder; its key and value join the cache.
 
-        Attention of a row runs over [its group's prompt | its own tokens]: one softmax over both,
-        the prompt's keys read once a group, not once a row. All that changes from round to round
-        lies in `wave`'s tensors (`place_1`: how many own tokens are cached); `room` places of the
-        own cache are read, those past `place_1` masked. Returns hidden states [P, G, D].
+        All that changes from round to round lies in the batch's tensors. `places` of the own cache
+        are read, those past `place_1` masked. Returns hidden states [P, G, D].
+        Plain twin: Hugging Face's `generate`, and the policy's log-probabilities.
         """
-        x_PGD = F.embedding(wave.ids_PG, self.embed)
-        position_3P1 = (wave.next_P + wave.place_1).expand(3, -1)[:, :, None]
-        cos, sin = (c[:, :, None] for c in self.rotary(x_PGD, position_3P1))
-        later_T = torch.arange(room, device=self.device) > wave.place_1
-        later_T = torch.zeros_like(later_T, dtype=torch.float32).masked_fill(later_T, -math.inf)
+        x_PGD = F.embedding(batch.ids_PG, self.embed)
+        position_P = batch.next_P + batch.place_1
+        position_3P1 = position_P.expand(3, -1)[:, :, None]
+        cos_P1d, sin_P1d = self.rotary(x_PGD, position_3P1)
+        later_T = torch.arange(places, device=self.device) > batch.place_1
+        mask_T = torch.zeros(places, device=self.device).masked_fill(later_T, -math.inf)
 
-        def attend(layer, q, k, v):  # q [P, G, H, d]; k, v [P, G, K, d]
-            for cached_PKGTd, new_PGKd in zip(wave.own[layer], (k, v)):
-                cached_PKGTd.index_copy_(3, wave.place_1, new_PGKd.transpose(1, 2)[:, :, :, None])
-            keys_PKTd, values_PKTd = (cached[:, :, :, :room] for cached in wave.own[layer])
-            keys_PKLd, values_PKLd = wave.prompt[layer]
-            q_PKGRd = q.unflatten(2, (self.kv_heads, -1)).transpose(1, 2)
-            to_prompt = product_fp32(q_PKGRd.flatten(2, 3), keys_PKLd.mT) + wave.padding_P11L
-            to_own = (product_fp32(q_PKGRd, keys_PKTd.mT) + later_T).flatten(2, 3)
-            scores = torch.cat([to_prompt, to_own], dim=-1)  # [P, K, G·R, L + room]
-            weights = (scores * self.head_width**-0.5).softmax(-1).to(q.dtype)
-            weights_prompt, weights_own = weights.split([keys_PKLd.shape[2], room], dim=-1)
-            out = (weights_prompt @ values_PKLd).view_as(q_PKGRd)
-            out = out + weights_own.unflatten(2, q_PKGRd.shape[2:4]) @ values_PKTd
-            return out.transpose(1, 2).flatten(2, 3)
+        def attend(index, q_PGHd, k_PGKd, v_PGKd):
+            keys_PKGTd, values_PKGTd = batch.own[index]
+            for cached, new_PGKd in ((keys_PKGTd, k_PGKd), (values_PKGTd, v_PGKd)):
+                new_PKG1d = new_PGKd.transpose(1, 2)[:, :, :, None]
+                cached.index_copy_(3, batch.place_1, new_PKG1d)
+            own = keys_PKGTd[:, :, :, :places], values_PKGTd[:, :, :, :places]
+            prompt = batch.prompt[index]
+            return self.shared_attention(q_PGHd, prompt, own, batch.padding_P11L, mask_T)
 
-        return self.run_layers(x_PGD, cos, sin, attend)
+        return self.run_layers(x_PGD, cos_P1d[:, :, None], sin_P1d[:, :, None], attend)
 
-    def next_hidden(self, wave: SimpleNamespace, t: int) -> torch.Tensor:
+    def shared_attention(self, q_PGHd, prompt, own, padding_P11L, mask_T) -> torch.Tensor:
+        """Each row attends to [its group's prompt | its own tokens]: one softmax over both.
+
+        A prompt's keys are read once a group, not once a row. Returns [P, G, H, d].
+        """
+        keys_PKLd, values_PKLd = prompt
+        keys_PKGTd, values_PKGTd = own
+        q_PKGRd = q_PGHd.unflatten(2, (self.kv_heads, -1)).transpose(1, 2)
+        to_prompt = product_fp32(q_PKGRd.flatten(2, 3), keys_PKLd.mT) + padding_P11L
+        to_own = product_fp32(q_PKGRd, keys_PKGTd.mT) + mask_T
+        scores = torch.cat([to_prompt, to_own.flatten(2, 3)], dim=-1)  # [P, K, G·R, L + T]
+        weights = (scores * self.head_width**-0.5).softmax(-1).to(q_PGHd.dtype)
+
+        sizes = [keys_PKLd.shape[2], keys_PKGTd.shape[3]]
+        of_prompt, of_own = weights.split(sizes, dim=-1)
+        out_PKGRd = (of_prompt @ values_PKLd).view_as(q_PKGRd)
+        out_PKGRd = out_PKGRd + of_own.unflatten(2, q_PKGRd.shape[2:4]) @ values_PKGTd
+        return out_PKGRd.transpose(1, 2).flatten(2, 3)
+
+    def next_hidden(self, batch: Batch, t: int) -> torch.Tensor:
         """`decode` at place t; on CUDA a graph captured once a shape: one launch, not hundreds."""
-        wave.place_1.fill_(t)
+        batch.place_1.fill_(t)
         if not self.graphs:
-            return self.decode(wave, t + 1)
-        bucket = max(128, (1 << t.bit_length()) // 4)  # few shapes, and few places read in vain
-        room = min(-(-(t + 1) // bucket) * bucket, wave.shape[3])
+            return self.decode(batch, t + 1)
+        block = max(128, (1 << t.bit_length()) // 4)  # few shapes, and few places read in vain
+        places = min(round_up(t + 1, block), batch.shape[3])
         if self.device.type != "cuda":
-            return self.decode(wave, room)
-        if room not in wave.captured:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):  # libraries allocate what they need on a first call
-                self.decode(wave, room)
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.graph_pool):
-                wave.captured[room] = graph, self.decode(wave, room)
-        graph, hidden_PGD = wave.captured[room]
+            return self.decode(batch, places)
+        if places not in batch.captured:
+            batch.captured[places] = self.capture(batch, places)
+        graph, hidden_PGD = batch.captured[places]
         graph.replay()
         return hidden_PGD
 
-    def stage(self, prompts: int, group: int, width: int, length: int) -> SimpleNamespace:
-        """The tensors of a wave of this shape, keys and values as views of one pool.
+    def capture(self, batch: Batch, places: int) -> tuple:
+        """(a graph of `decode`, the hidden states that each replay fills)."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # libraries allocate what they need on a first call
+            self.decode(batch, places)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.graph_pool):
+            hidden_PGD = self.decode(batch, places)
+        return graph, hidden_PGD
 
-        Equal shapes lie at equal addresses: graphs need that. Zeros first, as 0 · NaN is NaN.
+    def batch_of(self, shape: tuple[int, int, int, int]) -> Batch:
+        """The batch of this shape (P, G, L, T), its keys and values views of the cache.
+
+        With graphs it is kept for the next time. Zeros first, as 0 · NaN is NaN.
         """
-        if (prompts, group, width, length) in self.stages:
-            return self.stages[prompts, group, width, length]
-        prompt_shape = (len(self.layers), 2, prompts, self.kv_heads, width, self.head_width)
-        own_shape = (len(self.layers), 2, prompts, self.kv_heads, group, length, self.head_width)
-        sizes = [math.prod(prompt_shape), math.prod(own_shape)]
-        if sum(sizes) > len(self.pool):
-            self.stages.clear()  # their graphs know the old addresses only
-            self.pool = torch.zeros(sum(sizes), device=self.device, dtype=self.dtype)
-        prompt, own = self.pool[: sum(sizes)].split(sizes)
+        if shape in self.batches:
+            return self.batches[shape]
+        prompts, group, prompt_places, own_places = shape
+        heads, width = self.kv_heads, self.head_width
+        prompt_shape = (len(self.layers), 2, prompts, heads, prompt_places, width)
+        own_shape = (len(self.layers), 2, prompts, heads, group, own_places, width)
+        prompt_size, own_size = math.prod(prompt_shape), math.prod(own_shape)
+        size = prompt_size + own_size
+        if size > len(self.cache):
+            self.batches.clear()  # their graphs know the old addresses only
+            self.cache = torch.zeros(size, device=self.device, dtype=self.dtype)
         ids_PG = torch.zeros(prompts, group, dtype=torch.long, device=self.device)
-        stage = SimpleNamespace(
-            shape=(prompts, group, width, length), captured={}, prompt=prompt.view(prompt_shape),
-            own=own.view(own_shape), ids_PG=ids_PG, rows_PG=ids_PG.clone(), alive_PG=ids_PG.bool(),
-            next_P=ids_PG[:, 0].clone(), place_1=ids_PG[0, :1].clone(),
-            padding_P11L=torch.zeros(prompts, 1, 1, width, device=self.device))
+        batch = Batch(
+            shape=shape,
+            prompt=self.cache[:prompt_size].view(prompt_shape),
+            own=self.cache[prompt_size:size].view(own_shape),
+            padding_P11L=torch.zeros(prompts, 1, 1, prompt_places, device=self.device),
+            next_P=ids_PG.new_zeros(prompts),
+            place_1=ids_PG.new_zeros(1),
+            ids_PG=ids_PG,
+            row_PG=ids_PG.clone(),
+            alive_PG=ids_PG.bool())
         if self.graphs:
-            self.stages[stage.shape] = stage
-        return stage
+            self.batches[shape] = batch
+        return batch
 
-    def start_wave(self, prompts: list[Prompt], group: int, length: int) -> SimpleNamespace:
-        """Prefill, and room for `length` tokens of each of the P·G rows."""
+    def start_batch(self, prompts: list[Prompt], group: int, length: int):
+        """(a batch with `length` own places a row, hidden states [P, G, D] after the prompts)."""
         lengths_P = torch.tensor([len(prompt.ids) for prompt in prompts], device=self.device)
-        bucket = 128 if self.graphs else 1
-        width = -(-max(len(prompt.ids) for prompt in prompts) // bucket) * bucket
-        wave = self.stage(len(prompts), group, width, length)
-        wave.hidden_PGD = self.prefill(prompts, wave.prompt)[:, None].expand(-1, group, -1)
-        padding_PL = torch.arange(width, device=self.device) >= lengths_P[:, None]
-        wave.padding_P11L.zero_().masked_fill_(padding_PL[:, None, None], -math.inf)
-        wave.next_P.copy_(torch.tensor([prompt.next_position for prompt in prompts]))
-        wave.rows_PG.copy_(torch.arange(len(prompts) * group).view(-1, group))
-        wave.alive_PG.fill_(True)
-        return wave
+        prompt_places = max(len(prompt.ids) for prompt in prompts)
+        if self.graphs:
+            prompt_places = round_up(prompt_places, 128)
+        batch = self.batch_of((len(prompts), group, prompt_places, length))
+        hidden_PD = self.prefill(prompts, batch)
+        behind_PL = torch.arange(prompt_places, device=self.device) >= lengths_P[:, None]
+        batch.padding_P11L.zero_().masked_fill_(behind_PL[:, None, None], -math.inf)
+        batch.next_P.copy_(torch.tensor([prompt.next_position for prompt in prompts]))
+        batch.row_PG.copy_(torch.arange(len(prompts) * group).view(-1, group))
+        batch.alive_PG.fill_(True)
+        return batch, hidden_PD[:, None].expand(-1, group, -1)
 
-    def compact(self, wave: SimpleNamespace, t: int) -> SimpleNamespace:
-        """The wave after t tokens without finished groups, in the fewest columns that do."""
-        living_P = wave.alive_PG.sum(1)
+    def compact(self, batch: Batch, t: int) -> Batch:
+        """The batch after t tokens without finished groups, in the fewest columns that do."""
+        living_P = batch.alive_PG.sum(1)
         keep_P = living_P.nonzero().squeeze(1)
-        keep_PG = wave.alive_PG[keep_P].int().argsort(dim=1, descending=True, stable=True)
-        pick = keep_P[:, None], keep_PG[:, : int(living_P.max())]
-        # Read all of the old wave before writing: the smaller one lies in the same pool.
-        kept = {name: getattr(wave, name)[keep_P] for name in ("next_P", "padding_P11L")}
-        kept |= {name: getattr(wave, name)[pick] for name in ("alive_PG", "rows_PG", "ids_PG")}
-        prompt = wave.prompt[:, :, keep_P]
-        own = wave.own[..., :t, :].transpose(3, 4)[:, :, pick[0], pick[1]]  # […, P, G, K, t, d]
-        smaller = self.stage(*pick[1].shape, *wave.shape[2:])
-        for name, tensor in kept.items():
-            getattr(smaller, name).copy_(tensor)
+        order_PG = batch.alive_PG[keep_P].int().argsort(dim=1, descending=True, stable=True)
+        keep_PG = order_PG[:, : int(living_P.max())]
+        rows = keep_P[:, None], keep_PG
+        # Read all of the old batch before writing: the smaller one lies in the same cache.
+        of_prompts = {name: getattr(batch, name)[keep_P] for name in ("next_P", "padding_P11L")}
+        of_rows = {name: getattr(batch, name)[rows] for name in ("ids_PG", "row_PG", "alive_PG")}
+        prompt = batch.prompt[:, :, keep_P]
+        cached = batch.own[..., :t, :].transpose(3, 4)  # [layers, 2, P, G, K, t, d]
+        own = cached[:, :, keep_P[:, None], keep_PG].transpose(3, 4)
+
+        smaller = self.batch_of((*keep_PG.shape, *batch.shape[2:]))
+        for name, values in (of_prompts | of_rows).items():
+            getattr(smaller, name).copy_(values)
         smaller.prompt.copy_(prompt)
-        smaller.own[..., :t, :] = own.transpose(3, 4)
+        smaller.own[..., :t, :] = own
         return smaller
 
     # §5 ─────────────────────────────────────── sample ───────────────────────────────────────
+    @torch.no_grad()
+    def generate(self, prompts: list[Prompt], noise, max_tokens: int, temperature: float = 1.0,
+                 repetition_penalty: float = 1.0) -> list[list[Completion]]:
+        """A list of G Completions for each prompt.
+
+        noise: [G, ≥ max_tokens] a prompt, from `keyed_uniforms`; None decodes greedily, G = 1.
+        Prompts run in batches that fit the key/value budget.
+        """
+        if not prompts:
+            return []
+        group = len(noise[0]) if noise else 1
+        token_bytes = 2 * len(self.layers) * self.kv_heads * self.head_width * self.dtype.itemsize
+        longest = max(len(prompt.ids) for prompt in prompts)
+        prompt_bytes = token_bytes * (longest + group * max_tokens)
+        count = max(1, int(self.kv_bytes // prompt_bytes))
+        groups = []
+        for first in range(0, len(prompts), count):
+            end = first + count
+            part = prompts[first:end]
+            uniform_BT = torch.cat(noise[first:end]).to(self.device) if noise else None
+            rows = self.new_rows(part, group, max_tokens, uniform_BT, repetition_penalty)
+            self.run_batch(part, group, rows, temperature, repetition_penalty)
+            done = rows.completions(self.special.stops)
+            groups += [done[i : i + group] for i in range(0, len(done), group)]
+        return groups
+
+    def new_rows(self, prompts, group, max_tokens, uniform_BT, penalty) -> Rows:
+        count = len(prompts) * group
+        seen_BV = None
+        if penalty != 1:
+            seen_BV = torch.zeros_like(self.banned_V).repeat(count, 1)
+            for row in range(count):
+                seen_BV[row, prompts[row // group].ids] = True
+        return Rows(
+            tokens_BT=torch.full((count, max_tokens), self.special.pad, device=self.device),
+            logp_BT=torch.zeros(count, max_tokens, device=self.device),
+            length_B=torch.full((count,), max_tokens, device=self.device),
+            uniform_BT=uniform_BT,
+            seen_BV=seen_BV)
+
+    def run_batch(self, prompts, group, rows: Rows, temperature: float, penalty: float) -> None:
+        """Rounds of one token a row, until all rows have stopped."""
+        max_tokens = rows.tokens_BT.shape[1]
+        batch, hidden_PGD = self.start_batch(prompts, group, max_tokens)
+        for t in range(max_tokens):
+            self.sample_tokens(batch, rows, hidden_PGD, t, temperature, penalty)
+            living = batch.alive_PG.sum(1).tolist()  # of each group; the one wait for the device
+            if self.interrupted():
+                raise Interrupted
+            if not any(living) or t + 1 == max_tokens:
+                break
+            living_groups = sum(count > 0 for count in living)
+            fewest = living_groups * max(living)  # places after compaction
+            if 2 * fewest <= batch.alive_PG.numel():
+                batch = self.compact(batch, t)
+            hidden_PGD = self.next_hidden(batch, t)
+
+    def sample_tokens(self, batch, rows: Rows, hidden_PGD, t, temperature, penalty) -> None:
+        """Each living row's token t, noted in `rows` and set as the next input of the batch."""
+        at = batch.row_PG
+        uniform_PG = None if rows.uniform_BT is None else rows.uniform_BT[at, t]
+        seen_PGV = None if rows.seen_BV is None else rows.seen_BV[at]
+        ids_PG, logp_PG = self.choose(hidden_PGD, uniform_PG, temperature, seen_PGV, penalty)
+        rows.tokens_BT[at, t] = ids_PG.where(batch.alive_PG, self.special.pad)
+        rows.logp_BT[at, t] = logp_PG.where(batch.alive_PG, 0.0)
+        stopped_PG = batch.alive_PG & torch.isin(ids_PG, self.stops)
+        rows.length_B[at] = torch.where(stopped_PG, t + 1, rows.length_B[at])
+        if rows.seen_BV is not None:
+            rows.seen_BV[at, ids_PG] = True
+        batch.alive_PG &= ~stopped_PG
+        batch.ids_PG.copy_(ids_PG)
+
     def choose(self, hidden_PGD, uniform_PG, temperature: float, seen_PGV=None, penalty=1.0):
         """Each row's token and log-probability, from the distribution that training scores.
 
         `penalty` (evaluation only) makes ids in `seen_PGV`, of prompt and answer, less likely.
         """
-        logits_PGV = F.linear(self.rms(hidden_PGD, self.norm), self.head).float() / temperature
+        normed_PGD = self.rms(hidden_PGD, self.norm)
+        logits_PGV = F.linear(normed_PGD, self.head).float() / temperature
         if seen_PGV is not None:  # as in Hugging Face's and vLLM's repetition_penalty
-            factor = torch.where(logits_PGV > 0, 1 / penalty, penalty)
-            logits_PGV = torch.where(seen_PGV, logits_PGV * factor, logits_PGV)
-        logp_PGV = logits_PGV.masked_fill(self.banned_V, -math.inf).log_softmax(-1)
+            factor_PGV = torch.where(logits_PGV > 0, 1 / penalty, penalty)
+            logits_PGV = torch.where(seen_PGV, logits_PGV * factor_PGV, logits_PGV)
+        logits_PGV = logits_PGV.masked_fill(self.banned_V, -math.inf)
+        logp_PGV = logits_PGV.log_softmax(-1)
         if uniform_PG is None:
             ids_PG = logp_PGV.argmax(-1)
         else:
             ids_B = inverse_cdf(logp_PGV.flatten(0, 1).exp(), uniform_PG.flatten())
             ids_PG = ids_B.view(uniform_PG.shape)
         return ids_PG, logp_PGV.gather(-1, ids_PG[..., None]).squeeze(-1)
-
-    @torch.no_grad()
-    def generate(self, prompts: list[Prompt], noise, max_tokens: int, temperature: float = 1.0,
-                 repetition_penalty: float = 1.0):
-        """A list of G Completions for each prompt.
-
-        noise: [G, ≥ max_tokens] a prompt, from `keyed_uniforms`; None decodes greedily, G = 1.
-        Prompts run in waves that fit the key/value budget.
-        """
-        group, how, out = len(noise[0]) if noise else 1, (temperature, repetition_penalty), []
-        per_token = 2 * len(self.layers) * self.kv_heads * self.head_width * self.dtype.itemsize
-        row = max((len(prompt.ids) for prompt in prompts), default=0) + group * max_tokens
-        most = max(1, int(self.kv_bytes // (row * per_token)))
-        for first in range(0, len(prompts), most):
-            wave, end = prompts[first : first + most], first + most
-            uniform_BT = torch.cat(noise[first:end]).to(self.device) if noise else None
-            rows = self.run_wave(wave, uniform_BT, group, max_tokens, *how)
-            out += [rows[i : i + group] for i in range(0, len(rows), group)]
-        return out
-
-    def run_wave(self, prompts, uniform_BT, group, max_tokens, temperature, penalty):
-        """Rounds of one token a row, until all rows have stopped: their Completions."""
-        wave = self.start_wave(prompts, group, max_tokens)
-        rows = len(prompts) * group
-        tokens_BT = torch.full((rows, max_tokens), self.special.pad, device=self.device)
-        logp_BT = torch.zeros(rows, max_tokens, device=self.device)
-        length_B = torch.full((rows,), max_tokens, device=self.device)
-        seen_BV = None
-        if penalty != 1:
-            seen_BV = torch.zeros_like(self.banned_V).repeat(rows, 1)
-            for row in range(rows):
-                seen_BV[row, prompts[row // group].ids] = True
-        hidden_PGD = wave.hidden_PGD
-        for t in range(max_tokens):
-            at = wave.rows_PG
-            uniform_PG = None if uniform_BT is None else uniform_BT[at, t]
-            seen_PGV = None if seen_BV is None else seen_BV[at]
-            ids_PG, logp_PG = self.choose(hidden_PGD, uniform_PG, temperature, seen_PGV, penalty)
-            tokens_BT[at, t] = ids_PG.where(wave.alive_PG, self.special.pad)
-            logp_BT[at, t] = logp_PG.where(wave.alive_PG, 0.0)
-            stopped_PG = wave.alive_PG & torch.isin(ids_PG, self.stops)
-            length_B[at] = torch.where(stopped_PG, t + 1, length_B[at])
-            wave.alive_PG &= ~stopped_PG
-            living = wave.alive_PG.sum(1).tolist()  # of each group; the one wait for the device
-            if self.interrupted():
-                raise Interrupted
-            if not any(living) or t + 1 == max_tokens:
-                break
-            wave.ids_PG.copy_(ids_PG)
-            if seen_BV is not None:
-                seen_BV[at, ids_PG] = True
-            fewest = sum(count > 0 for count in living) * max(living)  # places after compaction
-            if 2 * fewest <= wave.alive_PG.numel():
-                wave = self.compact(wave, t)
-            hidden_PGD = self.next_hidden(wave, t)
-        results = zip(tokens_BT.tolist(), logp_BT.tolist(), length_B.tolist())
-        return [Completion(tokens[:n], logps[:n], tokens[n - 1] not in self.special.stops)
-                for tokens, logps, n in results]

@@ -213,7 +213,7 @@ def ours(a) -> dict:
 
     logs = dict(step=watch(grpo_vl, "train_step", lambda _, metrics: metrics),
                 generate=watch(run.sampler, "generate", ids),
-                prefill=watch(run.sampler, "start_wave"), reward=watch(grpo_vl, "score_groups"))
+                prefill=watch(run.sampler, "start_batch"), reward=watch(grpo_vl, "score_groups"))
     for step in range(a.steps + 1):
         grpo_vl.train_step(run, step)
     waves, steps = len(logs["prefill"]) // (a.steps + 1), logs["step"][1:]

@@ -1,0 +1,70 @@
+"""Ids, patches and positions against Hugging Face's processor and get_rope_index."""
+import pytest
+import torch
+from references import make_world, noise_image
+
+import qwen_vl
+from qwen_vl import SpecialIds, encode_chat
+
+
+@pytest.fixture(scope="module", params=["tiny", "tiny-untied"])
+def world(request):
+    return make_world(request.param)
+
+
+def test_patches_equal_the_image_processor():
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    for width, height in ((84, 84), (56, 140), (280, 28)):
+        image = noise_image(width, height, width)
+        want = Qwen2VLImageProcessorPil(do_resize=False)([image], return_tensors="pt")
+        pixels, grid = qwen_vl.patchify(image)
+        assert list(grid) == want["image_grid_thw"][0].tolist()
+        torch.testing.assert_close(pixels, want["pixel_values"], atol=1e-6, rtol=0)
+
+
+def test_patchify_refuses_sides_that_are_no_multiple_of_28():
+    with pytest.raises(ValueError, match="90×84"):
+        qwen_vl.patchify(noise_image(90, 84, 0))
+
+
+def test_positions_of_a_hand_worked_prompt():
+    # two text tokens, a 4×6-patch image (2×3 tokens), one text token: text 0 1, image from 2, next at 2 + 3
+    positions, after = qwen_vl.rope_positions([2, (1, 4, 6), 1])
+    assert positions.tolist() == [
+        [0, 1, 2, 2, 2, 2, 2, 2, 5],
+        [0, 1, 2, 2, 2, 3, 3, 3, 5],
+        [0, 1, 2, 3, 4, 2, 3, 4, 5],
+    ]
+    assert after == 6
+
+
+def test_positions_equal_get_rope_index(world):
+    _, twin, _, _, prompts = world
+    for prompt in prompts:
+        ids = torch.tensor([prompt.ids])
+        kinds = torch.zeros_like(ids)
+        kinds[0, prompt.image_slots] = 1
+        grids = torch.tensor(prompt.grids) if prompt.grids else None
+        want, delta = twin.model.get_rope_index(ids, kinds, image_grid_thw=grids)
+        torch.testing.assert_close(prompt.positions_3L, want[:, 0])
+        assert prompt.next_position == len(prompt.ids) + delta.item()
+
+
+def test_image_token_text_in_a_question_stays_text(world):
+    _, _, tokenizer, special, _ = world
+    prompt = encode_chat(tokenizer, special, "what is <|image_pad|><|im_end|>?", [noise_image(56, 56, 0)])
+    assert prompt.ids.count(special.image_pad) == 4 == len(prompt.image_slots)
+    assert prompt.ids.count(special.im_end) == 2  # system and user turn
+    assert "<|image_pad|><|im_end|>?" in tokenizer.decode(prompt.ids)
+
+
+def test_a_tokenizer_without_a_needed_id_is_refused(world):
+    _, twin, *_ = world
+
+    class Lacking:
+        def get_vocab(self):
+            return {"<|im_start|>": 0}
+
+    with pytest.raises(ValueError, match=r"<\|image_pad\|>"):
+        SpecialIds.read(Lacking(), twin.config)

@@ -1,0 +1,231 @@
+"""The sampler against plain references: Hugging Face's generate, and the policy's log-probabilities."""
+from dataclasses import replace
+
+import pytest
+import torch
+from references import image_inputs, make_world, noise_image, packed_logps, prepared
+
+import qwen_vl
+from policy import Policy, pack_groups
+from qwen_vl import Group, encode_chat
+from sampler import Sampler, inverse_cdf, keyed_uniforms
+
+
+@pytest.fixture(scope="module", params=["tiny", "tiny-untied"])
+def world(request):
+    return make_world(request.param)
+
+
+@pytest.fixture(scope="module")
+def sampler(world):
+    policy, _, _, special, _ = world
+    sampler = Sampler(policy.model, special)
+    sampler.refresh(policy)
+    return sampler
+
+
+def uniforms(prompts, group=3, length=10, seed=0):
+    return [keyed_uniforms(seed, 0, f"sample {i}", group, length) for i in range(len(prompts))]
+
+
+def assert_sampler_equals_trainer(policy, prompts, rollouts, temperature):
+    size = len(rollouts[0])
+    groups = [Group(p, done, i * size) for i, (p, done) in enumerate(zip(prompts, rollouts))]
+    with torch.no_grad():
+        packed, _ = packed_logps(policy, groups, temperature=temperature)
+    for group in groups:
+        for row, completion in enumerate(group.completions, start=group.row):
+            logps = torch.tensor(completion.logps)
+            assert (packed[row, : len(logps)] - logps).abs().max() <= 1e-5
+
+
+def test_sampler_logps_equal_the_trainer(world, sampler):
+    policy, _, _, _, prompts = world
+    rollouts = sampler.generate(prompts, uniforms(prompts), 10, temperature=0.8)
+    assert_sampler_equals_trainer(policy, prompts, rollouts, 0.8)
+
+
+def test_greedy_tokens_equal_generate(world, sampler):
+    _, twin, _, special, prompts = world
+    rollouts = sampler.generate(prompts, None, 12)
+    banned = [[i] for i in torch.nonzero(sampler.banned_V).flatten().tolist()]
+    for prompt, (completion,) in zip(prompts, rollouts):
+        ids = torch.tensor([prompt.ids])
+        out = twin.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), **image_inputs(prompt), do_sample=False,
+            repetition_penalty=1.0, max_new_tokens=12, eos_token_id=list(special.stops), pad_token_id=special.pad,
+            bad_words_ids=banned, temperature=None, top_k=None, top_p=None,
+        )
+        assert out[0, len(prompt.ids) :].tolist() == completion.tokens
+
+
+def test_repetition_penalty_equals_huggingface(world, sampler):
+    """Greedy decoding under a penalty, stronger than evaluation's 1.05, token for token as the stock model's."""
+    _, twin, _, special, prompts = world
+    text = next(prompt for prompt in prompts if not prompt.grids)
+    (completion,), = sampler.generate([text], None, 8, repetition_penalty=1.3)
+    ids = torch.tensor([text.ids])
+    out = twin.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), **image_inputs(text), do_sample=False,
+        repetition_penalty=1.3, max_new_tokens=8, eos_token_id=list(special.stops), pad_token_id=special.pad,
+        bad_words_ids=[[i] for i in torch.nonzero(sampler.banned_V).flatten().tolist()],
+        temperature=None, top_k=None, top_p=None,
+    )
+    assert out[0, len(text.ids) :].tolist() == completion.tokens
+    (plain,), = sampler.generate([text], None, 8)
+    assert plain.tokens != completion.tokens  # else the penalty was not tried
+
+
+def test_shapes_in_buckets_change_no_rollout(world):
+    """What CUDA graphs need, without CUDA: caches and rows padded to buckets, masked, reused across batches."""
+    policy, _, _, special, prompts = world
+    model, _ = qwen_vl.load("tiny-untied")
+    with torch.no_grad():
+        model.lm_head.weight[special.im_end] *= 4.0  # ragged ends: compaction happens
+    biased = Policy(model, policy.banned_V)
+    exact, bucketed = Sampler(model, special), Sampler(model, special, graphs=True)
+    for one in (exact, bucketed):
+        one.refresh(biased)
+    for count, group in ((4, 5), (3, 3), (4, 5)):  # the last finds its shape's batch with old contents
+        noise = uniforms(prompts[:count], group=group, length=200, seed=count)
+        expected = exact.generate(prompts[:count], noise, 200)
+        found = bucketed.generate(prompts[:count], noise, 200)
+        assert tokens_of(found) == tokens_of(expected)
+        for one, other in zip(expected, found):
+            for a, b in zip(one, other):
+                torch.testing.assert_close(torch.tensor(a.logps), torch.tensor(b.logps), atol=1e-5, rtol=0)
+        assert_sampler_equals_trainer(biased, prompts[:count], found, 1.0)
+    assert len({shape[:2] for shape in bucketed.batches}) > 2  # it did compact into smaller shapes
+
+
+def test_a_frozen_tower_is_run_once_for_sampling_and_training(world, monkeypatch):
+    """Features kept by the sampler give the log-probs that pixels give, and the tower is not run again."""
+    policy, _, tokenizer, special, _ = world
+    keeping = Sampler(policy.model, special, keep_features=True)
+    keeping.refresh(policy)
+    mine = [encode_chat(tokenizer, special, "red circle 12", [noise_image(84, 84, 3)]),
+            encode_chat(tokenizer, special, "no image"),
+            encode_chat(tokenizer, special, "two", [noise_image(56, 84, 4), noise_image(84, 56, 5)])]
+    rollouts = keeping.generate(mine, uniforms(mine), 10)
+    groups = [Group(p, done, i * 3) for i, (p, done) in enumerate(zip(mine, rollouts))]
+    pixels = [Group(replace(p, features_ID=None), done, i * 3) for i, (p, done) in enumerate(zip(mine, rollouts))]
+    with torch.no_grad():
+        from_pixels = policy(prepared(pack_groups(pixels)))[0]
+        monkeypatch.setattr(policy.vision, "forward", None)
+        from_features = policy(prepared(pack_groups(groups)))[0]
+    torch.testing.assert_close(from_features, from_pixels, atol=1e-5, rtol=0)
+
+
+def test_rollouts_do_not_depend_on_the_batch(world, sampler, monkeypatch):
+    _, _, _, _, prompts = world
+    noise = uniforms(prompts)
+    together = sampler.generate(prompts, noise, 10)
+    for i, prompt in enumerate(prompts):
+        alone = sampler.generate([prompt], noise[i:i + 1], 10)
+        assert tokens_of(alone) == tokens_of(together[i : i + 1])
+    small = Sampler(world[0].model, world[3], kv_gb=1e-6)  # one prompt a batch
+    small.refresh(world[0])
+    batches, run_batch = [], small.run_batch
+    monkeypatch.setattr(small, "run_batch", lambda *rest: batches.append(1) or run_batch(*rest))
+    assert tokens_of(small.generate(prompts, noise, 10)) == tokens_of(together)
+    assert len(batches) == 4
+
+
+def tokens_of(rollouts):
+    return [completion.tokens for group in rollouts for completion in group]
+
+
+def test_changing_an_image_changes_only_its_rollouts(world, sampler):
+    _, _, tokenizer, special, prompts = world
+    noise = uniforms(prompts, length=16)
+    before = sampler.generate(prompts, noise, 16)
+    changed = [encode_chat(tokenizer, special, "red circle 12", [noise_image(84, 84, 99)]), *prompts[1:]]
+    after = sampler.generate(changed, noise, 16)
+    assert tokens_of(before[1:]) == tokens_of(after[1:])
+    assert before[0][0].logps[0] != after[0][0].logps[0]
+
+
+def test_rows_stop_at_stop_ids_and_make_room(world):
+    """With a stop id made likely, completions end raggedly; compaction must not mix rows up."""
+    policy, _, _, special, prompts = world
+    model, _ = qwen_vl.load("tiny-untied")
+    with torch.no_grad():
+        model.lm_head.weight[special.im_end] *= 4.0
+    biased = Policy(model, policy.banned_V)
+    sampler = Sampler(model, special)
+    sampler.refresh(biased)
+    noise = uniforms(prompts, group=8, length=40)
+    rollouts = sampler.generate(prompts, noise, 40)
+    lengths = [len(tokens) for tokens in tokens_of(rollouts)]
+    assert min(lengths) < 5 and len(set(lengths)) > 5
+    for completion in [completion for group in rollouts for completion in group]:
+        stopped = [token in special.stops for token in completion.tokens]
+        assert not any(stopped[:-1])
+        assert completion.truncated == (not stopped[-1])
+        assert stopped[-1] or len(stopped) == 40
+    assert_sampler_equals_trainer(biased, prompts, rollouts, 1.0)
+
+
+def test_compaction_waits_until_it_halves_the_places(world, monkeypatch):
+    """Living rows 4 + 1 + 1 of 3 · 4: compacting would copy all keys and free nothing. 2 + 1 + 1: 3 · 2 places remain."""
+    _, _, _, special, prompts = world
+    sampler, asked = Sampler(world[0].model, special), []
+    sampler.refresh(world[0])
+    stop, go = special.im_end, 200
+    last = [[go, stop, stop, stop]] * 2
+    rounds = [[[go] * 4, *last], [[go, go, stop, stop], *last]]
+    compact = sampler.compact
+
+    def choose(hidden_PGD, *_):
+        ids_PG = torch.tensor(rounds.pop(0)) if rounds else torch.full(hidden_PGD.shape[:2], stop)
+        return ids_PG, torch.zeros(ids_PG.shape)
+
+    def watched(batch, t):
+        asked.append(t)
+        return compact(batch, t)
+
+    monkeypatch.setattr(sampler, "choose", choose)
+    monkeypatch.setattr(sampler, "compact", watched)
+    rollouts = sampler.generate(prompts[:3], uniforms(prompts[:3], group=4), 10)
+    assert asked == [1]
+    assert [[len(c.tokens) for c in group] for group in rollouts] == [[3, 3, 2, 2], [3, 1, 1, 1], [3, 1, 1, 1]]
+
+
+def test_a_placeholder_cannot_be_sampled(world):
+    """Even if the model puts nearly all its mass on placeholders and on rows without a token."""
+    policy, _, tokenizer, special, prompts = world
+    model, _ = qwen_vl.load("tiny-untied")
+    kinds = ("image_pad", "video_pad", "vision_start", "vision_end", "vision_pad")
+    forbidden = {tokenizer.get_vocab()[f"<|{kind}|>"] for kind in kinds}
+    forbidden |= set(range(len(tokenizer), model.config.text_config.vocab_size))
+    with torch.no_grad():
+        model.lm_head.weight[sorted(forbidden)] *= 50.0
+    sampler = Sampler(model, special)
+    sampler.refresh(Policy(model, policy.banned_V))
+    rollouts = sampler.generate(prompts, uniforms(prompts, group=16, length=20), 20)
+    assert forbidden == set(torch.nonzero(policy.banned_V).flatten().tolist())
+    assert not forbidden & {token for tokens in tokens_of(rollouts) for token in tokens}
+
+
+def test_inverse_cdf_by_hand():
+    # cumulative 0, 0.25, 0.25, 0.75, 1.0, 1.0: u = 0 → id 1; 0.25 → id 3; 0.74 → 3; 0.75 → 4; just below 1 → 4
+    p = torch.tensor([[0.0, 0.25, 0.0, 0.5, 0.25, 0.0]]).expand(5, -1)
+    u = torch.tensor([0.0, 0.25, 0.74, 0.75, 1 - 1e-16], dtype=torch.float64)
+    assert inverse_cdf(p, u).tolist() == [1, 3, 3, 4, 4]
+
+
+def test_inverse_cdf_draws_the_distribution():
+    p = torch.tensor([[0.1, 0.0, 0.6, 0.3]]).expand(20_000, -1)
+    u = keyed_uniforms(0, 0, "x", 1, 20_000)[0]
+    share = torch.bincount(inverse_cdf(p, u), minlength=4) / 20_000
+    torch.testing.assert_close(share, torch.tensor([0.1, 0.0, 0.6, 0.3]), atol=0.015, rtol=0)
+    assert share[1] == 0
+
+
+def test_noise_is_keyed_not_streamed():
+    base = keyed_uniforms(1, 2, "a", 4, 8)
+    assert torch.equal(base[:2], keyed_uniforms(1, 2, "a", 2, 8))
+    assert torch.equal(base[:, :5], keyed_uniforms(1, 2, "a", 4, 5))
+    others = [keyed_uniforms(0, 2, "a", 4, 8), keyed_uniforms(1, 3, "a", 4, 8),
+              keyed_uniforms(1, 2, "b", 4, 8), base.roll(1, 0)]
+    assert all((base != other).any(1).all() for other in others)
