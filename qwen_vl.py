@@ -17,6 +17,7 @@ from tiny import TINY, tiny_model, tiny_tokenizer
 PATCH, MERGE = 14, 2  # a patch is 14×14 pixels; 2×2 patches become one image token (28×28 pixels)
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, as in preprocessor_config.json
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGE_MARK = "<image>"  # in a question: here stands an image
 SYSTEM = "You are a helpful assistant."  # Qwen's default, also Perception-R1's  [PR1 code]
 
 
@@ -143,26 +144,49 @@ class Prompt:
 def encode_chat(tokenizer, special: SpecialIds, text: str, images=(), system=SYSTEM) -> Prompt:
     """System and user turn in Qwen's chat format, up to where the assistant speaks.
 
-    Images come before the text [PR1 code]. `text` is tokenised as plain text: a literal
-    "<|image_pad|>" or "<|im_end|>" in a question stays characters and never becomes an image slot.
+    An image stands where the text says "<image>"; without any marker all images come before the
+    text [PR1 code]. All else in `text` is plain text: a literal "<|image_pad|>" or "<|im_end|>" in
+    a question stays characters and never becomes an image slot.
+    Errors: DataError if there are some markers, but not as many as images.
+    Plain twin: the turn as Qwen's chat template writes it, through Hugging Face's processors.
     """
     plain = partial(tokenizer.encode, add_special_tokens=False, split_special_tokens=True)
-    newline, start, end = plain("\n"), [special.im_start], [special.im_end]
-    ids = start + plain(f"system\n{system}") + end + newline + start + plain("user\n")
-    kinds, slots, text_since = [], [], 0
-    pixels, grids = zip(*map(patchify, images)) if images else ((), ())
-    for grid in grids:
-        count = grid[1] * grid[2] // MERGE**2
-        ids += [special.vision_start]
+    first, *others = split_at_images(text, len(images))
+    start, end = [special.im_start], [special.im_end]
+    ids = start + plain(f"system\n{system}") + end + plain("\n")
+    ids += start + plain(f"user\n{first}")
+    kinds, slots, pixels, grids = [], [], [], []
+    text_since = 0
+    for image, text_after in zip(images, others):
+        pixels_ND, grid = patchify(image)
+        pixels.append(pixels_ND)
+        grids.append(grid)
+        ids.append(special.vision_start)
         kinds += [len(ids) - text_since, grid]
+        count = len(pixels_ND) // MERGE**2
         slots += range(len(ids), len(ids) + count)
         ids += [special.image_pad] * count
         text_since = len(ids)
-        ids += [special.vision_end]
-    ids += plain(text) + end + newline + start + plain("assistant\n")
-    positions_3L, next_position = rope_positions([*kinds, len(ids) - text_since])
-    pixels_ND = torch.cat(pixels) if pixels else None
-    return Prompt(ids, positions_3L, next_position, slots, pixels_ND, grids)
+        ids.append(special.vision_end)
+        ids += plain(text_after)
+    ids += end + plain("\n") + start + plain("assistant\n")
+    kinds.append(len(ids) - text_since)
+    positions_3L, next_position = rope_positions(kinds)
+    all_pixels_ND = torch.cat(pixels) if pixels else None
+    return Prompt(ids, positions_3L, next_position, slots, all_pixels_ND, tuple(grids))
+
+
+def split_at_images(text: str, images: int) -> list[str]:
+    """The text before the first image, and behind each one: images + 1 pieces."""
+    pieces = text.split(IMAGE_MARK)
+    marks = len(pieces) - 1
+    if marks == 0:
+        return [""] * images + [text]
+    if marks != images:
+        raise DataError(
+            f"the question says {IMAGE_MARK} {marks} times and comes with {images} images: name "
+            "each image once, or none, and they come first")
+    return pieces
 
 
 # §3 ────────────────────────────────────────── groups ─────────────────────────────────────────

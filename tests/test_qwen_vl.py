@@ -68,3 +68,41 @@ def test_a_tokenizer_without_a_needed_id_is_refused(world):
 
     with pytest.raises(ValueError, match=r"<\|image_pad\|>"):
         SpecialIds.read(Lacking(), twin.config)
+
+
+@pytest.mark.parametrize("question, layout", [
+    ("no marker", "{}{}no marker"),
+    ("\n  starts with white space", "{}{}\n  starts with white space"),
+    ("<image>left, <image> right", "{}left, {} right"),
+    ("Compare\n<image><image>", "Compare\n{}{}"),
+    ("a <image> b <image> <b>c</b>", "a {} b {} <b>c</b>"),
+])
+def test_images_stand_where_the_question_says(world, question, layout):
+    """Ids, patches and positions as Hugging Face's processors make them of the turn that Qwen's template writes."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    _, twin, tokenizer, special, _ = world
+    images = [noise_image(84, 56, 1), noise_image(56, 112, 2)]
+    pixels = Qwen2VLImageProcessorPil(do_resize=False)(images, return_tensors="pt")
+    assert pixels["image_grid_thw"].tolist() == [[1, 4, 6], [1, 8, 4]]
+    # 84×56 pixels are 3·2 tokens, 56×112 are 2·4
+    slots = [f"<|vision_start|>{'<|image_pad|>' * count}<|vision_end|>" for count in (6, 8)]
+    turn = (f"<|im_start|>system\n{qwen_vl.SYSTEM}<|im_end|>\n<|im_start|>user\n{layout.format(*slots)}<|im_end|>\n"
+            "<|im_start|>assistant\n")
+    want = tokenizer(turn, return_tensors="pt")["input_ids"]
+    prompt = encode_chat(tokenizer, special, question, images)
+    assert prompt.ids == want[0].tolist()
+    assert prompt.grids == ((1, 4, 6), (1, 8, 4))
+    torch.testing.assert_close(prompt.pixels_ND, pixels["pixel_values"], atol=1e-6, rtol=0)
+    kinds = torch.zeros(1, len(prompt.ids), dtype=torch.long)
+    kinds[0, prompt.image_slots] = 1
+    positions, delta = twin.model.get_rope_index(want, kinds, image_grid_thw=pixels["image_grid_thw"])
+    assert torch.equal(prompt.positions_3L, positions[:, 0])
+    assert prompt.next_position == len(prompt.ids) + delta.item()
+
+
+@pytest.mark.parametrize("question, images", [("<image> and <image>", 1), ("<image>", 0), ("<image>", 2)])
+def test_markers_without_their_images_are_refused(world, question, images):
+    _, _, tokenizer, special, _ = world
+    with pytest.raises(ValueError, match=f"{question.count('<image>')} times and comes with {images} images"):
+        encode_chat(tokenizer, special, question, [noise_image(56, 56, 0)] * images)
