@@ -169,8 +169,10 @@ class Sampler:
         """This copy's tensors; `targets` says where in it each of the policy's parameters lies."""
         decoder, vision = model.model.language_model, model.model.visual
         self.rotary = type(decoder.rotary_emb)(model.config.text_config).to(self.device)
-        self.vision = type(vision)(vision.config).to(self.device, self.dtype)
+        self.vision = type(vision)(vision.config).to(self.device)
         self.vision.eval().requires_grad_(False)
+        for parameter in self.vision.parameters():  # buffers, the angles, stay fp32
+            parameter.data = parameter.data.to(self.dtype)
         replace_vision_forwards(self.vision)
 
         self.targets = dict(self.vision.named_parameters("model.model.visual"))

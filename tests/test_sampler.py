@@ -1,10 +1,12 @@
 """The sampler against plain references: Hugging Face's generate, and the policy's log-probabilities."""
+from copy import deepcopy
 from dataclasses import replace
 
 import pytest
 import torch
 from references import image_inputs, make_world, noise_image, packed_logps, prepared
 
+import policy as packing
 import qwen_vl
 from policy import Policy, pack_groups
 from qwen_vl import Group, encode_chat
@@ -114,6 +116,27 @@ def test_a_frozen_tower_is_run_once_for_sampling_and_training(world, monkeypatch
         monkeypatch.setattr(policy.vision, "forward", None)
         from_features = policy(prepared(pack_groups(groups)))[0]
     torch.testing.assert_close(from_features, from_pixels, atol=1e-5, rtol=0)
+
+
+def test_a_bf16_copy_keeps_the_rotary_angles_in_fp32(world):
+    """Its buffers are the policy's, and its features those of the policy's tower with weights cast and no buffer."""
+    policy, _, _, special, prompts = world
+    rounded = Sampler(policy.model, special, dtype=torch.bfloat16)
+    rounded.refresh(policy)
+    for ours, theirs in ((rounded.vision, policy.vision), (rounded.rotary, policy.decoder.rotary_emb)):
+        buffers = dict(theirs.named_buffers())
+        assert buffers.keys() == dict(ours.named_buffers()).keys() and buffers
+        for name, buffer in ours.named_buffers():
+            assert buffer.dtype == torch.float32 and torch.equal(buffer, buffers[name]), name
+    tower = deepcopy(policy.vision)
+    tower.load_state_dict({name: weight.bfloat16() for name, weight in tower.state_dict().items()}, assign=True)
+    packing.replace_vision_forwards(tower)  # a copy's forwards are bound to the original
+    seeing = [prompt for prompt in prompts if prompt.grids]
+    pixels_ND = torch.cat([prompt.pixels_ND for prompt in seeing]).bfloat16()
+    grids = torch.tensor([grid for prompt in seeing for grid in prompt.grids])
+    with torch.no_grad():
+        want = tower(pixels_ND, grid_thw=grids).pooler_output
+        assert torch.equal(rounded.image_features(seeing), want)
 
 
 def test_rollouts_do_not_depend_on_the_batch(world, sampler, monkeypatch):
