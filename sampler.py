@@ -25,6 +25,8 @@ import torch.nn.functional as F
 from policy import replace_vision_forwards, rotate
 from qwen_vl import Completion, Prompt, SpecialIds
 
+BLOCK = 64  # ids that `inverse_cdf` takes as one on its first level
+
 
 # §1 ───────────────────────────────────────── noise ──────────────────────────────────────────
 def keyed_uniforms(seed: int, step: int, sample_id: str, group: int, length: int) -> torch.Tensor:
@@ -42,15 +44,33 @@ def keyed_uniforms(seed: int, step: int, sample_id: str, group: int, length: int
 
 
 def inverse_cdf(probabilities_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
-    """The first id whose cumulative probability exceeds u: ids [B], never one of probability 0."""
-    cdf_BV = probabilities_BV.double().cumsum(-1)
-    total_B1 = cdf_BV[:, -1:]  # 1 only up to rounding
-    threshold_B1 = uniform_B[:, None] * total_B1
-    id_B1 = torch.searchsorted(cdf_BV, threshold_B1, right=True)
-    id_B1 = id_B1.clamp(max=cdf_BV.shape[1] - 1)
-    chosen_B1 = probabilities_BV.gather(1, id_B1)
-    likeliest_B1 = probabilities_BV.argmax(-1, keepdim=True)
-    return torch.where(chosen_B1 > 0, id_B1, likeliest_B1)[:, 0]  # a parallel sum may wobble
+    """The first id whose cumulative probability exceeds u: ids [B], never one of probability 0.
+
+    Sums run in float64 and on two levels: over blocks of ids, then within the block that u falls
+    in, so that no [B, V] of doubles is written. Plain twin: one cumulative sum over all ids.
+    """
+    behind = -probabilities_BV.shape[1] % BLOCK
+    if behind:
+        probabilities_BV = F.pad(probabilities_BV, (0, behind))
+    blocks_BNK = probabilities_BV.unflatten(1, (-1, BLOCK))
+    mass_BN = blocks_BNK.sum(-1, dtype=torch.float64)
+    cdf_BN = mass_BN.cumsum(-1)
+    threshold_B1 = uniform_B[:, None] * cdf_BN[:, -1:]  # the sum is 1 only up to rounding
+    block_B1 = first_above(cdf_BN, threshold_B1, mass_BN)
+
+    before_B1 = (cdf_BN - mass_BN).gather(1, block_B1)
+    chosen_BK = blocks_BNK.take_along_dim(block_B1[:, :, None], dim=1)[:, 0]
+    cdf_BK = chosen_BK.cumsum(-1, dtype=torch.float64)
+    within_B1 = first_above(cdf_BK, threshold_B1 - before_B1, chosen_BK)
+    return (block_B1 * BLOCK + within_B1)[:, 0]
+
+
+def first_above(cdf_BN, threshold_B1, mass_BN) -> torch.Tensor:
+    """The first index whose cumulative mass exceeds the threshold, [B, 1]; it has mass itself."""
+    index_B1 = torch.searchsorted(cdf_BN, threshold_B1, right=True)
+    index_B1 = index_B1.clamp(max=cdf_BN.shape[1] - 1)
+    heaviest_B1 = mass_BN.argmax(-1, keepdim=True)  # a sum in another order may wobble
+    return torch.where(mass_BN.gather(1, index_B1) > 0, index_B1, heaviest_B1)
 
 
 def round_up(x: int, multiple: int) -> int:

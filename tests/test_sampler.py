@@ -237,6 +237,40 @@ def test_inverse_cdf_by_hand():
     assert inverse_cdf(p, u).tolist() == [1, 3, 3, 4, 4]
 
 
+def plain_inverse_cdf(probabilities, u):
+    """One row at a time, one id at a time."""
+    below, threshold = 0.0, u * sum(probabilities)
+    for index, probability in enumerate(probabilities):
+        below += probability
+        if below > threshold:
+            return index
+
+
+@pytest.mark.parametrize("vocabulary", [5, 64, 1000, 151_936])
+@pytest.mark.parametrize("sharpness", [0.0, 1.0, 30.0])  # even, random, nearly all on a few ids
+def test_inverse_cdf_on_two_levels_equals_a_loop_over_ids(vocabulary, sharpness):
+    generator = torch.Generator().manual_seed(vocabulary)
+    rows = 8 if vocabulary > 1000 else 64
+    logits = sharpness * torch.randn(rows, vocabulary, generator=generator)
+    logits[:, ::3] = float("-inf")  # banned
+    p = logits.softmax(-1)
+    u = torch.rand(rows, dtype=torch.float64, generator=generator)
+    u[:2] = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    ids = inverse_cdf(p, u)
+    assert (p.gather(1, ids[:, None]) > 0).all()
+    # the last u may fall between two sums' rounding: there any id is right that has mass
+    assert ids[2:].tolist() == [plain_inverse_cdf(row, x) for row, x in zip(p[2:].tolist(), u[2:].tolist())]
+    assert ids[0] == plain_inverse_cdf(p[0].tolist(), 0.0)
+
+
+def test_inverse_cdf_never_draws_an_empty_block():
+    # all mass in the middle of the second and in the fourth block of 64, at either end of u
+    p = torch.zeros(3, 300)
+    p[:, 100], p[:, 200] = 0.25, 0.75
+    u = torch.tensor([0.0, 0.25, 1 - 2**-53], dtype=torch.float64)
+    assert inverse_cdf(p, u).tolist() == [100, 200, 200]
+
+
 def test_inverse_cdf_draws_the_distribution():
     p = torch.tensor([[0.1, 0.0, 0.6, 0.3]]).expand(20_000, -1)
     u = keyed_uniforms(0, 0, "x", 1, 20_000)[0]
