@@ -244,10 +244,8 @@ class Sampler:
         return x
 
     def rms(self, x, weight):
-        x32 = x.float()
-        mean_square = x32.pow(2).mean(-1, keepdim=True)
-        scale = torch.rsqrt(mean_square + self.eps)
-        return weight * (x32 * scale).to(x.dtype)
+        """Rounded to x's dtype before the weight, as in Hugging Face's norm."""
+        return weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)
 
     def prefill(self, prompts: list[Prompt], batch: Batch) -> torch.Tensor:
         """Vision tower and decoder once per prompt, right-padded to the longest.
