@@ -36,6 +36,8 @@ try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:
     varlen_attn = None
+# Which keywords this PyTorch's varlen_attn knows: they changed from release to release.
+VARLEN_KEYWORDS = inspect.signature(varlen_attn).parameters if varlen_attn else ()
 
 
 # §1 ──────────────────────────────────────── packing ─────────────────────────────────────────
@@ -277,14 +279,15 @@ def varlen_attention(q_LHd, k_LKd, v_LKd, cu_q, cu_k, max_q: int, max_k: int, *,
     """
     if flash_attn_varlen_func is not None:
         return flash_attn_varlen_func(q_LHd, k_LKd, v_LKd, cu_q, cu_k, max_q, max_k, causal=causal)
+    options = {"window_size": (-1, 0 if causal else -1)}
+    if "is_causal" in VARLEN_KEYWORDS:  # before torch 2.11
+        options = {"is_causal": causal}
     repeats = q_LHd.shape[1] // k_LKd.shape[1]
-    if repeats > 1:  # torch 2.11 has no enable_gqa here; the gathered keys are small
+    if "enable_gqa" in VARLEN_KEYWORDS:
+        options["enable_gqa"] = repeats > 1
+    elif repeats > 1:
         k_LKd = k_LKd.repeat_interleave(repeats, dim=1)
         v_LKd = v_LKd.repeat_interleave(repeats, dim=1)
-    if "is_causal" in inspect.signature(varlen_attn).parameters:  # before torch 2.11
-        options = {"is_causal": causal}
-    else:
-        options = {"window_size": (-1, 0 if causal else -1)}
     return varlen_attn(q_LHd, k_LKd, v_LKd, cu_q, cu_k, max_q, max_k, **options)
 
 

@@ -103,6 +103,29 @@ def test_varlen_layout_lists_the_keys_of_each_sequence():
     assert (layout["max_q"], layout["max_k"]) == (3, 5)
 
 
+@pytest.mark.parametrize("keywords, key_heads, options", [
+    # torch 2.13: keys stay two heads; before it had enable_gqa they are repeated for the four query heads
+    (("window_size", "enable_gqa"), 2, dict(window_size=(-1, 0), enable_gqa=True)),
+    (("window_size",), 4, dict(window_size=(-1, 0))),
+    (("is_causal",), 4, dict(is_causal=True)),
+])
+def test_keys_are_repeated_only_where_pytorch_needs_it(monkeypatch, keywords, key_heads, options):
+    def kernel(q, k, v, cu_q, cu_k, max_q, max_k, **given):
+        assert k.shape == v.shape == (7, key_heads, 8) and given == options
+        assert torch.equal(k[:, -1], keys[:, -1]) and torch.equal(k[:, 0], keys[:, 0])
+        return q
+
+    monkeypatch.setattr(packing, "flash_attn_varlen_func", None)
+    monkeypatch.setattr(packing, "varlen_attn", kernel)
+    monkeypatch.setattr(packing, "VARLEN_KEYWORDS", keywords)
+    keys, borders = torch.randn(7, 2, 8), torch.tensor([0, 7])
+    packing.varlen_attention(torch.randn(7, 4, 8), keys, keys, borders, borders, 7, 7, causal=True)
+
+
+def test_the_keywords_of_this_pytorch_are_known():
+    assert {"window_size", "enable_gqa"} <= set(packing.VARLEN_KEYWORDS)  # as pinned in requirements.txt
+
+
 def test_varlen_layout_computes_the_same_attention(world, monkeypatch):
     """The CUDA path's indices with a plain loop in the kernel's place, causal from the bottom right."""
     policy, _, _, _, prompts = world
