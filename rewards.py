@@ -380,8 +380,10 @@ def _ocr(text, true, image_size, truncated, weight):
 def _math(text, true, image_size, truncated, weight, exact):
     said = boxed(text) if "\\boxed{" in text and not truncated else ""
     # [OVR §3.2] r = 1 if the answer in the box matches the reference (0.5 and \frac{1}{2}), else 0
-    right = float(equal(said, true, exact=exact))
-    return right, {"correct": right}
+    same = equal(said, true, exact=exact)
+    if same is None:
+        return 0.0, {"correct": 0.0, "undecided": 1.0}
+    return float(same), {"correct": float(same)}
 
 
 # An option letter that is meant as one, strongest form first: in a box, after "answer is", alone.

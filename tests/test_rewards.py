@@ -3,11 +3,9 @@
 import itertools
 import json
 import math
-import os
 import random
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -448,25 +446,6 @@ def test_weight_of_thinking():
 # ---- maths ----
 
 
-def test_math_by_symbols():
-    equal = [
-        ("0.5", r"\frac{1}{2}"), (r"\frac12", "1/2"), ("1,234", "1234"), (r"\dfrac{3}{4}", "0.75"),
-        (r"2\sqrt{2}", r"\sqrt{8}"), ("(x+1)^2", "x^2+2x+1"), (r"\{2, 1\}", r"\{1,2\}"),
-        ("x = 5", "5"), ("(1, 2)", r"\left(1,2\right)"),
-        (r"12\text{ cm}", "12"), ("12.0", "12"), ("$7$", "7"),
-        (r"\text{east}", "east"), (r"\frac{2}{4}", r"$\boxed{\frac{1}{2}}$"),
-    ]  # fmt: skip
-    different = [
-        ("13", "12"), ("(2,1)", "(1,2)"), ("0.33", r"\frac{1}{3}"), ("x", "y"), ("5 or 6", "5"),
-        ("1,2,3,4,5", "5"), ("4$ or $5", "5"), (r"5\pm 1", "6"), ("4 < x < 6", "5"), ("", "5"),
-        ("abc def", "5"), (r"\frac{1}{0}", "5"),
-    ]  # fmt: skip
-    for pairs, expected in ((equal, 1), (different, 0)):
-        for said, true in pairs:
-            result = score("math", f"So it is \\boxed{{{said}}}.", true).total
-            assert result == expected, (said, true)
-
-
 def test_math_takes_the_last_box():
     assert score("math", r"\boxed{1} no, \boxed{2}", "2").total == 1
     assert score("math", r"\boxed{2} no, \boxed{1}", "2").total == 0
@@ -475,6 +454,7 @@ def test_math_takes_the_last_box():
     assert score("math", "2", "2").total == 0
     assert score("math", r"\boxed{2}", "2", truncated=True).total == 0
     assert score("math", r"\boxed{2}", 2).total == 1  # the reference may be a number
+    assert score("math", r"\boxed{\frac{2}{4}}", r"$\boxed{\frac{1}{2}}$").total == 1
 
 
 def test_exact_math_compares_text_only():
@@ -482,62 +462,14 @@ def test_exact_math_compares_text_only():
     assert score("math", r"\boxed{ 0.5 }", "0.5", exact=True).total == 1
 
 
-def never(said, true):
-    raise AssertionError(f"{said!r} and {true!r} need no symbols")
-
-
-@pytest.mark.parametrize(
-    ("said", "true", "expected"),
-    [
-        (r"\frac{1}{2}", r"\dfrac{1}{2}", 1),
-        ("1,000", "1000", 1),
-        ("17", "18", 0),
-        ("9**9**9**9", "5", 0),
-        ("9^{9^{9^9}}", "5", 0),
-        ("10^{99999}", "5", 0),
-        ("99999!", "5", 0),
-        ("9!!!", "5", 0),
-        ("1+" * 500 + "1", "501", 0),  # longer than what is compared
-        ("9" * 5000, "5", 0),
-    ],
-)
-def test_what_is_decided_without_symbols(said, true, expected, monkeypatch):
-    monkeypatch.setattr(formulas, "equal_in_child", never)
-    assert score("math", f"\\boxed{{{said}}}", true).total == expected
-
-
-def test_child_past_its_deadline_is_replaced():
-    endless = r"\boxed{(9\cdot 1)^{(9\cdot 1)^{9\cdot 1}}}"  # gets past the screen
-    score("math", r"\boxed{\frac{2}{4}}", "0.5")  # start the children
-    for _ in range(3):
-        start = time.monotonic()
-        assert score("math", endless, "5").total == 0
-        assert time.monotonic() - start < 2 * 2  # 2 s, doubled for a busy machine
-    assert score("math", r"\boxed{\frac{3}{6}}", "0.5").total == 1
-
-
-def test_math_in_threads():
-    results = [None] * 8
-
-    def work(k):
-        results[k] = score("math", f"\\boxed{{\\frac{{{k}}}{{2}}}}", f"{k / 2}0").total
-
-    threads = [threading.Thread(target=work, args=(k,)) for k in range(1, 8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert results[1:] == [1] * 7
-
-
-def test_math_in_a_forked_process():
-    score("math", r"\boxed{\frac{2}{4}}", "0.5")
-    child = os.fork()
-    if child == 0:
-        same = score("math", r"\boxed{\frac{4}{8}}", "0.5").total
-        os._exit(0 if same == 1 else 1)
-    assert os.waitpid(child, 0)[1] == 0
-    assert score("math", r"\boxed{\frac{5}{10}}", "0.5").total == 1
+def test_undecided_maths_is_marked(monkeypatch):
+    """Training can leave such a completion out: nobody knows whether it is right."""
+    monkeypatch.setattr(rewards, "equal", lambda *_, **__: None)
+    expected = rewards.Score(0.0, {"correct": 0.0, "undecided": 1.0})
+    assert score("math", r"\boxed{5}", "6") == expected
+    assert correct("math", r"\boxed{5}", "6") == 0
+    monkeypatch.undo()
+    assert score("math", r"\boxed{5}", "6").parts == {"correct": 0.0}
 
 
 # ---- choice ----
