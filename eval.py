@@ -155,7 +155,7 @@ def truth_of_rows(rows) -> dict:
     for image, row in zip(images, rows):
         with datasets.blame(row["where"]):
             annotations += [coco_item(image["id"], thing["label"], thing["bbox_2d"])
-                            for thing in datasets.read_answer("detection", row["answer"])]
+                            for thing in rewards.read_truth("detection", row["answer"])]
     categories = [{"id": name, "name": name} for name in {a["category_id"] for a in annotations}]
     return {"images": images, "annotations": annotations, "categories": categories}
 

@@ -1,53 +1,201 @@
-"""How is it written on disk? The table of published layouts, and their readers."""
+"""How is it written on disk? From a row to the fields of a sample: the table of published layouts.
+
+§1 a row's fields · §2 layouts that names of fields cannot say · §3 the table
+"""
+import ast
 import json
 import re
 
+from pictures import PLACED
+from rows import read_rows
 
-def read_rows(path):
-    """("file:line", row) of a .json list, a .parquet file, or JSONL under any other name."""
-    if path.suffix in (".p", ".pkl", ".pickle"):
-        raise ValueError("a pickle can run any code when read, so use this data as JSON or parquet")
-    if path.suffix == ".parquet":
-        try:
-            from pyarrow import parquet
-        except ImportError as error:
-            raise ValueError(f"parquet needs pyarrow (pip install pyarrow): {error}") from error
-        rows = parquet.read_table(path).to_pylist()
-    elif path.suffix == ".json":
-        rows = json.loads(path.read_bytes())
-        if not isinstance(rows, list):
-            raise ValueError("a JSON list of rows is expected; COCO annotations open as coco:FILE")
-    else:  # lines stay bytes here: each is parsed where its fault can be noted
-        with path.open("rb") as file:
-            yield from ((f"{path}:{n}", line) for n, line in enumerate(file, 1) if line.strip())
-        return
-    yield from ((f"{path}: row {n}", row) for n, row in enumerate(rows, 1))
+IMAGE_MARK = "<image>"  # in a question: an image goes here
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 
 
-def read_coco(path):
-    """COCO instances, a row an image; crowds and boxes without area are no objects to find."""
-    coco = json.loads(path.read_bytes())
-    names = {category["id"]: category["name"] for category in coco["categories"]}
-    found = {image["id"]: [] for image in coco["images"]}
-    for item in coco["annotations"]:
-        x, y, w, h = item["bbox"]
-        if not item.get("iscrowd") and w > 0 and h > 0:
-            label = names[item["category_id"]]
-            found[item["image_id"]].append({"bbox_2d": [x, y, x + w, y + h], "label": label})
-    for image in coco["images"]:
-        row = {"id": image["id"], "image": image["file_name"], "answer": found[image["id"]]}
-        yield f"{path}: image {image['id']}", row | {"question": ", ".join(names.values())}
+# §1 ─────────────────────────────────── a row's fields ───────────────────────────────────────
+
+
+def pick(row, names):
+    """The first of "a|b.c" that is not empty, else the first that is there; None without any."""
+    found = []
+    for name in names.split("|"):
+        value = row.get(name)
+        if name not in row and "." in name:
+            value = row
+            for key in name.split("."):
+                value = value.get(key) if isinstance(value, dict) else None
+        if value is not None:
+            found.append(value)
+    for value in found:
+        if value not in ("", []):
+            return value
+    return found[0] if found else None
+
+
+def place_images(task, question, images):
+    """(question with as many IMAGE_MARKs as images or none, the images in their order).
+
+    <image>, <image1>, <image 2>, <|image_3|>: each says where an image goes in the turn.
+    """
+    marker = r"<\|?image[ _]?(\d*)\|?>"
+    numbers = re.findall(marker, question)
+    if not numbers:
+        return question, images
+    if len(numbers) != len(images):
+        raise ValueError(f"the question marks the place of {len(numbers)} images, the row has "
+                         f"{len(images)}: one mark an image, or none for images first")
+    if any(numbers):
+        order = [int(number or -1) for number in numbers]
+        first = min(order)
+        if first not in (0, 1) or sorted(order) != [*range(first, first + len(order))]:
+            raise ValueError(f"the question numbers its images {numbers}: each once, from 1")
+        if task in PLACED and order != sorted(order):
+            raise ValueError("the answer lies in the first image: let the question name it first")
+        images = [images[number - first] for number in order]
+    question = re.sub(marker, IMAGE_MARK, question)
+    if task in PLACED and len(images) == 1:
+        question = question.replace(IMAGE_MARK, "").strip()  # it is a name in our prompt
+    elif task in PLACED:
+        question = re.sub(rf"^(\s*{IMAGE_MARK}\s*)+", "", question)
+    return question, images
+
+
+def name_of(task, question):
+    """The name that grounding and counting ask for, out of the sentence that others put round it.
+
+    ValueError for a sentence of which that cannot be said: our prompt around it would be nonsense.
+    """
+    if task == "grounding":
+        told = re.fullmatch(r"(?s).*\bsentence describes:?\s*(.+)", question)
+        if told is None and re.search(r"(?i)\bbounding box|\bcoordinates?\b", question):
+            raise ValueError(f"grounding asks for a name, not for a sentence: {question!r:.80}")
+        return told[1].strip() if told else question
+    if task == "counting" and re.match(r"(?i)(how many|(what|the) number of)\b", question):
+        told = re.fullmatch(r"(?i)(?:how many|what number of) (.+?) are there"
+                            r"(?: in (?:the|this) (?:image|picture|photo))?\s*\?", question)
+        if told is None:
+            raise ValueError(f"counting asks for a name, not {question!r:.80}: put the name in "
+                             "its field, or ask the question as it stands with ?task=math")
+        return told[1]
+    return question
+
+
+def from_xywh(answer):
+    """The answer with each box [x, y, w, h] as [x1, y1, x2, y2]; JSON as text is read first."""
+    if isinstance(answer, str):
+        found = re.search(r"(?s)[\[{].*[\]}]", answer)
+        return from_xywh(json.loads(found[0])) if found else answer
+    if isinstance(answer, dict):
+        boxes = {key: from_xywh(answer[key]) for key in ("bbox_2d", "target_box") if key in answer}
+        return answer | boxes
+    if not isinstance(answer, list):
+        return answer
+    if len(answer) != 4 or isinstance(answer[0], (list, dict)):
+        return [from_xywh(item) for item in answer]
+    x, y, width, height = map(float, answer)
+    if not (width > 0 and height > 0):
+        raise ValueError(f"the box {answer} (x, y, w, h) has no area")
+    return [x, y, x + width, y + height]
+
+
+# §2 ───────────────────── layouts that names of fields cannot say ────────────────────────────
+# Each takes a row and what was picked from it; it returns the fields, or None without a sample.
 
 
 def read_chat(row, fields):
-    """A reasoning trace: named fields, or chat messages with one question and one answer."""
-    if messages := row.get("messages") or row.get("conversations"):
-        turns = [(m.get("role") or m["from"], m.get("content") or m["value"]) for m in messages]
-        said = {{"human": "user", "gpt": "assistant"}.get(who, who): text for who, text in turns}
-        if len(said) < len(turns) or not {"user", "assistant"} <= set(said):
+    """A dialogue of one question: the truth is the assistant's turn, unless the row names it."""
+    said, images = turns_of(row)
+    if not said:
+        return fields
+    if row.get("objects"):
+        said, fields = read_objects(row["objects"], said, fields)
+    if fields["answer"] is None:
+        fields["answer"] = said.get("assistant")
+    fields["system"] = fields["system"] or said.get("system")
+    fields["image"] = images or fields["image"]
+    if fields["question"] is None or isinstance(fields["question"], list):
+        fields["question"] = said["user"]  # verl's "prompt" is the dialogue
+    return fields
+
+
+def read_trace(row, fields):
+    """A reasoning trace to imitate: named fields, or the assistant's turn of a dialogue."""
+    answer = fields["answer"]
+    fields = read_chat(row, fields)
+    if fields["response"] is None:
+        fields["response"] = turns_of(row)[0].get("assistant")
+    return fields | {"answer": answer}
+
+
+def turns_of(row):
+    """({"user": text, "assistant": text, …}, images in them) of a dialogue; ({}, []) without."""
+    said, images = {}, []
+    for name in ("messages", "conversations", "conversation", "message", "prompt"):
+        turns = row.get(name)
+        if isinstance(turns, str) and turns.lstrip().startswith("[{"):
+            turns = json.loads(turns)
+        if isinstance(turns, list) and turns and isinstance(turns[0], dict):
+            break
+    else:
+        return said, images
+    names = {"human": "user", "gpt": "assistant"}
+    for turn in turns:
+        who = turn.get("role") or turn.get("from")
+        who = names.get(who, who)
+        if who in said:
             raise ValueError("one user and one assistant message are expected: split the dialogue")
-        fields.update(question=said["user"], response=said["assistant"], system=said.get("system"))
-    return fields | {"answer": fields["answer"] or ""}  # imitation needs none
+        content = turn.get("content")
+        said[who], found = read_content(turn.get("value") if content is None else content)
+        images += found
+    unknown = said.keys() - {"system", "user", "assistant"}
+    if unknown or "user" not in said:
+        raise ValueError(f"a dialogue of {', '.join(map(str, said))}: a user's and an assistant's "
+                         "turn are expected, and perhaps a system's")
+    return said, images
+
+
+def read_content(content):
+    """(text, images) of a turn: text, or a list of parts as OpenAI, TRL and Qwen write them."""
+    if isinstance(content, str):
+        return content, []
+    texts, images = [], []
+    for part in content:
+        if part["type"] == "text":
+            texts.append(part["text"])
+        elif part["type"] in ("image", "image_url"):
+            texts.append(IMAGE_MARK)
+            found = pick(part, "image|image_url.url|image_url|url|path|base64")
+            images += [found] if found else []
+        else:
+            raise ValueError(f"a turn holds a part of type {part['type']!r}: text and image only")
+    return "".join(texts), images
+
+
+def read_objects(objects, said, fields):
+    """ms-swift: each <ref-object> and <bbox> of the turns stands for the next of `objects`."""
+    values = {"<ref-object>": list(objects.get("ref") or ()), "<bbox>": list(objects["bbox"])}
+    if "<bbox>" in said["user"]:
+        raise ValueError("a box in the question is not read: it could not follow the image's size")
+    asked = []
+
+    def fill(mark):
+        if not values[mark[0]]:
+            raise ValueError(f"there are more {mark[0]} in the turns than in the row's objects")
+        value = values[mark[0]].pop(0)
+        asked.append(value)
+        return value if mark[0] == "<ref-object>" else json.dumps(value)
+
+    filled = {"user": re.sub("<ref-object>", fill, said["user"])}
+    names = ", ".join(dict.fromkeys(asked))
+    filled["assistant"] = re.sub("<ref-object>|<bbox>", fill, said.get("assistant", ""))
+    if values["<bbox>"]:
+        raise ValueError("the row's objects have more boxes than its turns have <bbox>")
+    if asked and names and fields["task"] in PLACED:
+        filled["user"] = names  # the names alone: our prompt stands around them
+    if objects.get("bbox_type") == "norm1":
+        fields["frame"] = 1
+    return said | filled, fields
 
 
 def read_fox(row, fields):
@@ -57,30 +205,211 @@ def read_fox(row, fields):
 
 
 def read_exam(row, fields):
-    """MathVision and MathVerse: a letter where the row has options, else a value."""
+    """A letter where the row has options, else a value."""
     if row.get("problem_version", "Vision Only") != "Vision Only":  # the part that OVR reports
         return None
     question = fields["question"] or "Answer the question in the image."  # vision-only: no other
-    question = re.sub(r"<image\d*>\s*", "", question).strip()
-    options, letters = list(row.get("options") or []), list("ABCDEFGHIJKLMNOP")
-    if options != letters[: len(options)]:  # else they are in the image
-        question += "".join(f"\n{letter}. {text}" for letter, text in zip(letters, options))
-    choice = options or row.get("question_type") == "multi-choice"
-    return fields | {"question": question, "task": "choice" if choice else "math"}
+    marks = re.findall(r"<image\d+>", question)
+    if len(fields["image"]) == 1 < len(marks) == len(set(marks)):  # MathVision: one picture of all
+        for mark in marks[1:]:
+            question = question.replace(mark, "")
+    if row.get("hint"):
+        question = f"{row['hint']}\n{question}"
+    options = read_options(row)
+    if options and options != [*LETTERS[: len(options)]]:  # else they are in the image
+        lines = [f"{letter}. {text}" for letter, text in zip(LETTERS, options)]
+        question = "\n".join([question, *lines])
+    chosen = options or row.get("question_type") == "multi-choice"
+    answer = fields["answer"]
+    if isinstance(answer, str) and options.count(answer) == 1 and answer not in [*LETTERS]:
+        answer = LETTERS[options.index(answer)]  # the option's own text
+    letter = re.sub(r"\W", "", str(answer)).upper()
+    if options and letter in [*LETTERS[len(options) :]]:
+        raise ValueError(f"the answer is {answer!r}, but the row has {len(options)} options")
+    task = "choice" if chosen else "math"
+    return fields | {"question": question, "task": task, "answer": answer}
 
 
-FORMATS = {  # fields of FileSource; "a|b" is a, or b where a is missing or empty
-    "jsonl": {},
-    "refcoco": {"task": "grounding", "question": "captions", "answer": "bbox", "id": "ref_id"},
-    "refcoco-vlmr1": {"task": "grounding", "answer": "solution"},
-    "refcoco-pr1": {"task": "grounding", "answer": "normalized_solution|solution", "frame": "1000"},
-    "pixmo-count": {"task": "counting", "question": "label", "answer": "points|count"},  # by hash
-    "pixmo-pr1": {"task": "counting", "question": "label|question|problem", "frame": "1000",
-                  "answer": "clicks|ground_truth|solution"},
-    "fox": {"task": "ocr", "id": "image", "adapt": read_fox},
-    "coco": {"task": "detection", "read": read_coco},
-    "math500": {"task": "math", "id": "unique_id|id"},  # and AIME
-    "mathvision": {"image": "decoded_image|image", "adapt": read_exam},
-    "mathverse": {"id": "sample_index", "adapt": read_exam},
-    "traces": {"task": "math", "question": "problem|question|prompt", "adapt": read_chat,
-               "response": "response|generation|solution"}}
+def read_options(row):
+    """The texts of a row's options: a list, a list as text, or fields by letter; [] without."""
+    options = row.get("options", row.get("choices"))
+    if options in (None, ""):
+        options = {key: row[key] for key in LETTERS if row.get(key) is not None}
+    if isinstance(options, str):
+        try:
+            options = ast.literal_eval(options)  # reads literals and runs nothing
+        except (ValueError, SyntaxError) as error:
+            raise ValueError(f"the options are text that is no list: {options!r:.60}") from error
+    if isinstance(options, dict):
+        options = {key: text for key, text in options.items() if text is not None}
+        if [*options] != [*LETTERS[: len(options)]]:
+            raise ValueError(f"the options are {', '.join(map(str, options))}: not A, B, C, …")
+        options = [*options.values()]
+    options = list(options or ())
+    if any(not isinstance(text, (str, int, float)) for text in options) or len(options) == 1:
+        raise ValueError(f"the options are no list of texts: {options!r:.60}")
+    texts = [str(text) for text in options]
+    if len(texts) > len(LETTERS):
+        raise ValueError(f"the row has {len(texts)} options: there are no letters for them")
+    lettered = [re.fullmatch(rf"(?s)\(?{letter}[).:]\s*(.+)", text)
+                for letter, text in zip(LETTERS, texts)]
+    return [found[1] for found in lettered] if all(lettered) else texts
+
+
+def read_vlmeval(path):
+    """Rows of VLMEvalKit's tables: an image that is another row's index is that row's image."""
+    images = {}
+    for where, row in read_rows(path):
+        if isinstance(row, dict) and "image" in row:
+            image = images.get(row["image"], row["image"])
+            images[row.get("index")] = row["image"] = image
+        yield where, row
+
+
+def read_coco(path):
+    """COCO instances, a row an image, with its annotations as they are: a bad one is its fault."""
+    coco, _ = merge_categories(json.loads(path.read_bytes()))
+    names = {category["id"]: category["name"] for category in coco["categories"]}
+    asked = ", ".join(names.values())
+    found, lost = {}, []
+    for item in coco["annotations"]:
+        found.setdefault(item.get("image_id"), []).append(item)
+    for number, image in enumerate(coco["images"], 1):
+        row = dict(id=image.get("id"), image=image.get("file_name"), question=asked, names=names)
+        row["objects"] = found.pop(row["id"], [])
+        where = number if row["id"] is None else row["id"]
+        yield f"{path}: image {where}", row
+    for items in found.values():
+        lost += items
+    for item in lost:
+        words = f"its image {item.get('image_id')!r} is not among the file's images"
+        yield f"{path}: annotation {item.get('id')}", ValueError(words)
+
+
+def read_instances(row, fields):
+    """An image of COCO; crowds and boxes without area are no objects to find."""
+    if row["id"] is None or row["image"] is None:
+        raise ValueError("an image needs an id and a file_name")
+    answer = []
+    for item in row["objects"]:
+        fault = f"annotation {item.get('id')}"
+        box, label = item.get("bbox"), row["names"].get(item.get("category_id"))
+        if not isinstance(box, list) or len(box) != 4:
+            raise ValueError(f"{fault}: its bbox is not [x, y, w, h] but {box!r:.60}")
+        if label is None:
+            raise ValueError(f"{fault}: its category {item.get('category_id')!r} is not among "
+                             "the file's categories")
+        x, y, width, height = map(float, box)
+        if width < 0 or height < 0:
+            raise ValueError(f"{fault}: its bbox {box} has a side below 0")
+        if not item.get("iscrowd") and width > 0 and height > 0:
+            answer.append({"bbox_2d": [x, y, x + width, y + height], "label": label})
+    return fields | {"answer": answer}
+
+
+def merge_categories(coco):
+    """(instances in which the categories of one name are one, {name: id}); ValueError for others.
+
+    Of categories with the same name the first one's id stays, and annotations follow it there.
+    """
+    parts = ("images", "annotations", "categories")
+    if not isinstance(coco, dict) or any(not isinstance(coco.get(part), list) for part in parts):
+        raise ValueError("COCO instances need the lists images, annotations and categories")
+    numbers, moved, kept = {}, {}, []
+    for category in coco["categories"]:
+        number, name = category.get("id"), category.get("name")
+        if number is None or not isinstance(name, str) or number in moved:
+            raise ValueError(f"the category {category!r:.80} needs an id of its own and a name")
+        if name not in numbers:
+            numbers[name] = number
+            kept.append(category)
+        moved[number] = numbers[name]
+    items = []
+    for item in coco["annotations"]:
+        number = item.get("category_id")
+        items.append(item | {"category_id": moved.get(number, number)})
+    return coco | {"categories": kept, "annotations": items}, numbers
+
+
+# §3 ────────────────────────────────────── the table ─────────────────────────────────────────
+# "about" is for --help; the rest are options of data.FileSource. "a|b" is a, or b where a is
+# missing or empty. "(names not confirmed)": written without the published files at hand.
+FORMATS = {
+    "jsonl": {
+        "about": 'a row in {"task", "question", "answer"} and perhaps "image" or "images"',
+        "adapt": read_chat},
+    "chat": {
+        "about": "one question a dialogue: VLM-R1, LLaVA, LLaMA-Factory, ShareGPT, OpenAI, TRL, "
+                 "MM-Eureka, ms-swift with its objects; give ?task=",
+        "question": "", "adapt": read_chat},
+    "verl": {
+        "about": "verl: prompt, images, reward_model.ground_truth",
+        "task": "math", "question": "", "answer": "reward_model.ground_truth", "adapt": read_chat},
+    "traces": {
+        "about": "reasoning traces to imitate: named fields or a dialogue",
+        "task": "math", "question": "problem|question|prompt",
+        "response": "response|generation|solution", "adapt": read_trace},
+    "refcoco": {
+        "about": "jxu124/refcoco and its sisters: x1, y1, x2, y2",
+        "task": "grounding", "question": "captions", "answer": "bbox", "id": "ref_id"},
+    "refcoco-lmms": {
+        "about": "lmms-lab/RefCOCO, RefCOCOplus, RefCOCOg: expressions in `answer`, bbox as "
+                 "x, y, w, h (so lmms-eval reads it; the data's own card is not confirmed)",
+        "task": "grounding", "question": "answer", "answer": "bbox", "id": "", "box": "xywh"},
+    "refcoco-vlmr1": {
+        "about": "VLM-R1's rec_jsons_processed: pixels",
+        "task": "grounding", "answer": "solution"},
+    "refcoco-pr1": {
+        "about": "Perception-R1's grounding: 0 … 1000",
+        "task": "grounding", "answer": "normalized_solution|solution", "frame": "1000"},
+    "pixmo-count": {
+        "about": "allenai/pixmo-count, its images downloaded under their hashes",
+        "task": "counting", "question": "label", "answer": "points|count"},
+    "pixmo-pr1": {
+        "about": "Perception-R1's counting: clicks in 0 … 1000, or a number",
+        "task": "counting", "question": "label|question|problem", "frame": "1000",
+        "answer": "clicks|ground_truth|solution"},
+    "coco-pr1": {
+        "about": "Perception-R1's detection: target_id, target_box (frame not confirmed: the "
+                 "stored image's pixels)",
+        "task": "detection", "question": "", "answer": "solution"},
+    "coco": {
+        "about": "COCO's instances_*.json",
+        "task": "detection", "read": read_coco, "adapt": read_instances},
+    "fox": {
+        "about": "Fox PageOCR: en_page_ocr.json, cn_page_ocr.json",
+        "task": "ocr", "id": "image", "adapt": read_fox},
+    "r1v": {
+        "about": "R1-V's sets (clevr_cogen_a_train: counting 70k, GEOQA_R1V_Train_8K) and lmms-lab/"
+                 "multimodal-open-r1-8k-verified: image, problem, solution in <answer> tags",
+        "task": "math", "question": "problem", "answer": "solution"},
+    "geometry3k": {
+        "about": "hiyouga/geometry3k: images, problem, answer",
+        "task": "math", "question": "problem"},
+    "virl39k": {
+        "about": "TIGER-Lab/ViRL39K: unpack its images.zip, ?folder=DIR",
+        "task": "math", "id": "qid"},
+    "mmk12": {
+        "about": "FanqingM/MMK12: image, question, answer",
+        "task": "math"},
+    "math500": {
+        "about": "MATH-500, AIME: problem, answer",
+        "task": "math", "id": "unique_id|id"},
+    "mathvision": {
+        "about": "MathVision",
+        "image": "decoded_image|image", "adapt": read_exam},
+    "mathverse": {
+        "about": "MathVerse, its vision-only rows",
+        "id": "sample_index", "adapt": read_exam},
+    "vlmeval": {
+        "about": "VLMEvalKit's .tsv: index, image in base64, question, hint, A, B, C, D, answer",
+        "id": "index", "image": "image|image_path", "read": read_vlmeval, "adapt": read_exam},
+}
+HUB = {  # hf:OWNER/NAME opens in this format
+    "jxu124/refcoco": "refcoco", "jxu124/refcocoplus": "refcoco", "jxu124/refcocog": "refcoco",
+    "lmms-lab/RefCOCO": "refcoco-lmms", "lmms-lab/RefCOCOplus": "refcoco-lmms",
+    "lmms-lab/RefCOCOg": "refcoco-lmms", "allenai/pixmo-count": "pixmo-count",
+    "leonardPKU/clevr_cogen_a_train": "r1v", "leonardPKU/GEOQA_R1V_Train_8K": "r1v",
+    "lmms-lab/multimodal-open-r1-8k-verified": "r1v", "hiyouga/geometry3k": "geometry3k",
+    "TIGER-Lab/ViRL39K": "virl39k", "FanqingM/MMK12": "mmk12", "MathLLMs/MathVision": "mathvision",
+    "HuggingFaceH4/MATH-500": "math500", "HuggingFaceH4/aime_2024": "math500"}

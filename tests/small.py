@@ -1,0 +1,23 @@
+"""Small files in their true form, for the tests of rows, formats and data."""
+
+import json
+from pathlib import Path
+
+from data import open_data
+
+HERE = Path(__file__).parent / "fixtures" / "data"
+SMALL = {"min_pixels": 28 * 28, "max_pixels": 28 * 28 * 64}
+# a.png is 100 x 50 with a red block over columns 20 … 59 and rows 10 … 39. smart_resize of 50 x 100
+# is round(50/28) = 2 and round(100/28) = 4 patches: 112 x 56, so x by 1.12 and y by 1.12.
+RED = [22.4, 11.2, 67.2, 44.8]
+
+
+def one(spec, index=0, **options):
+    """A sample of a spec in which @ stands for the fixtures' folder."""
+    return open_data([spec.replace("@", f"{HERE}/")], **(SMALL | options)).at(index)
+
+
+def write(folder, *rows, name="rows.jsonl"):
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    (folder / name).write_text("\n".join(lines), encoding="utf-8")
+    return str(folder / name)
