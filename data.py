@@ -239,6 +239,8 @@ class FileSource:
         self.heldout_count = sum(chosen)
         if self.split == "all":
             return
+        if self.split == "train" and self.heldout_count == 0:
+            return  # too few rows to hold one out: an evaluation would say so
         if self.heldout_count in (0, len(chosen)):
             raise DataError(f"of {len(chosen)} samples {self.heldout_count} are held out (a share "
                             f"of {self.heldout}): give held-out data with --eval-data")

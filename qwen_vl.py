@@ -4,8 +4,12 @@
 
 Shapes, as suffixes: L tokens of a prompt, N image patches, V vocabulary, D width.
 """
+import re
+import urllib.error
+import urllib.request
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -217,7 +221,55 @@ class Group:
         return [completion.reward for completion in self.completions]
 
 
+def image_tokens(size: tuple[int, int]) -> int:
+    """Tokens of an image of (width, height), both multiples of 28."""
+    return size[0] * size[1] // (PATCH * MERGE) ** 2
+
+
 # §4 ────────────────────────────────────────── load ──────────────────────────────────────────
+def load_tokenizer(name: str):
+    """The tokenizer of a model that `load` knows. Errors: DataError, as `check_model`."""
+    from transformers import AutoTokenizer
+
+    if name in TINY:
+        return tiny_tokenizer()
+    check_model(name)
+    return AutoTokenizer.from_pretrained(name)
+
+
+def check_model(name: str) -> None:
+    """Errors: DataError, at once and not after a library's retries, if there is no such model."""
+    if name in TINY:
+        return
+    if Path(name).is_dir():
+        if not Path(name, "config.json").is_file():
+            raise DataError(f"--model {name} has no config.json: of a run, give RUN/model")
+        return
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        raise DataError(f"--model {name}: no such folder, and no name OWNER/MODEL of the hub")
+    import huggingface_hub
+
+    found = isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str)
+    advice = "give the folder of a model, or set HF_HOME to where the hub's files are kept"
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        if not found:
+            raise DataError(f"--model {name} is not on this machine (HF_HUB_OFFLINE): {advice}")
+        return
+    token = huggingface_hub.get_token()
+    head = {"Authorization": f"Bearer {token}"} if token else {}
+    hub = huggingface_hub.constants.ENDPOINT
+    try:
+        call = urllib.request.Request(f"{hub}/api/models/{name}", headers=head)
+        urllib.request.urlopen(call, timeout=10).close()
+    except urllib.error.HTTPError as error:
+        raise DataError(f"--model {name}: {hub} says {error.code} {error.reason}: is the name "
+                        "right, and does HF_TOKEN give access?") from None
+    except OSError as error:
+        if found:
+            advice = "set HF_HUB_OFFLINE=1: it is on this machine"
+        raise DataError(f"--model {name}: {hub} can not be reached ({error}); {advice}") from None
+
+
 def load(name: str, *, weights: bool = True, seed: int = 0):
     """(model in fp32, tokenizer) of "tiny", "tiny-untied", a hub id or a local directory.
 
@@ -231,6 +283,7 @@ def load(name: str, *, weights: bool = True, seed: int = 0):
     if name in TINY:
         tokenizer = tiny_tokenizer()
         return tiny_model(tokenizer, tied=name == "tiny", seed=seed), tokenizer
+    check_model(name)
     config = AutoConfig.from_pretrained(name)
     if config.model_type != "qwen2_5_vl":
         raise DataError(f"{name} is a {config.model_type}: give a Qwen2.5-VL checkpoint")

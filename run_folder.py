@@ -304,21 +304,20 @@ def save_rollouts(out: Path, step: int, groups: list[Group]) -> None:
     (folder / f"step-{step}.json").write_text(json.dumps(rows, indent=1))
 
 
-def export(folder: Path, policy, tokenizer, source: str) -> None:
-    """Write the sharded policy as a Hugging Face checkpoint; every rank calls it, rank 0 writes.
+def export(folder: Path, policy, weights: dict, tokenizer, source: str) -> None:
+    """Write a Hugging Face checkpoint; every rank calls it, rank 0 writes.
 
+    weights: {name in the policy: whole weight} on rank 0, by fsdp.full_state_dict. Written in
     bf16 on GPUs, fp32 on CPU, with the image processor of `source` (a hub id or directory), so that
     `from_pretrained` and vLLM load the folder. One rename makes it appear.
     """
     from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as processing
 
-    options = dist_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    full = dist_state.get_model_state_dict(policy, options=options)
     if dist.get_rank() == 0:
         partial = folder.with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
         dtype = torch.bfloat16 if policy.banned_V.is_cuda else torch.float32
-        state = {name.removeprefix("model."): tensor.to(dtype) for name, tensor in full.items()}
+        state = {name.removeprefix("model."): tensor.to(dtype) for name, tensor in weights.items()}
         if policy.model.config.tie_word_embeddings:  # else it depends on the number of ranks
             state.pop("lm_head.weight", None)
         policy.model.save_pretrained(partial, state_dict=state)

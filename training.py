@@ -11,7 +11,7 @@ import json
 import math
 import signal
 import time
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ import tyro
 
 import data as datasets
 import fsdp
+import pictures
 import qwen_vl
 import rewards
 import run_folder
@@ -60,6 +61,8 @@ class Options:
     micro_tokens: int = 16384  # tokens of a packed micro-batch
     checkpointing: bool = True  # recompute activations in the backward pass [PR1 code: on]
     offload: bool = False  # sharded weights and optimizer in host memory
+    # fsdp2: PyTorch's fully_shard; by-hand: fsdp.py §3 in its place, without checkpoints
+    sharding: Literal["fsdp2", "by-hand"] = "fsdp2"
     graphs: bool = True  # sample by captured CUDA graphs
     kv_gb: float = 8.0  # memory for keys and values while sampling, GiB a rank
     timeout: int = 3600  # seconds ranks wait for each other; above the longest rollout
@@ -171,7 +174,7 @@ def prepare(config, processes: Processes, source: str, *, freeze_vision=False, b
     data = datasets.open_data(config.data, split="train", **data_options(config))
     eval_data = open_heldout(config)
     policy, tokenizer, special = fsdp.load_policy(
-        source, processes, config, freeze_vision=freeze_vision)
+        source, processes, config, freeze_vision=freeze_vision, sharding=config.sharding)
     on_gpu = processes.device.type == "cuda"
     dtype = torch.bfloat16 if on_gpu else torch.float32
     reference = None
@@ -180,9 +183,8 @@ def prepare(config, processes: Processes, source: str, *, freeze_vision=False, b
     sampler = Sampler(
         policy.model, special, device=processes.device, dtype=dtype, kv_gb=config.kv_gb,
         graphs=config.graphs and on_gpu, keep_features=freeze_vision)
-    trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(  # no weight decay [PR1 code, OVR]
-        trained, betas=(0.9, config.beta2), weight_decay=0)
+        fsdp.trainable_parameters(policy), betas=(0.9, config.beta2), weight_decay=0)
     return Run(config, processes, policy, reference, tokenizer, special, sampler, optimizer, data,
                eval_data, rewards.load(reward))
 
@@ -193,7 +195,7 @@ def open_heldout(config) -> datasets.Mixture | None:
         return None
     options = data_options(config)
     if config.eval_data:
-        return datasets.open_data(config.eval_data, split="heldout", **options | {"heldout": 1.0})
+        return datasets.open_data(config.eval_data, split="heldout", **options | {"heldout": 0.0})
     return datasets.open_data(config.data, split="heldout", **options)
 
 
@@ -262,12 +264,18 @@ def answer_heldout(run: Run, count: int, **options) -> list[dict]:
     own = range(ranks.rank, min(count or total, total), ranks.world)
 
     def answer_own() -> list[dict]:
-        samples = [run.eval_data.at(index) for index in own]
+        samples = [run.eval_data.good(index) for index in own]
+        samples = [sample for sample in samples if sample is not None]  # named, by --skip-bad
         if run.config.blind:
-            samples = [sample.blinded() for sample in samples]
+            samples = [blinded(sample) for sample in samples]
         return answer(run, samples, **options)
 
     return [row for part in ranks.gather(together(run, answer_own)) for row in part]
+
+
+def blinded(sample: datasets.Sample) -> datasets.Sample:
+    """The sample with grey images of the same sizes: a control for what is guessed."""
+    return replace(sample, images=tuple(pictures.grey(image) for image in sample.images))
 
 
 def evaluate(run: Run, max_tokens: int) -> tuple[list[dict], dict[str, float]]:
@@ -322,8 +330,7 @@ def learning_rate(config, step: int) -> float:
 
 def optimizer_step(run: Run, step: int) -> float:
     """Clip, step, clear; a gradient that is not finite is dropped. Returns the norm before."""
-    norm = torch.nn.utils.clip_grad_norm_(run.policy.parameters(), run.config.max_norm)
-    norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    norm = fsdp.clip_gradients(run.policy, run.config.max_norm)
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(run.config, step)
     if torch.isfinite(norm):
@@ -367,6 +374,8 @@ class Progress:
     def __init__(self, run: Run, eval_tokens: int, seconds: float = math.inf):
         self.run, self.config, self.folder = run, run.config, Path(run.config.out)
         self.eval_tokens, self.seconds = eval_tokens, seconds
+        if run.config.sharding == "by-hand":
+            fsdp.refuse_by_hand(run.config)
         state = run_folder.resume(run.config, run.policy, run.optimizer)
         self.done = state["step"]
         run.cursor = self.cursor = state["cursor"]
@@ -425,6 +434,8 @@ class Progress:
             self.log.add(metrics)
 
     def save(self, unlogged: dict | None = None) -> None:
+        if self.config.sharding == "by-hand":
+            return  # it writes the model at the end and nothing before
         state = {"step": self.done, "cursor": self.cursor, "unlogged": unlogged}
         run_folder.save_checkpoint(
             self.folder, self.run.policy, self.run.optimizer, state, self.config.keep)
@@ -442,11 +453,12 @@ class Progress:
             say(f"stopped after {self.done} of {config.steps} steps; the same command goes on from "
                 f"{checkpoint}")
             return False
-        run_folder.export(self.folder / "model", run.policy, run.tokenizer, config.model)
-        if run.processes.rank == 0:
+        weights = fsdp.full_state_dict(run.policy)
+        run_folder.export(self.folder / "model", run.policy, weights, run.tokenizer, config.model)
+        if run.processes.rank == 0 and checkpoint.exists():
             run_folder.mark_finished(checkpoint)
         say(f"finished: {self.done} steps, model in {self.folder}/model, metrics in "
-            f"{self.folder}/metrics.jsonl, checkpoint in {checkpoint}")
+            f"{self.folder}/metrics.jsonl")
         return True
 
 
@@ -462,6 +474,35 @@ def one_run():
 
 def check_data(config) -> None:
     """--check: each fault of --data and exit status 1, or what the data holds and 0."""
-    faults = datasets.check(config.data, **data_options(config))
+    faults, lines = datasets.examine(config.data, **data_options(config))
     if faults:
-        raise SystemExit("\n".join(faults))
+        raise SystemExit("\n".join([*lines, *faults]))
+    print("\n".join([*lines, *prompt_lines(config)]))
+
+
+def prompt_lines(config) -> list[str]:
+    """The longest prompt, and the first one as the model will read it."""
+    try:
+        tokenizer = qwen_vl.load_tokenizer(config.model)
+    except ValueError as error:
+        return [f"prompts are not shown: {error}"]
+    mix = datasets.open_data(config.data, split="all", **data_options(config) | {"heldout": 0.0})
+    longest, where = 0, ""
+    for index in range(min(len(mix), 10_000)):
+        sample = mix.at(index)
+        length = len(tokenizer.encode(chat_text(config, sample)))
+        length += sum(qwen_vl.image_tokens(image.size) - 1 for image in sample.images)
+        if length > longest:
+            longest, where = length, sample.id
+    lines = [f"longest prompt: {longest} tokens ({where}); --max-prompt is {config.max_prompt}"]
+    return [*lines, "the first prompt as the model reads it:", chat_text(config, mix.at(0))]
+
+
+def chat_text(config, sample: datasets.Sample) -> str:
+    """A sample's turn as text, one <|image_pad|> an image."""
+    text = rewards.prompt(sample.task, sample.question, think=think_of(config))
+    pieces = qwen_vl.split_at_images(text, len(sample.images))
+    user = "<|vision_start|><|image_pad|><|vision_end|>".join(pieces)
+    system = sample.system or config.system_prompt
+    return (f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n"
+            "<|im_start|>assistant\n")

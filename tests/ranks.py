@@ -6,6 +6,7 @@ import torch
 from torch.distributed.checkpoint import state_dict as dist_state
 
 import data as datasets
+import fsdp
 import grpo_vl
 import run_folder
 import training
@@ -127,7 +128,8 @@ def export(ranks, folder, model):
     """A trained step's weights in Hugging Face format, and the policy's own log-probs to compare with."""
     run = make_run(ranks, model=model, lr=0.1)
     grpo_vl.train_step(run, 0)
-    run_folder.export(Path(folder), run.policy, run.tokenizer, model)
+    weights = fsdp.full_state_dict(run.policy)
+    run_folder.export(Path(folder), run.policy, weights, run.tokenizer, model)
     return json.loads((Path(folder) / "config.json").read_text())["tie_word_embeddings"]
 
 
