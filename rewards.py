@@ -11,38 +11,39 @@ release; [OVR] is Open-Vision-Reasoner, arXiv 2507.05255 (math, choice). Worked,
   ocr        "kitten" read as "sitting": Levenshtein 3, longer length 7, so 4/7
 
 `score` is pure: whatever the model writes becomes a number in bounded time; only the caller's own
-mistakes (task, option, true answer) are errors. Departures from the papers and the released code:
+mistakes (task, option, true answer) are errors. A task is a row of TABLE (§6) and its functions.
+Departures from the papers and the released code, none of them on a well-formed answer:
 D2 Answers are JSON in absolute pixels of the resized image, as Qwen2.5-VL's. Qwen2-VL's box tokens
    (0-1000), with which [PR1] trained grounding and counting, are read too.
 -  Thinking adds format_weight · think to any task. The weight, on format and think, is 1, but 0 for
-   math and choice: [OVR] ignores the format. Text before </think> is never the answer.
+   math and choice: [OVR] ignores the format. Text within <think> is never the answer.
 -  No reward by accident, as an exception's 0: IoU without area is 0, a bad box is one invalid item,
    class indices line up, far-off points earn 0 and not less, a format is its whole pattern. Nothing
-   to find and "[]" said is right: 3 in detection, 1 in counting. An empty true text is refused.
+   to find and "[]" said is right: 3 in detection, 1 in counting. What cannot be read is no "[]".
+-  What is there is read: in grounding a box under any key, in counting other models' lists of
+   points and, where the data has a number, numbers in bold, with a dot or as {"count": 2}. In
+   detection the whole objects of prose and of a cut list; all else of it is one invalid item.
+-  A true answer that nothing can match (empty, a box without area) is refused.
+-  Maths follows formulas.py. What it cannot decide in its processor time is 0, and marked so.
 """
 import argparse
 import contextlib
+import functools
 import importlib.util
+import inspect
 import json
 import math
 import os
 import re
-from dataclasses import dataclass
+import unicodedata
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from formulas import boxed, check, equal, library
 
-TASKS = ("grounding", "counting", "detection", "ocr", "math", "choice")
-# Each task's options, default first. `penalty`: any number from 0. `components`: any of [PR1 T6].
-COMPONENTS = ("format", "f1", "class", "iou", "penalty")
-OPTIONS = {
-    "grounding": {"iou_power": (1, 2)},  # 1 [PR1 §4.1], 2 [PR1 code]
-    "counting": {"matching": ("optimal", "order")},  # order: [PR1 T5] "w/o reward matching"
-    "detection": {"matching": ("iou", "detr", "order"),  # [PR1 §4.2], [PR1 code], [PR1 T5]
-                  "penalty": (0.5, 0.0), "components": (COMPONENTS,)},  # 0.5 [PR1 T6], 0 [PR1 code]
-    "math": {"exact": (False, True)},  # False: by math-verify; True: the same text [OVR §3.2]
-}
+COMPONENTS = ("format", "f1", "class", "iou", "penalty")  # of detection
 # COCO's 80 names in COCO's order, and their ids: of 1 to 90, ten are not in use.
 COCO_NAMES = re.split("[/\n]", """person/bicycle/car/motorcycle/airplane/bus/train/truck/boat
 traffic light/fire hydrant/stop sign/parking meter/bench/bird/cat/dog/horse/sheep/cow/elephant/bear
@@ -61,131 +62,98 @@ class Score:
     parts: dict[str, float]
 
 
-# ---- §1 prompts ----------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Task:
+    """A row of the table of tasks."""
+    prompt: str  # {} is the question
+    read: Callable  # true answer, as data sets write it -> its one spelling
+    write: Callable  # (true answer, question) -> the value, or text, that earns the full reward
+    rule: Callable  # (text, true, **settings) -> reward, parts
+    right: Callable  # parts -> what `correct` says, 0 to 1
+    seen: str  # what a reference's thinking says that it sees
+    question: str = ""  # if none is given
+    format_weight: float = 1.0
+    options: dict = field(default_factory=dict)  # name: its values, default first
+
+
+# ---- §1 prompts and references -------------------------------------------------------------------
 THINK = (" Output the thinking process in <think> </think> and final answer in <answer> </answer>"
          " tags.")  # [PR1 code] says "final answer (number)"; here they are boxes and texts too
-PROMPTS = {
-    "grounding": "Output the bounding box of the {} in the image.",  # [PR1 T8]
-    "counting": "Output all the bounding boxes of the {}",  # [PR1 T8]
-    "detection": "Please output bbox coordinates and names of {}.",  # [PR1 T8]
-    "ocr": "{}",
-    "math": "{}\nPut the final answer in \\boxed{{}}.",  # ours: OVR's prompts are not published
-    "choice": "{}\nAnswer with the letter of the right option.",  # ours
-}
-QUESTIONS = {"detection": ", ".join(COCO_NAMES), "ocr": "OCR this image."}  # [PR1 T8] if none given
+THINK_AFTER = (" Output the final answer in <answer> </answer> and after it the thinking process in"
+               " <think> </think> tags.")
 
 
-def prompt(task: str, question: str = "", *, think: bool = False) -> str:
+def think_order(think: bool | str) -> str:
+    """-> "before" (or True): thinking, then the answer; "after": thinking after the answer, as
+    in Think-After-Answer, arXiv 2503.16188; "" (or False): no thinking is asked for."""
+    order = {False: "", True: "before"}.get(think, think)
+    check(order in ("", "before", "after"), f"think can be before or after, not {think!r}")
+    return order
+
+
+def think_prompt(think: bool | str) -> str:
+    """What asks for thinking, at the end of a prompt."""
+    return {"": "", "before": THINK, "after": THINK_AFTER}[think_order(think)]
+
+
+def row_of(task: str) -> Task:
+    check(task in TABLE, f"unknown task {task!r}; the tasks are {', '.join(TABLE)}")
+    return TABLE[task]
+
+
+def prompt(task: str, question: str = "", *, think: bool | str = False) -> str:
     """The user's text for a question (grounding, counting: a name; detection: names or nothing)."""
-    check(task in TASKS, f"unknown task {task!r}; the tasks are {', '.join(TASKS)}")
-    return PROMPTS[task].format(question or QUESTIONS.get(task, "")) + (THINK if think else "")
+    row = row_of(task)
+    return row.prompt.format(question or row.question) + think_prompt(think)
 
 
-def reference(task: str, answer: object, question: str = "", *, think: bool = False) -> str:
+def reference(
+    task: str, answer: object, question: str = "", *, think: bool | str = False
+) -> str:
     """A completion that earns the full reward, coordinates in whole pixels, as Qwen writes them."""
-    said = read_truth(task, answer)
-    if task == "grounding":
-        said = [{"bbox_2d": [round(x) for x in said], "label": question}]
-    elif task == "counting" and isinstance(said, list):
-        said = [{"point_2d": [round(x) for x in point], "label": question} for point in said]
-    elif task == "detection":
-        said = [item | {"bbox_2d": [round(x) for x in item["bbox_2d"]]} for item in said]
-    elif task == "math":
-        said = f"\\boxed{{{said}}}"
+    row = row_of(task)
+    said = row.write(row.read(answer), question)
     text = said if isinstance(said, str) else json.dumps(said, ensure_ascii=False)
-    return f"<think>I look: {question}.</think><answer>{text}</answer>" if think else text
-
-
-# ---- §2 the true answer --------------------------------------------------------------------------
-def read_truth(task: str, answer: object) -> object:
-    """The true answer in its task's one spelling, whatever a data set or a trainer wraps around it.
-
-    grounding [x1, y1, x2, y2]; counting [[x, y], …] or a whole number from 0; detection
-    [{"bbox_2d": [x1, y1, x2, y2], "label": str}, …]; ocr, math: text; choice: one capital letter.
-    Read too: JSON as text, <answer>…</answer>, \\boxed{…} and $…$ around it, points as {"x", "y"},
-    [PR1 code] {"target_id", "target_box"}, "(B)" and "b.". ValueError says what does not fit.
-    """
-    check(task in TASKS, f"unknown task {task!r}; the tasks are {', '.join(TASKS)}")
-    if isinstance(answer, str):
-        wrapped = re.fullmatch(r"(?s).*<answer>(.*)</answer>\s*", answer)
-        answer = wrapped[1].strip() if wrapped else answer
-    if task in ("grounding", "counting", "detection"):
-        if isinstance(answer, str):
-            value = read_json(boxed(answer).strip())
-            check(value is not None, f"the true answer in {task} is no JSON: {answer!r:.200}")
-            answer = value
-        readers = {"grounding": _true_box, "counting": _true_count, "detection": _true_objects}
-        return readers[task](answer)
-    return _true_text(task, answer)
-
-
-def _true_box(value):
-    if isinstance(value, list) and len(value) == 1:
-        value = value[0]
-    if isinstance(value, dict):
-        value = value.get("bbox_2d")
-    box = _true_numbers(value, 4)
-    check(box is not None, f"a true box must be [x1, y1, x2, y2], not {value!r:.200}")
-    upright = box[0] < box[2] and box[1] < box[3]
-    check(upright, f"the true box {box} has x2 ≤ x1 or y2 ≤ y1: is it x, y, w, h? then ?box=xywh")
-    return box
-
-
-def _true_count(value):
-    if isinstance(value, (list, tuple)):
-        return [_true_point(item) for item in value]
-    form = "the true answer in counting must be a whole number from 0 or a list of [x, y]"
-    number = _true_numbers([value], 1)
-    check(number is not None and number[0] >= 0, f"{form}, not {value!r:.200}")
-    check(number[0] % 1 == 0, f"{form}, not {value!r:.200}")
-    return int(number[0])
-
-
-def _true_point(value):
-    point = value
-    if isinstance(value, dict):
-        point = value.get("point_2d") or [value.get("x"), value.get("y")]
-    point = _true_numbers(point, 2)
-    check(point is not None, f"a true point must be [x, y], not {value!r:.200}")
-    return point
-
-
-def _true_objects(value):
-    if isinstance(value, dict) and {"target_id", "target_box"} <= value.keys():
-        names = dict(zip(COCO_IDS, COCO_NAMES, strict=True))
-        pairs = zip(value["target_box"], value["target_id"], strict=True)
-        value = [{"bbox_2d": box, "label": names.get(number)} for box, number in pairs]
-    form = 'the true answer in detection must be a list of {"bbox_2d", "label"}'
-    check(isinstance(value, (list, tuple)), f"{form}, not {value!r:.200}")
-    objects = []
-    for item in value:
-        whole = isinstance(item, dict) and {"bbox_2d", "label"} <= item.keys()
-        check(whole, f"{form}, not {value!r:.200}")
-        label = item["label"]
-        named = isinstance(label, (str, int, float)) and str(label).strip() != ""
-        check(named, f"a true label must be text, not {label!r:.200}")
-        objects.append({"bbox_2d": _true_box(item["bbox_2d"]), "label": str(label)})
-    return objects
-
-
-def _true_text(task, value):
-    check(value is not None, f"the true answer in {task} is missing")
-    plain = isinstance(value, (str, int, float)) and not isinstance(value, bool)
-    check(plain, f"the true answer in {task} must be text or a number, not {value!r:.200}")
-    text = str(value)
-    if task != "ocr":
-        text = boxed(text)
-    check(text.strip() != "", f"the true answer in {task} is empty: every completion would earn 0")
-    if task == "choice":
-        letter = re.sub(r"\\[a-z]+|[{}\s().:]", "", text)
-        one = re.fullmatch("[A-Za-z]", letter)
-        check(one, f"the true answer in choice must be one letter, not {value!r:.200}")
-        return letter.upper()
+    thought = f"<think>I see {row.seen.format(question or 'object')}.</think>"
+    order = think_order(think)
+    if order == "before":
+        return f"{thought}<answer>{text}</answer>"
+    if order == "after":
+        return f"<answer>{text}</answer>{thought}"
     return text
 
 
-def _true_numbers(values, length):
-    """So many finite numbers as floats, numbers as text too; None if they are not."""
+# ---- §2 true answers -----------------------------------------------------------------------------
+def read_truth(task: str, answer: object) -> object:
+    r"""The true answer in its task's one spelling, whatever a data set or a trainer puts around it.
+
+    grounding [x1, y1, x2, y2]; counting [[x, y], …] or a whole number from 0; detection
+    [{"bbox_2d": [x1, y1, x2, y2], "label": str}, …]; ocr, math: text; choice: one capital letter.
+    Read too: JSON as text, <answer>…</answer>, \boxed{…} and $…$ around it, points as {"x", "y"},
+    [PR1 code] {"target_id", "target_box"}, "(B)" and "b.". ValueError says what does not fit.
+    """
+    return row_of(task).read(answer)
+
+
+def unwrapped(answer):
+    """What stands in <answer>…</answer>, where a trainer wraps true answers in it."""
+    if isinstance(answer, str) and "</answer>" in answer:
+        return split_thinking(answer)[0]
+    return answer
+
+
+def placed(answer):
+    """A true answer that is JSON, also where it is kept as text."""
+    answer = unwrapped(answer)
+    if not isinstance(answer, str):
+        return answer
+    value = read_json(boxed(answer))
+    check(value is not None, f"this true answer must be JSON, but it is {answer!r:.200}")
+    return value
+
+
+def true_numbers(values, length):
+    """So many numbers as floats, also where they are text; None if they are not that."""
     if isinstance(values, (str, bytes, dict)):
         return None
     try:
@@ -193,24 +161,111 @@ def _true_numbers(values, length):
         numbers = [float(value) for value in values]
     except (TypeError, ValueError, OverflowError):  # no list; no number; too long an integer
         return None
-    plain = len(numbers) == length and not any(isinstance(value, bool) for value in values)
-    return numbers if plain and all(abs(number) <= 1e7 for number in numbers) else None
+    if any(isinstance(value, bool) for value in values):
+        return None
+    return _numbers(numbers, length)
 
 
-# ---- §2 from a completion to the text of its answer ----------------------------------------------
-def split_thinking(completion: str) -> tuple[str, bool]:
-    """-> the answer's text (none of the thinking); whether all has the form, each tag once."""
+def true_box(answer):
+    value = placed(answer)
+    if isinstance(value, list) and len(value) == 1:  # as it would be answered
+        value = value[0]
+    if isinstance(value, dict):
+        value = value.get("bbox_2d")
+    box = true_numbers(value, 4)
+    check(box, f"a true box must be [x1, y1, x2, y2], not {value!r:.200}")
+    upright = box[0] < box[2] and box[1] < box[3]
+    check(upright, f"the true box {box} has x2 ≤ x1 or y2 ≤ y1: is it x, y, w, h? then ?box=xywh")
+    return box
+
+
+def true_points(answer):
+    value = placed(answer)
+    if isinstance(value, (list, tuple)):
+        return [true_point(item) for item in value]
+    number = true_numbers([value], 1)
+    whole = number and number[0] >= 0 and number[0] % 1 == 0
+    form = "a true count must be a whole number from 0 or a list of [x, y]"
+    check(whole, f"{form}, not {value!r:.200}")
+    return int(number[0])
+
+
+def true_point(value):
+    point = value
+    if isinstance(value, dict):
+        point = value.get("point_2d") or [value.get("x"), value.get("y")]
+    point = true_numbers(point, 2)
+    check(point, f"a true point must be [x, y], not {value!r:.200}")
+    return point
+
+
+def true_objects(answer):
+    value = placed(answer)
+    if isinstance(value, dict) and {"target_id", "target_box"} <= value.keys():  # [PR1 code]
+        names = dict(zip(COCO_IDS, COCO_NAMES, strict=True))
+        pairs = zip(value["target_box"], value["target_id"], strict=True)
+        value = [{"bbox_2d": box, "label": names.get(number)} for box, number in pairs]
+    form = 'true objects must be a list of {"bbox_2d", "label"}'
+    check(isinstance(value, (list, tuple)), f"{form}, not {value!r:.200}")
+    objects = []
+    for item in value:
+        whole = isinstance(item, dict) and {"bbox_2d", "label"} <= item.keys()
+        check(whole, f"{form}, not {item!r:.200}")
+        label = item["label"]
+        named = isinstance(label, (str, int, float)) and str(label).strip() != ""
+        check(named, f"a true label must be text, not {label!r:.200}")
+        objects.append({"bbox_2d": true_box(item["bbox_2d"]), "label": str(label)})
+    return objects
+
+
+def true_text(answer):
+    answer = unwrapped(answer)
+    check(answer is not None, "the true answer is missing")
+    plain = isinstance(answer, (str, int, float)) and not isinstance(answer, bool)
+    check(plain, f"the true answer must be text or a number, not {answer!r:.200}")
+    check(str(answer).strip(), "the true answer is empty: every completion would earn 0")
+    return str(answer)
+
+
+def true_formula(answer):
+    formula = boxed(true_text(answer))
+    check(formula, f"the true answer {answer!r:.200} is empty: every completion would earn 0")
+    return formula
+
+
+def true_letter(answer):
+    letter = re.sub(r"\\[a-z]+|[{}\s().:]", "", true_formula(answer))
+    one = re.fullmatch("[A-Za-z]", letter)
+    check(one, f"the true answer of a choice must be one letter, not {answer!r:.200}")
+    return letter.upper()
+
+
+# ---- §3 from a completion to the text of its answer, to boxes and points -------------------------
+BEFORE = re.compile(r"(?s)\s*<think>.*</think>\s*<answer>.*</answer>\s*")
+AFTER = re.compile(r"(?s)\s*<answer>.*</answer>\s*<think>.*</think>\s*")
+
+
+def split_thinking(completion: str, think: bool | str = "before") -> tuple[str, bool]:
+    """-> the answer's text, in either order; whether all has the form asked for, each tag once."""
     text = completion.partition("<|im_end|>")[0].partition("<|endoftext|>")[0]
-    # [PR1 code] 1 if all has this form, else 0; there a newline broke it, here it does not.
     once = len(re.findall("</?(?:think|answer)>", text)) == 4
-    formed = once and re.fullmatch(r"(?s)\s*<think>.*</think>\s*<answer>.*</answer>\s*", text)
-    rest = text.rpartition("</think>")[2]
-    if "<think>" in rest:
-        return "", False  # still thinking
-    return rest.rpartition("<answer>")[2].partition("</answer>")[0].strip(), bool(formed)
+    # [PR1 code] 1 if all has this form, else 0; there a newline broke it, here it does not.
+    form = AFTER if think_order(think) == "after" else BEFORE
+    formed = once and form.fullmatch(text) is not None
+    # Outside of all thinking: what follows it, or what came first.
+    head, opened, _ = text.partition("<think>")
+    tail = text.rpartition("</think>")[2]
+    if "<think>" in tail:
+        tail = ""  # still thinking
+    if not opened:
+        head = ""
+    head = head.rpartition("</think>")[2]
+    answer = tail
+    if "<answer>" not in tail and ("<answer>" in head or not tail.strip()):
+        answer = head
+    return answer.rpartition("<answer>")[2].partition("</answer>")[0].strip(), formed
 
 
-# ---- §3 from text to boxes and points ------------------------------------------------------------
 # Digits are bounded and repeats never touch, so that the patterns stay linear in the text.
 NUMBER = r"\s*(-?[0-9]{1,7}(?:\.[0-9]{1,20})?)\s*"
 PAIR = f"{NUMBER},{NUMBER}"
@@ -219,36 +274,75 @@ KEYED = re.compile(rf'"(?:bbox|point)_2d"\s*:\s*\[{PAIR}(?:,{PAIR})?\]')
 LOOSE = re.compile(rf"\[{PAIR},{PAIR}\]|\({PAIR},{PAIR}\)|{CORNERS}")  # the spellings of [PR1 code]
 TOKENS = re.compile(r"<\|object_ref_start\|>[^<]*<\|object_ref_end\|>"  # [PR1 code], its pipes
                     r"(?:<\|box_start\|>[^<]*<\|box_end\|>)+")  # escaped: a name, then boxes
+TAG = re.compile("<points?(?= )[^<>]*>")  # <point x="1" y="2"> or <points x1="1" y1="2" x2=…>
+TAGS = re.compile(r"(?:<points?(?= )[^<>]*>[^<>]*</points?>\s*)+")
+MARK = re.compile(rf'\bx([0-9]{{0,4}})="{NUMBER}" y\1="{NUMBER}"')
 
 
 def parse_boxes(completion: str, image_size=None) -> list[list[float]]:
     """All boxes that can be made out in the answer, in good form or not: what pictures show."""
-    return [s for s in _shapes(split_thinking(completion)[0], image_size)[0] if len(s) == 4]
+    shapes, _ = _shapes(split_thinking(completion)[0], image_size)
+    return [shape for shape in shapes if len(shape) == 4]
 
 
 def parse_points(completion: str, image_size=None) -> list[list[float]]:
     """All points, or centres of boxes, that can be made out in the answer."""
-    return [_centre(shape) for shape in _shapes(split_thinking(completion)[0], image_size)[0]]
+    shapes, _ = _shapes(split_thinking(completion)[0], image_size)
+    return [_centre(shape) for shape in shapes]
 
 
 def _shapes(text, image_size):
-    """-> boxes and points in the order said; the form: tokens, list, bare, number or "" (none)."""
+    """-> boxes and points in the order said; the form: tokens, list, bare, plain or "" (none)."""
     if "<|box_start|>" in text:
         boxes_N4 = np.array(re.findall(CORNERS, text), float).reshape(-1, 4)
         boxes_N4 *= np.tile(image_size or (1000, 1000), 2) / 1000
-        return boxes_N4.tolist(), "tokens" if TOKENS.fullmatch(text) else ""
+        whole = TOKENS.fullmatch(text) and len(boxes_N4) == text.count("<|box_start|>")
+        return boxes_N4.tolist(), "tokens" if whole else ""
+    if tags := TAG.findall(text):
+        points = [[float(x), float(y)] for tag in tags for _, x, y in MARK.findall(tag)]
+        return points, "plain" if points and TAGS.fullmatch(text) else ""
     items = read_json(text)
     if box := _numbers(items, 4):
         return [box], "bare"
+    shapes = _nested(items)
     if isinstance(items, list):
-        said = [item if isinstance(item, dict) else {} for item in items]
-        said = [_numbers(d.get("bbox_2d"), 4) or _numbers(d.get("point_2d"), 2) for d in said]
-        return [shape for shape in said if shape], "list" if all(said) else ""
-    if re.fullmatch("[0-9]{1,6}", text):
-        return [], "number"
+        keys = [{"bbox_2d", "point_2d"} & set(item) for item in items if isinstance(item, dict)]
+        if len(shapes) != len(items):
+            return shapes, ""
+        return shapes, "list" if len(keys) == len(items) and all(keys) else "plain"
+    if shapes:
+        return shapes, ""
     # Prose, or a list cut short: keyed coordinates first, as a label may hold numbers.
     found = list(KEYED.finditer(text)) or LOOSE.finditer(text)
     return [[float(n) for n in match.groups() if n is not None] for match in found], ""
+
+
+def _nested(value):
+    """The boxes and points in a JSON value, under whatever keys, in their order."""
+    shapes, left = [], [value]
+    while left:
+        item = left.pop()
+        shape = _shape(item)
+        if shape:
+            shapes.append(shape)
+        elif isinstance(item, dict):
+            left += reversed(item.values())
+        elif isinstance(item, list):
+            left += reversed(item)
+    return shapes
+
+
+def _shape(item):
+    """A box or a point; None if it is neither."""
+    if not isinstance(item, dict):
+        return _numbers(item, 4) or _numbers(item, 2)
+    corners = [item.get(name) for name in ("x1", "y1", "x2", "y2")]
+    keyed = _numbers(item.get("bbox_2d"), 4) or _numbers(item.get("point_2d"), 2)
+    return keyed or _numbers(corners, 4) or _numbers([item.get("x"), item.get("y")], 2)
+
+
+def _centre(shape):
+    return [(shape[0] + shape[-2]) / 2, (shape[1] + shape[-1]) / 2]  # a point's is itself
 
 
 def read_json(text):
@@ -261,124 +355,188 @@ def read_json(text):
 
 def _numbers(value, length):
     """A list of so many numbers as floats; None if it is not, or has NaN or impossible sizes."""
-    fits = isinstance(value, (list, tuple)) and len(value) == length
-    plain = fits and all(type(n) in (int, float) and abs(n) <= 1e7 for n in value)  # no bool
-    return [float(n) for n in value] if plain else None
+    if not isinstance(value, (list, tuple)) or len(value) != length:
+        return None
+    if any(type(n) not in (int, float) or not abs(n) <= 1e7 for n in value):  # no bool, no NaN
+        return None
+    return [float(n) for n in value]
 
 
 def read_object(item):
     """(box, label) of {"bbox_2d", "label"}; None without an upright box or without a label."""
-    box = _numbers(item.get("bbox_2d"), 4) if isinstance(item, dict) else None
-    good = box and box[0] <= box[2] and box[1] <= box[3] and isinstance(item.get("label"), str)
-    return (box, item["label"]) if good and item["label"] else None
+    if not isinstance(item, dict):
+        return None
+    box, label = _numbers(item.get("bbox_2d"), 4), item.get("label")
+    if not box or box[0] > box[2] or box[1] > box[3]:
+        return None
+    return (box, label) if isinstance(label, str) and label else None
 
 
-def _centre(shape):
-    return [(shape[0] + shape[-2]) / 2, (shape[1] + shape[-1]) / 2]  # a point's is itself
+def read_objects(completion: str) -> tuple[list[tuple], int]:
+    """-> (box, label) of each whole object in the answer; how many items were said.
+
+    Of anything but a JSON list, the whole objects count, and all the rest is one item more: the
+    prose around them, the end that was cut off, the list that is missing around a lone object.
+    """
+    text = split_thinking(completion)[0]
+    items = read_json(text)
+    if not isinstance(items, list):
+        items = [read_json(piece) for piece in re.findall(r"\{[^{}]*\}", text)]
+        items.append(None)
+    pairs = [read_object(item) for item in items]
+    return [pair for pair in pairs if pair], len(items)
 
 
-# ---- §4 perception: each reward returns its total and its parts ----------------------------------
-def _grounding(text, true, image_size, truncated, weight, iou_power):
+# ---- §4 perception: each rule returns its reward and its parts -----------------------------------
+def grounding(text, true, image_size, truncated, weight, iou_power):
     shapes, form = _shapes(text, image_size)
-    boxes = [s for s in shapes if len(s) == 4 and s[0] <= s[2] and s[1] <= s[3]]
-    formed = form != "" and len(boxes) == len(shapes) == 1 and not truncated
-    # The first box said counts, so that a second guess earns nothing.
-    overlap = _overlaps(np.array(boxes[:1]), np.array([true]))[0].item() if boxes else 0.0
+    boxes = [shape for shape in shapes if len(shape) == 4]
+    boxes = [box for box in boxes if box[0] <= box[2] and box[1] <= box[3]]
+    one = len(boxes) == len(shapes) == 1
+    formed = float(one and form in ("tokens", "list", "bare") and not truncated)
+    overlap = 0.0
+    if boxes:  # the first one said counts, so that a second guess earns nothing
+        iou_11, _ = overlaps(np.array(boxes[:1]), np.array([true]))
+        overlap = iou_11.item()
     # [PR1 §4.1] S = format + Φ,  Φ = IoU (squared in the released code)
-    return weight * formed + overlap**iou_power, {"format": float(formed), "iou": overlap}
+    return weight * formed + overlap**iou_power, {"format": formed, "iou": overlap}
 
 
-def _overlaps(boxes_N4, true_M4):
+def overlaps(boxes_N4, true_M4):
     """-> IoU and GIoU of each pair, both [N, M]; 0 where there is no area."""
-    low, high = boxes_N4[:, None, :2], boxes_N4[:, None, 2:]
-    true_low, true_high = true_M4[None, :, :2], true_M4[None, :, 2:]
-    both_NM = (np.minimum(high, true_high) - np.maximum(low, true_low)).clip(0).prod(axis=-1)
-    either_NM = (high - low).prod(axis=-1) + (true_high - true_low).prod(axis=-1) - both_NM
-    hull_NM = (np.maximum(high, true_high) - np.minimum(low, true_low)).prod(axis=-1)
+    low_N12, high_N12 = boxes_N4[:, None, :2], boxes_N4[:, None, 2:]
+    low_1M2, high_1M2 = true_M4[None, :, :2], true_M4[None, :, 2:]
+    sides_NM2 = np.minimum(high_N12, high_1M2) - np.maximum(low_N12, low_1M2)
+    both_NM = sides_NM2.clip(0).prod(-1)
+    area_N1 = (high_N12 - low_N12).prod(-1)
+    area_1M = (high_1M2 - low_1M2).prod(-1)
+    either_NM = area_N1 + area_1M - both_NM
+    sides_NM2 = np.maximum(high_N12, high_1M2) - np.minimum(low_N12, low_1M2)
+    hull_NM = sides_NM2.prod(-1)
     # IoU = |A ∩ B| / |A ∪ B|,  GIoU = IoU − |hull \ (A ∪ B)| / |hull|
     iou_NM = both_NM / np.where(either_NM > 0, either_NM, 1)
-    return iou_NM, iou_NM - (hull_NM - either_NM) / np.where(hull_NM > 0, hull_NM, 1)
+    outside_NM = (hull_NM - either_NM) / np.where(hull_NM > 0, hull_NM, 1)
+    return iou_NM, iou_NM - outside_NM
 
 
-def _matched(cost_NM, matching):
+def matched(cost_NM, matching):
     """-> rows and columns of min(N, M) pairs: the cheapest assignment, or simply as listed."""
     if matching == "order":
-        return (np.arange(min(cost_NM.shape)),) * 2
+        listed = np.arange(min(cost_NM.shape))
+        return listed, listed
     # [PR1 §4.2] σ̂ = argmax_σ Σ_i Φ(y_i, z_σ(i)), by the Hungarian algorithm
     return library("scipy.optimize", "scipy").linear_sum_assignment(cost_NM)
 
 
-def _counting(text, true, image_size, truncated, weight, matching, gate=True):
+def said_number(text):
+    """The whole number that is all of an answer: 2, "2.", **2**, {"count": 2}; None without."""
+    if "\\boxed{" in text:
+        text = boxed(text)
+    value = read_json(text)
+    if isinstance(value, dict) and _numbers(list(value.values()), 1):
+        text = f"{next(iter(value.values())):g}"
+    number = re.fullmatch(r"[*_$ ]{0,9}([0-9]{1,6})(?:\.0{1,9})?[*_$ .]{0,9}", text)
+    return int(number[1]) if number else None
+
+
+def counting(text, true, image_size, truncated, weight, matching):
     shapes, form = _shapes(text, image_size)
     bare = isinstance(true, int)  # the data has no points: then a bare number is an answer too
-    formed = form in ("list", "tokens") or (bare and form == "number")
-    if gate and (truncated or not formed):
-        return 0.0, {"format": 0.0, "count": 0.0, "distance": 0.0}
-    said, wanted = int(text) if form == "number" else len(shapes), true if bare else len(true)
-    count = min(said, wanted) / max(said, wanted) if said != wanted else 1.0
-    closeness = float(bare or said == wanted)  # with nothing to measure
-    if shapes and true and not bare:
-        said_N2, true_M2 = np.array([_centre(shape) for shape in shapes]), np.array(true)
-        distance_NM = np.linalg.norm(said_N2[:, None] - true_M2[None], axis=-1)
-        mean = distance_NM[_matched(distance_NM, matching)].mean().item()
-        closeness = max(0.0, 1 - mean / math.hypot(*(image_size or (1000, 1000))))
+    formed = form in ("list", "tokens", "plain")
+    said, wanted = len(shapes), true if bare else len(true)
+    if not shapes and not formed:
+        said = said_number(text)
+        formed = bare and said is not None
+    gate = float(formed and not truncated)
+    count = distance = 0.0  # what cannot be read is wrong, not "none"
+    if said is not None:
+        count = 1.0 if said == wanted else min(said, wanted) / max(said, wanted)
+    if gate and (bare or said == wanted == 0):
+        distance = 1.0  # with nothing to measure
+    elif gate and said and wanted:
+        distance = closeness(shapes, true, image_size, matching)
     # [PR1 code] r = gate · min(n, m)/max(n, m) · (1 − mean matched distance / diagonal)
-    return count * closeness, {"format": 1.0, "count": count, "distance": closeness}
+    return gate * count * distance, {"format": gate, "count": count, "distance": distance}
 
 
-def _detection(text, true, image_size, truncated, weight, matching, penalty, components):
+def closeness(shapes, true, image_size, matching):
+    """1 − mean distance of the matched points / the image's diagonal, at least 0."""
+    points_N2 = np.array([_centre(shape) for shape in shapes])
+    offsets_NM2 = points_N2[:, None] - np.array(true)[None]
+    distance_NM = np.linalg.norm(offsets_NM2, axis=-1)
+    mean = distance_NM[matched(distance_NM, matching)].mean().item()
+    return max(0.0, 1 - mean / math.hypot(*(image_size or (1000, 1000))))
+
+
+def detection(text, true, image_size, truncated, weight, matching, penalty, components):
     true = [(item["bbox_2d"], item["label"]) for item in true]
-    items = read_json(text)
+    said, items = read_objects(text)
     # Labels are COCO's where the true ones are (as released: always), else any.
-    coco = matching == "detr" or (true and {label for _, label in true} <= set(COCO_NAMES))
-    pairs = map(read_object, items if isinstance(items, list) else [])
-    said = [pair for pair in pairs if pair and (not coco or pair[1] in COCO_NAMES)]
+    if matching == "detr" or (true and {label for _, label in true} <= set(COCO_NAMES)):
+        said = [pair for pair in said if pair[1] in COCO_NAMES]
     parts = dict.fromkeys(COMPONENTS, 0.0)
-    if not true and items == []:
+    if not true and items == 0:  # "[]", and rightly
         parts |= {"format": 1.0, "f1": 1.0, "class": 1.0, "iou": 1.0}
-    elif said:
-        parts["format"] = len(said) / len(items)  # [PR1 code] an invalid item lowers it
-        parts |= _found(said, true, matching) if true else {}
+    if said:
+        parts["format"] = len(said) / items  # [PR1 code] an invalid item lowers it
+    if said and true:
+        parts |= found(said, true, matching)
     weights = {"format": 0.25 * weight, "f1": 0.75, "class": 1.0, "iou": 1.0, "penalty": -penalty}
     # [PR1 code] r = 0.25·format + 0.75·F1 + class + IoU − penalty·(FP/n_pred + FN/n_gt)
     total = sum(weights[name] * parts[name] for name in components)
     return min(max(total, 0.0), 3.0), parts
 
 
-def _found(said, true, matching):
+def found(said, true, matching):
     """F1, class, IoU and penalty over the pairs that match; none of them without such a pair."""
-    boxes_N4, true_M4 = (np.array([box for box, _ in pairs]) for pairs in (said, true))
-    iou_NM, giou_NM = _overlaps(boxes_N4, true_M4)
-    same_NM = np.array([[label == true_label for _, true_label in true] for _, label in said])
+    boxes_N4 = np.array([box for box, _ in said])
+    true_M4 = np.array([box for box, _ in true])
+    names_N1 = np.array([[label] for _, label in said], object)
+    names_M = np.array([label for _, label in true], object)
+    same_NM = names_N1 == names_M
+    iou_NM, giou_NM = overlaps(boxes_N4, true_M4)
     cost_NM = -iou_NM
     if matching == "detr":
-        # [PR1 code] 5·L1 − p(class) − 2·GIoU, with L1 of centre and size in pixels, and p a softmax
-        # over 90 scores, 1 for the class said and 0 for the others: distance decides nearly alone.
-        to_size = np.array([[0.5, 0, -1, 0], [0, 0.5, 0, -1], [0.5, 0, 1, 0], [0, 0.5, 0, 1]])
-        l1_NM = np.abs((boxes_N4 @ to_size)[:, None] - (true_M4 @ to_size)[None]).sum(axis=-1)
-        cost_NM = 5 * l1_NM - np.where(same_NM, math.e, 1) / (math.e + 89) - 2 * giou_NM
-    pairs = _matched(cost_NM, matching)
+        cost_NM = detr_cost(boxes_N4, true_M4, same_NM, giou_NM)
+    pairs = matched(cost_NM, matching)
     kept = iou_NM[pairs] > 0.5  # [PR1 code] strictly, and only after the assignment
-    hits, n_pred, n_gt = kept.sum().item(), len(said), len(true)  # n_pred: valid items only
+    hits = kept.sum().item()
+    n_pred, n_gt = len(said), len(true)  # valid items only
     if hits == 0:
         return {}
     # F1 = 2PR/(P + R),  P = hits/n_pred,  R = hits/n_gt
-    return {"f1": 2 * hits / (n_pred + n_gt),
-            "class": same_NM[pairs][kept].mean().item(), "iou": iou_NM[pairs][kept].mean().item(),
-            "penalty": (n_pred - hits) / n_pred + (n_gt - hits) / n_gt}
+    return {
+        "f1": 2 * hits / (n_pred + n_gt),
+        "class": same_NM[pairs][kept].mean().item(),
+        "iou": iou_NM[pairs][kept].mean().item(),
+        "penalty": (n_pred - hits) / n_pred + (n_gt - hits) / n_gt,
+    }
 
 
-def _ocr(text, true, image_size, truncated, weight):
+def detr_cost(boxes_N4, true_M4, same_NM, giou_NM):
+    """[PR1 code] L1 of centre and size in pixels: distance decides nearly alone."""
+    to_size = np.array([[0.5, 0, -1, 0], [0, 0.5, 0, -1], [0.5, 0, 1, 0], [0, 0.5, 0, 1]])
+    sizes_N4, sizes_M4 = boxes_N4 @ to_size, true_M4 @ to_size
+    l1_NM = np.abs(sizes_N4[:, None] - sizes_M4[None]).sum(axis=-1)
+    # p is a softmax over 90 scores, 1 for the class said and 0 for the others.
+    p_NM = np.where(same_NM, math.e, 1) / (math.e + 89)
+    # cost = 5·L1 − p(class) − 2·GIoU
+    return 5 * l1_NM - p_NM - 2 * giou_NM
+
+
+def ocr(text, true, image_size, truncated, weight):
     levenshtein = library("rapidfuzz.distance", "rapidfuzz").Levenshtein
     text, true = " ".join(text.split()), " ".join(true.split())
     # [PR1 §4.1] Φ = edit distance: 1 − Levenshtein / longer length, white space folded
-    similarity = levenshtein.normalized_similarity(text, true) if text or true else 0.0
+    similarity = levenshtein.normalized_similarity(text, true)
     return similarity, {"similarity": similarity}
 
 
 # ---- §5 maths and choice -------------------------------------------------------------------------
-def _math(text, true, image_size, truncated, weight, exact):
-    said = boxed(text) if "\\boxed{" in text and not truncated else ""
+def maths(text, true, image_size, truncated, weight, exact):
+    said = ""
+    if "\\boxed{" in text and not truncated:
+        said = boxed(text)
     # [OVR §3.2] r = 1 if the answer in the box matches the reference (0.5 and \frac{1}{2}), else 0
     same = equal(said, true, exact=exact)
     if same is None:
@@ -387,60 +545,176 @@ def _math(text, true, image_size, truncated, weight, exact):
 
 
 # An option letter that is meant as one, strongest form first: in a box, after "answer is", alone.
-IN_BOX = re.compile(r"\\boxed\{([^{}]*(?:\{[^{}]*\}[^{}]*)?)\}")
-STATED = re.compile(r"(?i:answer|option|choice)[*_\"]*\s?(?i:is|:|=)\s*([^\n]{0,80})")
-ALONE = re.compile(r"(?:^|(?<=\s))[(*\[$]*([A-J])(?:[).:*$\]]+(?=\s|$)|[^\S\n]*$)", re.MULTILINE)
-LETTER = "(?:[A-HJ]|I(?! [a-z]))"  # not the I of "I think"
+COMMAND = re.compile(r"\\(?:text|math|operator)[a-z]{0,6}\s?\{([^{}]*)\}")  # \text{E} is E
+IN_BOX = re.compile(r"\\(?:boxed|fbox)\s?\{([^{}]*(?:\{[^{}]*\}[^{}]*)?)\}")
+STATED = re.compile(r"(?:(?i:answer|option|choice)[*_\"]*\s?(?i:is|:|=)|答案(?:应?[是为選选]|:)"
+                    r"|(?<!不)[选選][择擇]?(?![项項]):?)\s*(?=([^\n]{0,80}))")
+ALONE = re.compile(r"(?:^|(?<=\s))[(*\[$]*([A-Z])(?:[).:*$\]]+(?=\s|$)|[^\S\n]*$)", re.MULTILINE)
+# Not the I of "I think", nor the A of "A circle"; that of "A because …" is one.
+GOES_ON = "(?:and|or|as|because|since|is|but|for|so|given|due|based|if|which|with|from) "
+LETTER = rf"(?:[B-HJ-Z]|I(?! [a-z])|A(?! (?!{GOES_ON})[a-z]))"
 LEADING = re.compile(rf"(?:(?:the|option|choice) )*({LETTER}(?: (?:or |and )?{LETTER})*)(?: |$)")
+SMALL = re.compile(r"[*$\[ ]{0,9}(?:\(([a-z])\)|([a-z])[).\]*$ ]{0,9}$)")  # (e), or e and no more
 
 
 def chosen_letters(text: str) -> set[str]:
     """The letters given in the strongest form that the text has. Two letters are a hedge: wrong."""
+    text = unicodedata.normalize("NFKC", text)  # （B） is (B)
+    text = COMMAND.sub(r"\1", COMMAND.sub(r"\1", text))
     for form in (IN_BOX, STATED):
-        # "(B) since A…" -> B;  "A or B" -> A, B;  "not A" -> none
-        given = (re.sub(r"\\[a-z]+|[^\w']+", " ", said).strip() for said in form.findall(text))
-        letters = set("".join(m[1] for m in map(LEADING.match, given) if m)) & set("ABCDEFGHIJ")
+        letters = set()
+        for said in list(dict.fromkeys(form.findall(text)))[:100]:
+            letters |= named_letters(said)
         if letters:
             return letters
-    text = re.sub(r"^(?i:option|choice|answer)\s", "", text)
+    text = re.sub(r"^(?i:option |choice |answer |选项)\s?", "", text)
+    if small := SMALL.fullmatch(text):
+        return {(small[1] or small[2]).upper()}
     return set(ALONE.findall(text)) if ALONE.match(text) else set()
 
 
-def _choice(text, true, image_size, truncated, weight):
-    right = chosen_letters(text) == {true} and not truncated
-    return float(right), {"correct": float(right)}
+def named_letters(said):
+    """The option letters that a statement begins with: "(B) since A…" B, "A or B" both."""
+    if small := SMALL.match(said.strip()):
+        return {(small[1] or small[2]).upper()}
+    said = re.sub(r"(?<=\w)[).:]\s*(?=\w)", " | ", said)  # the A of "A. circle" is one
+    said = re.sub(r"([A-Z])(?=[一-鿿])", r"\1 ", said)
+    said = re.sub(r"\\[a-z]+|[^\w'|]+", " ", said).strip()
+    match = LEADING.match(said)
+    return set(re.findall(r"\b[A-Z]\b", match[1])) if match else set()
 
 
-# ---- §6 the score --------------------------------------------------------------------------------
-def score(task: str, completion: str, answer: object, image_size=None, *, truncated=False,
-          think=False, format_weight: float | None = None, **options) -> Score:
+def choice(text, true, image_size, truncated, weight):
+    right = float(chosen_letters(text) == {true} and not truncated)
+    return right, {"correct": right}
+
+
+# ---- §6 the table of tasks -----------------------------------------------------------------------
+def whole_pixels(values):
+    return [round(value) for value in values]
+
+
+def write_box(true, question):
+    return [{"bbox_2d": whole_pixels(true), "label": question}]
+
+
+def write_points(true, question):
+    if isinstance(true, int):
+        return true
+    return [{"point_2d": whole_pixels(point), "label": question} for point in true]
+
+
+def write_objects(true, question):
+    return [item | {"bbox_2d": whole_pixels(item["bbox_2d"])} for item in true]
+
+
+def write_text(true, question):
+    return true
+
+
+def write_formula(true, question):
+    return f"\\boxed{{{true}}}"
+
+
+TABLE = {
+    "grounding": Task(
+        prompt="Output the bounding box of the {} in the image.",  # [PR1 T8]
+        read=true_box, write=write_box, rule=grounding, seen="the {}",
+        right=lambda parts: float(parts["iou"] > 0.5),
+        options={"iou_power": (1, 2)},  # 1 [PR1 §4.1], 2 [PR1 code]
+    ),
+    "counting": Task(
+        prompt="Output all the bounding boxes of the {}",  # [PR1 T8]
+        read=true_points, write=write_points, rule=counting, seen="the {}",
+        right=lambda parts: float(parts["count"] == 1),
+        options={"matching": ("optimal", "order")},  # order: [PR1 T5] "w/o reward matching"
+    ),
+    "detection": Task(
+        prompt="Please output bbox coordinates and names of {}.",  # [PR1 T8]
+        question=", ".join(COCO_NAMES),  # [PR1 T8]
+        read=true_objects, write=write_objects, rule=detection, seen="objects",
+        right=lambda parts: parts["f1"],
+        options={
+            "matching": ("iou", "detr", "order"),  # [PR1 §4.2], [PR1 code], [PR1 T5]
+            "penalty": (0.5, 0.0),  # any number from 0; 0.5 [PR1 T6], 0 [PR1 code]
+            "components": (COMPONENTS,),  # any of them [PR1 T6]
+        },
+    ),
+    "ocr": Task(
+        prompt="{}", question="OCR this image.",  # [PR1 T8]
+        read=true_text, write=write_text, rule=ocr, seen="text",
+        right=lambda parts: parts["similarity"],
+    ),
+    "math": Task(
+        prompt="{}\nPut the final answer in \\boxed{{}}.",  # ours: OVR's prompts are not published
+        read=true_formula, write=write_formula, rule=maths, seen="a question",
+        right=lambda parts: parts["correct"], format_weight=0.0,
+        options={"exact": (False, True)},  # False: by formulas.py; True: the same text [OVR §3.2]
+    ),
+    "choice": Task(
+        prompt="{}\nAnswer with the letter of the right option.",  # ours
+        read=true_letter, write=write_text, rule=choice, seen="a question with options",
+        right=lambda parts: parts["correct"], format_weight=0.0,
+    ),
+}  # fmt: skip
+TASKS = tuple(TABLE)
+PROMPTS = {name: row.prompt for name, row in TABLE.items()}
+QUESTIONS = {name: row.question for name, row in TABLE.items() if row.question}
+OPTIONS = {name: row.options for name, row in TABLE.items() if row.options}
+
+
+# ---- §7 the score --------------------------------------------------------------------------------
+def score(
+    task: str, completion: str, answer: object, image_size=None, *, truncated=False,
+    think: bool | str = False, format_weight: float | None = None, sample=None, **options,
+) -> Score:  # fmt: skip
     """The reward of a completion; `options` are the task's in OPTIONS.
+
     image_size: [W, H] that the model saw; without it nothing is rescaled, and distances are divided
     by 1000·√2. truncated (too long) makes counting, math, choice, think and grounding's form 0.
+    sample: not used; other rewards (--reward) are handed it, and may pass on what they got.
     """
-    true, own = read_truth(task, answer), OPTIONS.get(task, {})
+    row = row_of(task)
+    true = row.read(answer)
     for name, value in options.items():
-        check(name in own, f"{task} has no option {name!r}; its own are {list(own)}")
-        fits = set(value) <= set(COMPONENTS) if name == "components" else value in own[name]
-        if name == "penalty":
-            fits = bool(_numbers([value], 1)) and value >= 0
-        check(fits, f"{name} in {task} can be {own[name]}, not {value!r}")
+        check(name in row.options, f"{task} has no option {name!r}; its own are {[*row.options]}")
+        allowed = row.options[name]
+        check(fits(name, value, allowed), f"{name} in {task} can be {allowed}, not {value!r}")
     check(isinstance(completion, str), f"a completion must be text, not {type(completion)}")
     sized = image_size is None or (_numbers(image_size, 2) and min(image_size) > 0)
     check(sized, f"image_size must be [W, H] in pixels, not {image_size!r:.200}")
-    settings = {name: values[0] for name, values in own.items()} | options
-    weight = format_weight if format_weight is not None else float(task not in ("math", "choice"))
-    text, think_formed = split_thinking(completion)
-    rules = (_grounding, _counting, _detection, _ocr, _math, _choice)
-    total, parts = rules[TASKS.index(task)](text, true, image_size, truncated, weight, **settings)
+    settings = {name: values[0] for name, values in row.options.items()} | options
+    weight = row.format_weight if format_weight is None else format_weight
+    text, think_formed = split_thinking(completion, think)
+    total, parts = row.rule(text, true, image_size, truncated, weight, **settings)
     if think:
         parts["think"] = float(think_formed and not truncated)
         total += weight * parts["think"]
     return Score(float(total), parts)
 
 
-def load(spec: str):
-    """The function that scores a completion: `score`, or the one that "path.py:function" names."""
+def fits(name, value, allowed):
+    """Whether an option can have this value."""
+    if name == "penalty":
+        return _numbers([value], 1) is not None and value >= 0
+    if name == "components":
+        return isinstance(value, (list, tuple)) and set(value) <= set(COMPONENTS)
+    return value in allowed
+
+
+def correct(
+    task: str, completion: str, answer: object, image_size=None, *, think: bool | str = False
+) -> float:
+    """The answer alone, no points for form: IoU > 0.5, exact count, F1, similarity, right/wrong."""
+    return row_of(task).right(score(task, completion, answer, image_size, think=think).parts)
+
+
+# ---- §8 rewards of one's own ---------------------------------------------------------------------
+def load(spec: str) -> Callable:
+    """What scores a completion: `score`, or the function that "path.py:function" names.
+
+    A function is handed what its signature takes: see `hand`.
+    """
     if not spec:
         return score
     path, _, name = spec.rpartition(":")
@@ -449,32 +723,95 @@ def load(spec: str):
     module = importlib.util.module_from_spec(file)
     file.loader.exec_module(module)
     check(callable(getattr(module, name, None)), f"--reward {spec}: {path} has no such function")
-    return getattr(module, name)
+    return functools.partial(hand, getattr(module, name))
 
 
-def call_reward(function, sample, completion: str, *, truncated=False, think=False, options=None):
-    """The Score of a completion by `score` or a user's function; options go where they belong."""
-    options = dict(options or {})
-    if function is score:
-        own = {*OPTIONS.get(sample.task, {}), "format_weight"}
-        options = {name: value for name, value in options.items() if name in own}
-    value = function(sample.task, completion, sample.answer, sample.image_size,
-                     truncated=truncated, **({"think": think} if think else {}), **options)
-    return value if isinstance(value, Score) else Score(float(value), {})
+def hand(function, task, completion, answer, image_size=None, **further):
+    """Call a function with what it takes of all this: by name, the first four else by place.
+
+    further: truncated, sample (with its question, id, …), options. **arguments take all.
+    """
+    first = {"task": task, "completion": completion, "answer": answer, "image_size": image_size}
+    known = first | further
+    parameters = inspect.signature(function).parameters.values()
+    kinds = [parameter.kind for parameter in parameters]
+    places = places_of(parameters, known, further)
+    for name in list(first)[:places]:
+        del known[name]
+    if inspect.Parameter.VAR_KEYWORD not in kinds:
+        names = [parameter.name for parameter in parameters]
+        known = {name: value for name, value in known.items() if name in names}
+    return function(*list(first.values())[:places], **known)
 
 
-def correct(task: str, completion: str, answer: object, image_size=None, *, think=False) -> float:
-    """The answer alone, no points for form: IoU > 0.5, exact count, F1, similarity, right/wrong."""
-    if task == "counting":
-        text, true = split_thinking(completion)[0], read_truth(task, answer)
-        parts = _counting(text, true, image_size, False, 1.0, "order", gate=False)[1]
-        return float(parts["count"] == 1)
-    parts = score(task, completion, answer, image_size, think=think).parts
-    part = {"grounding": "iou", "detection": "f1", "ocr": "similarity"}.get(task, "correct")
-    return float(parts[part] > 0.5) if task == "grounding" else parts[part]
+def places_of(parameters, known, further):
+    """How many of the first four arguments a function takes by place: 0 if it names them as we."""
+    places, strange = 0, False
+    for parameter in parameters:
+        if parameter.kind == parameter.VAR_POSITIONAL:
+            return 4
+        if parameter.kind in (parameter.KEYWORD_ONLY, parameter.VAR_KEYWORD):
+            break
+        if parameter.name in further:
+            break
+        places += 1
+        strange |= parameter.kind == parameter.POSITIONAL_ONLY
+        strange |= parameter.name not in known and parameter.default is parameter.empty
+    return min(places, 4) if strange else 0
 
 
-# ---- §7 command line -----------------------------------------------------------------------------
+def call_reward(
+    function: Callable, sample, completion: str, *, truncated=False, options: dict | None = None
+) -> Score:
+    """The Score of a completion by `score` or any other function that returns a number or a Score.
+
+    sample: has task, answer, image_size. An option goes to the samples whose task has it (with
+    that value), and one that no task has to all: it is the function's own.
+    """
+    fitting = {}
+    for name, value in (options or {}).items():
+        tasks = [task for task, row in TABLE.items() if name in row.options]
+        own = sample.task in tasks and fits(name, value, TABLE[sample.task].options[name])
+        if own or not tasks:
+            fitting[name] = value
+    about = sample.task, completion, sample.answer, sample.image_size
+    result = hand(function, *about, truncated=truncated, sample=sample, **fitting)
+    try:
+        total = float(getattr(result, "total", result))
+    except (TypeError, ValueError):
+        raise ValueError(f"a reward must be a number or a Score, not {result!r:.200}") from None
+    check(math.isfinite(total), f"a reward must be finite, but that of {sample.task} is {total}")
+    return Score(total, dict(getattr(result, "parts", {})))
+
+
+def check_options(options: dict, reward: Callable = score) -> None:
+    """ValueError, before training, for an option that no task has or a value that none takes.
+
+    reward: as `load` returned it; of a function of one's own, its signature says what it takes.
+    """
+    if reward is not score:
+        function = reward.args[0] if isinstance(reward, functools.partial) else reward
+        parameters = inspect.signature(function).parameters
+        kinds = [parameter.kind for parameter in parameters.values()]
+        for name in options:
+            taken = inspect.Parameter.VAR_KEYWORD in kinds or name in parameters
+            check(taken, f"the reward takes no option {name!r}; its own are {[*parameters]}")
+        return
+    names = {name for row in TABLE.values() for name in row.options}
+    for name, value in options.items():
+        if name == "think":
+            think_order(value)
+        elif name == "format_weight":
+            number = value is None or _numbers([value], 1)
+            check(number, f"format_weight must be a number, not {value!r}")
+        else:
+            check(name in names, f"no task has an option {name!r}; there are {sorted(names)}")
+            ranges = [row.options[name] for row in TABLE.values() if name in row.options]
+            possible = any(fits(name, value, allowed) for allowed in ranges)
+            check(possible, f"{name} can be {', '.join(map(str, ranges))}, not {value!r}")
+
+
+# ---- §9 command line -----------------------------------------------------------------------------
 def main() -> None:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
@@ -484,14 +821,17 @@ def main() -> None:
     given = parser.parse_args()
     for number, line in enumerate(given.file, start=1):
         try:
-            row = json.loads(line)
-            complete = isinstance(row, dict) and {"task", "completion", "answer"} <= row.keys()
-            check(complete, "a row must be a JSON object with task, completion and answer")
-            inputs = row["task"], row["completion"], row["answer"], row.get("image_size")
-            result = score(*inputs, **row.get("options", {}))
+            result = score_row(json.loads(line))
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise SystemExit(f"{given.file.name}:{number}: {error}") from None
         print(json.dumps({"reward": result.total, "parts": result.parts}), flush=True)  # to a pipe
+
+
+def score_row(row):
+    complete = isinstance(row, dict) and {"task", "completion", "answer"} <= row.keys()
+    check(complete, "a row must be a JSON object with task, completion and answer")
+    about = row["task"], row["completion"], row["answer"], row.get("image_size")
+    return score(*about, **row.get("options", {}))
 
 
 if __name__ == "__main__":

@@ -64,9 +64,9 @@ def test_true_answers(task, answer, expected):
     assert read_truth(task, found) == found
 
 
-NOT_A_BOX = "must be [x1, y1, x2, y2]"
-NOT_A_COUNT = "must be a whole number from 0 or a list of [x, y]"
-NOT_OBJECTS = 'must be a list of {"bbox_2d", "label"}'
+NOT_A_BOX = "a true box must be [x1, y1, x2, y2]"
+NOT_A_COUNT = "a true count must be a whole number from 0 or a list of [x, y]"
+NOT_OBJECTS = 'true objects must be a list of {"bbox_2d", "label"}'
 SIZED = "is it x, y, w, h? then ?box=xywh"
 NO_MATCH = "is empty: every completion would earn 0"
 
@@ -82,7 +82,7 @@ NO_MATCH = "is empty: every completion would earn 0"
         ("grounding", [1, 2, 3, 10**400], NOT_A_BOX),
         ("grounding", None, NOT_A_BOX),
         ("grounding", "12", NOT_A_BOX),
-        ("grounding", "the cat", "the true answer in grounding is no JSON: 'the cat'"),
+        ("grounding", "the cat", "must be JSON, but it is 'the cat'"),
         ("grounding", [5, 5, 5, 9], SIZED),
         ("grounding", [5, 5, 9, 5], SIZED),
         ("grounding", [100, 20, 30, 40], SIZED),  # x2 < x1
@@ -96,8 +96,8 @@ NO_MATCH = "is empty: every completion would earn 0"
         ("counting", float("inf"), NOT_A_COUNT),
         ("counting", [[1]], "a true point must be [x, y], not [1]"),
         ("counting", [{"x": 1}], "a true point must be [x, y]"),
-        ("counting", "two", "is no JSON"),
-        ("counting", "", "is no JSON"),
+        ("counting", "two", "must be JSON"),
+        ("counting", "", "must be JSON"),
         ("detection", None, NOT_OBJECTS),
         ("detection", ["cat"], NOT_OBJECTS),
         ("detection", [{"label": "cat"}], NOT_OBJECTS),
@@ -110,15 +110,15 @@ NO_MATCH = "is empty: every completion would earn 0"
         ("detection", {"target_id": [1], "target_box": []}, "zip() argument 2 is longer"),
         ("ocr", "", NO_MATCH),
         ("ocr", " \n", NO_MATCH),
-        ("ocr", ["a"], "the true answer in ocr must be text or a number, not ['a']"),
-        ("ocr", None, "the true answer in ocr is missing"),
+        ("ocr", ["a"], "the true answer must be text or a number, not ['a']"),
+        ("ocr", None, "the true answer is missing"),
         ("math", "$ $", NO_MATCH),
         ("math", "\\boxed{}", NO_MATCH),
-        ("math", {"a": 1}, "the true answer in math must be text or a number"),
-        ("math", True, "the true answer in math must be text or a number"),
+        ("math", {"a": 1}, "the true answer must be text or a number"),
+        ("math", True, "the true answer must be text or a number"),
         ("choice", "", NO_MATCH),
-        ("choice", "AB", "the true answer in choice must be one letter, not 'AB'"),
-        ("choice", "3", "the true answer in choice must be one letter"),
+        ("choice", "AB", "the true answer of a choice must be one letter, not 'AB'"),
+        ("choice", "3", "the true answer of a choice must be one letter"),
     ],
 )
 def test_refused_true_answers(task, answer, sentence):

@@ -535,7 +535,8 @@ ATTACKS = [  # (what is tried, task, completion, true answer, the total it gets)
     ("null", "detection", '[{"bbox_2d": null, "label": "cat"}]', CAT, 0),
     ("no label", "detection", '[{"bbox_2d": [10, 10, 40, 40]}]', CAT, 0),
     ("a list as label", "detection", '[{"bbox_2d": [10, 10, 40, 40], "label": ["cat"]}]', CAT, 0),
-    ("an object", "detection", '{"bbox_2d": [10, 10, 40, 40], "label": "cat"}', CAT, 0),
+    # 0.25·1/2 + 0.75 + 1 + 1: the list that is not there counts as one invalid item
+    ("no list", "detection", '{"bbox_2d": [10, 10, 40, 40], "label": "cat"}', CAT, 2.875),
     ("every name", "detection", boxes(*[(10, 10, 40, 40, n) for n in ("dog", "cat")]), CAT, None),
     ("an echo", "detection", prompt("detection"), CAT, 0),
     ("deep nesting", "detection", "[" * 100_000 + "]" * 100_000, CAT, 0),
@@ -750,7 +751,7 @@ def test_command_line_answers_row_by_row():
         ("[1]", "a row must be a JSON object with task, completion and answer"),
         ('{"task": "ocr", "completion": "a"}', "a row must be a JSON object with task, completion"),
         ('{"task": "ocr", "completion": "a", "answer": "a", "options": {"x": 1}}', "no option 'x'"),
-        ('{"task": "grounding", "completion": "a", "answer": "a"}', "is no JSON"),
+        ('{"task": "grounding", "completion": "a", "answer": "a"}', "must be JSON"),
     ],
 )
 def test_a_bad_row_names_file_and_line(tmp_path, second, sentence):
