@@ -16,10 +16,12 @@ here, once; `scale` moves true answers into that frame and predictions back out.
 """
 import argparse
 import hashlib
+import inspect
 import json
 import math
 import re
 import sys
+import textwrap
 from collections import Counter
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path, PurePath
@@ -63,7 +65,8 @@ def fit(sample, images, *, frame="pixels", **limits):
         sizes.append((columns, rows))
     answer = sample.answer
     if images and sample.task in PLACED:
-        size = images[0].size if frame == "pixels" else (float(frame), float(frame))
+        frames = {"pixels": images[0].size, "resized": sizes[0]}
+        size = frames[frame] if frame in frames else (float(frame), float(frame))
         map_marks(answer, lambda mark: within(mark, size))
         answer = scale(answer, size, sizes[0])
     resized = tuple(image.resize(size) for image, size in zip(images, sizes))  # bicubic, as Qwen
@@ -92,7 +95,7 @@ class FileSource:
     response: str = "response"  # a completion to imitate
     system: str = "system"
     box: str = ""  # xywh: x, y, width, height; corners: surely x1, y1, x2, y2
-    frame: str = ""  # of the answer: pixels of the stored image, or N: both axes are 0 … N
+    frame: str = ""  # of the answer: pixels (of the stored image), resized, or N: 0 … N both ways
     folder: str = "."  # where images lie, from the file's folder
     allow_outside: str = ""  # 1: images may lie elsewhere too
     in_order: str = ""  # 1: drawn in the file's order, as a curriculum is
@@ -108,17 +111,18 @@ class FileSource:
             value = getattr(self, name)
             if value not in ("", *known):
                 raise DataError(f"?{name}={value} is none of {', '.join(known)}")
-        if self.frame not in ("", "pixels") and not float(self.frame) > 0:
-            raise DataError(f"?frame={self.frame} is neither pixels nor a number above 0")
+        if self.frame not in ("", "pixels", "resized") and not float(self.frame) > 0:
+            raise DataError(f"?frame={self.frame} is neither pixels, resized nor a number above 0")
         self.samples, self.faults, self.heldout_count = [], [], 0
-        self.marks = []  # the coordinates of all answers in pixels
+        self.in_unit, self.in_fractions = True, False  # all marks in 0 … 1; some not whole
         files, self.root, self.cache = rows.find_files(self.path)
         self.read_files(files)
         self.refuse_doubts()
         self.hold_out()
 
     def read_files(self, files):
-        stem, number, taken = Path(self.path.partition("@")[0]).stem, 0, {}
+        number, taken = 0, {}
+        stem = Path(self.path if files == [Path(self.path)] else self.path.split("@")[0]).stem
         for file in files:
             with blame(file):  # a row's faults are noted, a file's end it
                 for where, row in self.read(file):
@@ -162,14 +166,16 @@ class FileSource:
             raise DataError(f"task {task!r} is none of {', '.join(TASKS)}: try ?task=NAME")
         if not images:
             self.miss_images(task, row)
+        if picked["question"] is None:
+            self.miss_field("question", row)
         picked["answer"] = self.read_answer(task, picked, row)
         if not frame and task in PLACED:
-            map_marks(picked["answer"], self.marks.extend)
+            map_marks(picked["answer"], self.note)
         name = name if picked["id"] is None else str(picked["id"])
         asked, found = picked["question"], []
         asked = asked if isinstance(asked, list) else [asked]
         for part, question in enumerate(asked):
-            self.refuse_types(picked | {"question": question}, row)
+            refuse_types(picked | {"question": question})
             question, places = formats.place_images(task, question, images)
             question = formats.name_of(task, question)
             if not question and task not in ("ocr", "detection"):
@@ -179,10 +185,14 @@ class FileSource:
             found.append((Sample(**picked), places, frame or "pixels"))
         return found
 
+    def note(self, mark):
+        self.in_unit = self.in_unit and all(0 <= value <= 1 for value in mark)
+        self.in_fractions = self.in_fractions or any(value % 1 for value in mark)
+
     def miss_images(self, task, row):
-        """DataError if a row without images should have some."""
+        """DataError if a row without images should have some; ?image= says that it has none."""
         for name, value in row.items():
-            if rows.looks_like_image(value):
+            if self.image and rows.looks_like_image(value):
                 raise DataError(f"the field {name!r} looks like an image: is it ?image={name}")
         if task in (*PLACED, "ocr"):
             raise DataError(f"{task} needs an image: is its field named otherwise? then ?image=")
@@ -201,14 +211,6 @@ class FileSource:
         raise DataError(f"{name} is missing among {', '.join(map(str, row))}: is it --fields "
                         f"{name}=NAME, or another format?")
 
-    def refuse_types(self, picked, row):
-        """DataError if what is said is not text."""
-        for key, kind in (("question", str), ("response", str | None), ("system", str | None)):
-            if picked[key] is None and kind is str:
-                self.miss_field(key, row)
-            if not isinstance(picked[key], kind):
-                raise DataError(f"{key} is not text but {picked[key]!r:.60}: what is its field?")
-
     def find(self, image, file):
         """What the image opens from; its file may not leave the folder, nor the hub's cache."""
         folders = [file.parent / self.folder]
@@ -223,8 +225,7 @@ class FileSource:
         if not self.box and len(turned) > 9 and len(turned) > len(self.samples) / 100:
             raise DataError(f"{len(turned)} rows are as this one: {turned[0]} (?box=corners if "
                             "it is surely not)")
-        unit = all(0 <= value <= 1 for value in self.marks)
-        if unit and any(value % 1 for value in self.marks):
+        if self.in_unit and self.in_fractions:
             raise DataError("all boxes and points lie within 0 … 1: is it ?frame=1 "
                             "(?frame=pixels: surely not)")
         kinds = {re.sub(r"^.*?: |'[^']*'|\d+", "", fault) for fault in self.faults}
@@ -259,6 +260,13 @@ class FileSource:
             return fit(sample, opened, frame=frame, **self.limits)
 
 
+def refuse_types(picked):
+    """DataError if what is said is not text."""
+    for key, kind in (("question", str), ("response", str | None), ("system", str | None)):
+        if not isinstance(picked[key], kind):
+            raise DataError(f"{key} is not text but {picked[key]!r:.60}: what is its field?")
+
+
 def chance(sample, images):
     """A number in [0, 1) of a sample's first image (its name or bytes), or of its question.
 
@@ -289,6 +297,7 @@ class DrawnSource:
         with blame(name, ValueError):
             question, answer, images = self.world.draw(item)
             return fit(Sample(name, self.world.task, question, answer), images, **self.limits)
+
 
 # §3 ────────────────────────────── the mixture and its checks ─────────────────────────────────
 
@@ -341,12 +350,12 @@ class Mixture:
 
     def leave_out(self, error):
         """Names and counts a bad row; raises it once there are more than skip_bad of them."""
-        known = str(error) in self.faults
-        if not known:
-            self.faults.append(str(error))
+        new = str(error) not in self.faults
+        self.faults += [str(error)] if new else []
         if len(self.faults) > self.skip_bad:
             raise error
-        print(f"left out: {error}", file=sys.stderr)
+        if new:
+            print(f"left out: {error}", file=sys.stderr)
 
     def pick(self, draw):
         block, slot = divmod(draw, len(self.block))
@@ -398,8 +407,7 @@ def open_source(spec, renamed, limits, *, seed, split, heldout):
 def scene_options(query):
     """Options of a drawn world: "84x84", "1-4" or "0.5"."""
     options = {}
-    known = [one.name for one in fields(Synthetic) if one.name not in ("task", "seed", "split")]
-    for key, text in read_options(query, "&", [*known, "seed"]).items():
+    for key, text in read_options(query, "&", SCENE_OPTIONS).items():
         with blame(f"{key}={text} is no number, AxB or A-B"):
             parts = [float(part) if "." in part else int(part) for part in re.split("[x-]", text)]
         pair = key in ("size", "objects", "distractors", "reach")
@@ -471,23 +479,34 @@ def examine(specs, **options):
 # §4 ─────────────────────────────────── the command line ──────────────────────────────────────
 FILE_OPTIONS = [one.name for one in fields(FileSource) if one.type is str and one.name != "path"]
 FILE_OPTIONS.remove("split")
+SCENE_OPTIONS = [one.name for one in fields(Synthetic) if one.name not in ("task", "split")]
 
 
 def help_text():
     """Formats and options, for --help."""
     lines = ["formats (FORMAT:FILE, FORMAT:FOLDER@SPLIT, FORMAT:hf:OWNER/NAME@SPLIT):"]
-    lines += [f"  {name:15}{layout['about']}" for name, layout in FORMATS.items()]
-    known = ", ".join(formats.HUB)
-    lines += ["", f"of the hub, hf:NAME knows the format of {known}", "",
-              "options of files (FILE?option=value&…; --fields option=value,…):"]
-    for one in fields(FileSource):
-        if one.name in FILE_OPTIONS:
-            lines.append(f"  {one.name:15}default {one.default!r}")
+    for name, layout in FORMATS.items():
+        lines += told(name, layout["about"])
+    lines += ["", "the hub's sets whose format hf: knows:", *told("", ", ".join(formats.HUB))]
+    lines += ["", "options of files (FILE?option=value&…; --fields option=value,…):"]
+    lines += options_of(FileSource, FILE_OPTIONS)
     lines += ["", "options of drawn scenes (synthetic:TASK?option=value&…):"]
-    for one in fields(Synthetic):
-        if one.name not in ("task", "split"):
-            lines.append(f"  {one.name:15}default {one.default!r}")
+    lines += options_of(Synthetic, SCENE_OPTIONS)
     return "\n".join(lines)
+
+
+def told(name, text):
+    return textwrap.wrap(f"{name:15}{text}", 98, initial_indent="  ", subsequent_indent=" " * 17)
+
+
+def options_of(kind, names):
+    """The options' lines of --help, from the comments beside a dataclass's fields."""
+    lines = []
+    for line in inspect.getsource(kind).splitlines():
+        found = re.fullmatch(r"    (\w+): .*? = (.+?)(?:  # (.*))?", line)
+        if found and found[1] in names:
+            lines += told(found[1], f"{found[3] or ''} [{found[2]}]".strip())
+    return lines
 
 
 def main(arguments=None):

@@ -370,9 +370,9 @@ FORMATS = {
         "task": "counting", "question": "label|question|problem", "frame": "1000",
         "answer": "clicks|ground_truth|solution"},
     "coco-pr1": {
-        "about": "Perception-R1's detection: target_id, target_box (frame not confirmed: the "
-                 "stored image's pixels)",
-        "task": "detection", "question": "", "answer": "solution"},
+        "about": "Perception-R1's detection: target_id, target_box in pixels of the image resized "
+                 "to multiples of 28",
+        "task": "detection", "question": "", "answer": "solution", "frame": "resized"},
     "coco": {
         "about": "COCO's instances_*.json",
         "task": "detection", "read": read_coco, "adapt": read_instances},

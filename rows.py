@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 BATCH = 64  # rows of a parquet file held at a time
-FAULTS = (ArithmeticError, AttributeError, LookupError, OSError, RecursionError, TypeError,
-          ValueError)  # what data and options can raise
+FAULTS = (ArithmeticError, AttributeError, LookupError, OSError, RecursionError, SyntaxError,
+          TypeError, ValueError)  # what data and options can raise
 
 
 # §1 ────────────────────────────────────── faults ────────────────────────────────────────────
@@ -38,8 +38,8 @@ def words(error):
     if isinstance(error, RecursionError):
         return "this is nested too deeply"
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {str(error.filename)[:80]}"
-    if isinstance(error, (AttributeError, IndexError, TypeError)):
+        return error.strerror
+    if isinstance(error, (AttributeError, IndexError, SyntaxError, TypeError)):
         return f"not a row of this format ({error}): see python data.py --help"
     return str(error)
 
@@ -234,7 +234,7 @@ def digest(content):
 
 def image_list(value):
     """What a row's images are, each: paths, base64, bytes or {"bytes", "path"}."""
-    if isinstance(value, str) and value.startswith("["):
+    if isinstance(value, str) and value.startswith(("['", '["')):
         value = ast.literal_eval(value)  # reads literals and runs nothing
     if value in (None, ""):
         return []
@@ -255,7 +255,7 @@ def find_image(image, folders, trusted):
     if image.startswith(("http://", "https://")):
         raise DataError(f"the image {image[:80]} is on the web: download it and name the file")
     name = image.removeprefix("file://")
-    if len(name) < 1024:  # else no path
+    if max(len(part) for part in name.split("/")) < 256:  # else no path
         for folder in folders:
             found = (folder / name).resolve()
             safe = trusted is None or any(found.is_relative_to(f.resolve()) for f in trusted)

@@ -1,5 +1,6 @@
 """data.py: frames, bad input, drawn worlds, mixing, the held-out split, checking."""
 
+import base64
 
 import numpy as np
 import pytest
@@ -163,3 +164,160 @@ def test_a_curriculum_is_drawn_in_the_files_order(tmp_path):
     assert [mix[draw].id for draw in range(7)] == ["0", "1", "2", "3", "4", "0", "1"]
     shuffled = data.open_data([f"{tmp_path}/easy_to_hard.jsonl"], seed=3)
     assert [shuffled[draw].id for draw in range(5)] != ["0", "1", "2", "3", "4"]
+
+
+# ---- the held-out split of files ----
+
+
+def pictures_of(folder, count, *, by_bytes=False):
+    """A row for each of two expressions about each of `count` images."""
+    rows = []
+    for number in range(count):
+        Image.new("RGB", (28, 28), (number, 0, 0)).save(folder / f"{number}.png")
+        for part in "ab":
+            row = {"task": "ocr", "question": f"{number} {part}", "answer": "x", "image": f"{number}.png"}
+            if by_bytes:
+                content = (folder / f"{number}.png").read_bytes()
+                row["image"] = base64.b64encode(content).decode()
+            rows.append(row)
+    return rows
+
+
+def asked(path, split, **options):
+    mix = open_data([path], split=split, **SMALL | options)
+    return [mix.at(index).question for index in range(len(mix))]
+
+
+@pytest.mark.parametrize("by_bytes", [False, True])
+def test_a_share_of_a_file_is_held_out_by_image(tmp_path, by_bytes):
+    rows = pictures_of(tmp_path, 60, by_bytes=by_bytes)
+    path = write(tmp_path, *rows)
+    train, held = (asked(path, split, heldout=0.2) for split in ("train", "heldout"))
+    assert sorted(train + held) == sorted(row["question"] for row in rows)
+    assert not {q.split()[0] for q in train} & {q.split()[0] for q in held}  # by image
+    assert 12 <= len(held) <= 36  # of 120 the share is 24
+    assert asked(path, "all", heldout=0.2) == asked(path, "train") == [row["question"] for row in rows]
+    for split, count in (("train", len(held)), ("heldout", len(held)), ("all", len(held))):
+        assert open_data([path], split=split, heldout=0.2).heldout_count == count
+    assert open_data([path]).heldout_count == 0
+
+
+def test_what_is_held_out_follows_from_the_image_alone(tmp_path):
+    rows = pictures_of(tmp_path, 60)
+    held = asked(write(tmp_path, *rows), "heldout", heldout=0.2)
+    assert asked(write(tmp_path, *rows[::-1]), "heldout", heldout=0.2) == held[::-1]  # order
+    assert asked(write(tmp_path, *rows, name="other.jsonl"), "heldout", heldout=0.2, seed=7) == held
+    third = [rows[0] | {"question": f"{number} c", "image": f"{number}.png"} for number in range(60)]
+    more = asked(write(tmp_path, *third, *rows), "heldout", heldout=0.2)  # another expression
+    assert {q.split()[0] for q in more} == {q.split()[0] for q in held} and len(more) == len(held) * 3 / 2
+    assert set(held) <= set(asked(write(tmp_path, *rows), "heldout", heldout=0.3))
+    # SHA-256 of "0.png" begins with 0f25: 3877 / 65536 = 0.0592
+    assert data.chance(data.Sample("", "ocr", "q", "a"), ["/x/0.png"]) == pytest.approx(0.0592, abs=1e-4)
+
+
+def test_texts_are_held_out_by_question(tmp_path):
+    rows = [{"task": "math", "question": str(number % 50), "answer": "1"} for number in range(100)]
+    train, held = (asked(write(tmp_path, *rows), split, heldout=0.3) for split in ("train", "heldout"))
+    assert len(train) + len(held) == 100 and held and not set(train) & set(held)
+
+
+def test_a_data_set_too_small_to_hold_out_asks_for_eval_data(tmp_path):
+    path = write(tmp_path, *pictures_of(tmp_path, 1))
+    for split in ("train", "heldout"):
+        with pytest.raises(DataError, match=r"of 2 samples . are held out .*--eval-data"):
+            open_data([path], split=split, heldout=0.01)
+    with pytest.raises(DataError, match="train, heldout or all"):
+        open_data([path], split="test")
+    with pytest.raises(DataError, match="0 … 1"):
+        open_data([path], heldout=1.5)
+
+
+def test_drawn_worlds_keep_their_own_stream():
+    mixes = [open_data(["synthetic:math?text=1&count=5"], heldout=0.5, split=s) for s in ("train", "heldout")]
+    assert [len(mix) for mix in mixes] == [5, 5] and mixes[0].at(0).id != mixes[1].at(0).id
+
+
+def test_bad_rows_are_left_out_of_both_uses_up_to_skip_bad(tmp_path, capsys):
+    rows = pictures_of(tmp_path, 3)
+    for number in (0, 1):
+        (tmp_path / f"{number}.png").write_bytes(b"no")
+    path = write(tmp_path, *rows[::2])
+    mix = open_data([path], skip_bad=2)
+    assert mix.good(0) is None and mix.good(0) is None and mix.good(2).question == "2 a"
+    assert capsys.readouterr().err.count("left out: ") == 1  # once a row
+    assert {mix[draw].question for draw in range(6)} == {"2 a"} and len(mix.faults) == 2
+    strict = open_data([path], skip_bad=1)
+    assert strict.good(0) is None
+    with pytest.raises(DataError, match=r"rows.jsonl:2: .*unusable"):
+        strict.good(1)
+    with pytest.raises(DataError, match="unusable"):
+        open_data([path]).good(0)
+
+
+# ---- words ----
+
+
+def test_a_wrong_format_says_so_once(tmp_path):
+    rows = [{"prompt": f"text {number}", "label": number} for number in range(30)]
+    (fault,) = check([write(tmp_path, *rows) + "?task=math"])
+    assert "none of the 30 rows can be used: " in fault
+    assert "question is missing among prompt, label: is it --fields question=NAME" in fault
+
+
+def test_options_are_read_as_they_are_written(tmp_path):
+    (tmp_path / "train+val").mkdir()
+    Image.new("RGB", (28, 28)).save(tmp_path / "train+val" / "a b.png")
+    row = {"task": "ocr", "question": "", "answer": "x", "image": "a b.png"}
+    path = write(tmp_path, row)
+    assert check([path + "?folder=train+val"], **SMALL) == []
+    for spec, words in ((path + "?in_order=0", "none of 1"), (path + "?frame=-1", "number above 0"),
+                        (path + "?box=yxyx", "none of xywh"), (path + "?read=x", "sets none of the options")):
+        (fault,) = check([spec])
+        assert words in fault
+    with pytest.raises(DataError, match="in --fields: 'question' sets none of the options task"):
+        open_data([path], fields="question")
+
+
+def test_ids_that_repeat_can_be_numbers(tmp_path):
+    row = {"task": "math", "question": "q", "answer": "1", "id": "7"}
+    path = write(tmp_path, row, row)
+    (fault,) = check([path])
+    assert fault == f"{path}:2: id '7' is taken by {path}:1: ?id= numbers the rows, ?id=NAME takes another field"
+    assert ids(open_data([path + "?id="]), range(2)) != ["7", "7"] and check([path + "?id="]) == []
+
+
+def test_a_folder_or_a_missing_field_is_named_in_words(tmp_path):
+    row = {"task": "ocr", "question": "", "answer": "x", "image": "."}
+    Image.new("RGB", (28, 28)).save(tmp_path / "a.png")
+    (fault,) = check([write(tmp_path, row, row | {"image": "a.png"})])
+    assert "no image '.' in " in fault and "Errno" not in fault
+    (fault,) = check(["fox:" + write(tmp_path, {"conversations": []}, name="f.jsonl")])
+    assert fault.endswith("f.jsonl:1: the field 'image' is missing")
+
+
+# ---- checking ----
+
+
+def test_examine_sums_the_data_up(tmp_path):
+    rows = pictures_of(tmp_path, 2)
+    rows += [{"task": "math", "question": "1+1?", "response": "two", "answer": ""}]
+    (tmp_path / "1.png").write_bytes(b"no")
+    faults, lines = data.examine([write(tmp_path, *rows)], **SMALL)
+    assert [fault.split(": ")[0].rpartition(":")[2] for fault in faults] == ["3", "4"]
+    assert lines == ["2 samples of ocr", "1 samples of math",
+                     "2 images, as the model reads them from 28x28 to 28x28 pixels, 2 of 28x28",
+                     "1 answers can earn nothing (rows to imitate, without a true answer)"]
+
+
+def test_the_command_line_lists_formats_and_checks(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        data.main(["--help"])
+    shown = capsys.readouterr().out
+    for name in (*data.FORMATS, *data.FILE_OPTIONS, "hiyouga/geometry3k", "objects"):
+        assert f" {name}" in shown, name
+    with pytest.raises(SystemExit) as end:
+        data.main(["check", write(tmp_path, {"task": "math", "question": "q", "answer": "1"})])
+    assert end.value.code == 0 and "1 samples of math" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as end:
+        data.main(["check", write(tmp_path, {"task": "math", "question": "q"})])
+    assert "answer is missing" in end.value.code

@@ -193,7 +193,7 @@ def test_mmk12(tmp_path):
 
 def test_detection_of_perception_r1(tmp_path):
     (tmp_path / "a.png").write_bytes(PNG)
-    solution = json.dumps({"target_id": [1, 90], "target_box": [[20, 10, 60, 40], [0, 0, 50, 25]]})
+    solution = json.dumps({"target_id": [1, 90], "target_box": [RED, [0, 0, 50, 25]]})  # resized
     row = {"image": "a.png", "problem": "Please output …", "solution": solution}
     sample = one("coco-pr1:" + write(tmp_path, row))
     assert [item["label"] for item in sample.answer] == ["person", "toothbrush"]
