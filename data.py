@@ -377,6 +377,11 @@ class Mixture:
         return self.orders[stream][1]
 
 
+FILE_OPTIONS = [one.name for one in fields(FileSource) if one.type is str and one.name != "path"]
+FILE_OPTIONS.remove("split")
+SCENE_OPTIONS = [one.name for one in fields(Synthetic) if one.name not in ("task", "split")]
+
+
 def read_options(text, between, known):
     """{"option": "value"} of option=value pairs; DataError for an option that is not known."""
     options = {}
@@ -477,9 +482,6 @@ def examine(specs, **options):
 
 
 # §4 ─────────────────────────────────── the command line ──────────────────────────────────────
-FILE_OPTIONS = [one.name for one in fields(FileSource) if one.type is str and one.name != "path"]
-FILE_OPTIONS.remove("split")
-SCENE_OPTIONS = [one.name for one in fields(Synthetic) if one.name not in ("task", "split")]
 
 
 def help_text():
@@ -496,7 +498,8 @@ def help_text():
 
 
 def told(name, text):
-    return textwrap.wrap(f"{name:15}{text}", 98, initial_indent="  ", subsequent_indent=" " * 17)
+    indents = dict(initial_indent="  ", subsequent_indent=" " * 17)
+    return textwrap.wrap(f"{name:15}{text}", 98, **indents, break_on_hyphens=False)
 
 
 def options_of(kind, names):

@@ -139,6 +139,8 @@ def turns_of(row):
             break
     else:
         return said, images
+    if isinstance(row.get("completion"), list):  # TRL
+        turns = turns + row["completion"]
     names = {"human": "user", "gpt": "assistant"}
     for turn in turns:
         who = turn.get("role") or turn.get("from")
@@ -204,6 +206,20 @@ def read_fox(row, fields):
     return fields | {"question": "", "answer": page, "image": f"{name[:2]}_pdf_png/{name}"}
 
 
+def read_plain(row, fields):
+    """Named fields; without a question, a dialogue; with options, a question that lists them."""
+    fields = read_chat(row, fields)
+    names = "options", "choices"
+    lettered = re.fullmatch(r"\(?[A-Z][).]?", str(fields["answer"]))
+    if fields["task"] == "math" and lettered and pick(row, "|".join(names)):
+        raise ValueError("the row has options and its answer is a letter: is it ?task=choice")
+    if fields["task"] != "choice" or not isinstance(fields["question"], str):
+        return fields
+    options = read_options(row, names)
+    question = ask_options(fields["question"], options)
+    return fields | {"question": question, "answer": letter_of(fields["answer"], options)}
+
+
 def read_exam(row, fields):
     """A letter where the row has options, else a value."""
     if row.get("problem_version", "Vision Only") != "Vision Only":  # the part that OVR reports
@@ -215,26 +231,39 @@ def read_exam(row, fields):
             question = question.replace(mark, "")
     if row.get("hint"):
         question = f"{row['hint']}\n{question}"
-    options = read_options(row)
-    if options and options != [*LETTERS[: len(options)]]:  # else they are in the image
-        lines = [f"{letter}. {text}" for letter, text in zip(LETTERS, options)]
-        question = "\n".join([question, *lines])
-    chosen = options or row.get("question_type") == "multi-choice"
-    answer = fields["answer"]
+    options = read_options(row, ("options", "choices", *LETTERS))
+    fields = fields | {"task": "math", "question": ask_options(question, options)}
+    if options or row.get("question_type") == "multi-choice":
+        fields["task"] = "choice"
+        fields["answer"] = letter_of(fields["answer"], options)
+    return fields
+
+
+def ask_options(question, options):
+    """The question with a line an option, unless it has them or they are letters in the image."""
+    pairs = [*zip(LETTERS, options)]
+    if all(re.search(rf"\b{letter}\W{{1,3}}{re.escape(text)}", question) for letter, text in pairs):
+        return question
+    if options == [*LETTERS[: len(options)]]:
+        return question
+    return "\n".join([question, *(f"{letter}. {text}" for letter, text in pairs)])
+
+
+def letter_of(answer, options):
+    """The letter of an answer that may be an option's own text; ValueError beyond the last."""
     if isinstance(answer, str) and options.count(answer) == 1 and answer not in [*LETTERS]:
-        answer = LETTERS[options.index(answer)]  # the option's own text
+        return LETTERS[options.index(answer)]
     letter = re.sub(r"\W", "", str(answer)).upper()
     if options and letter in [*LETTERS[len(options) :]]:
         raise ValueError(f"the answer is {answer!r}, but the row has {len(options)} options")
-    task = "choice" if chosen else "math"
-    return fields | {"question": question, "task": task, "answer": answer}
+    return answer
 
 
-def read_options(row):
+def read_options(row, names):
     """The texts of a row's options: a list, a list as text, or fields by letter; [] without."""
-    options = row.get("options", row.get("choices"))
+    options = pick(row, "|".join(names[:2]))
     if options in (None, ""):
-        options = {key: row[key] for key in LETTERS if row.get(key) is not None}
+        options = {key: row[key] for key in names[2:] if row.get(key) is not None}
     if isinstance(options, str):
         try:
             options = ast.literal_eval(options)  # reads literals and runs nothing
@@ -337,7 +366,7 @@ def merge_categories(coco):
 FORMATS = {
     "jsonl": {
         "about": 'a row in {"task", "question", "answer"} and perhaps "image" or "images"',
-        "adapt": read_chat},
+        "adapt": read_plain},
     "chat": {
         "about": "one question a dialogue: VLM-R1, LLaVA, LLaMA-Factory, ShareGPT, OpenAI, TRL, "
                  "MM-Eureka, ms-swift with its objects; give ?task=",

@@ -7,6 +7,7 @@ A row is a dict, or a line's bytes, or the ValueError that says why it cannot be
 import ast
 import base64
 import csv
+import glob
 import hashlib
 import json
 import re
@@ -59,66 +60,69 @@ def blame(where, faults=FAULTS):
 def find_files(target):
     """(files, folder, cache): what FILE, FOLDER, PATTERN* or hf:OWNER/NAME stands for.
 
-    @SPLIT after a folder or a hub's name takes the files of that split. Images may be named from
-    the folder too; `cache` is where the hub's links lead, or None.
+    @SPLIT or @CONFIG/SPLIT after a folder or a hub's name takes that part of it. Images may be
+    named from the folder too; `cache` is where the hub's links lead, or None.
     """
     if target.startswith("hf:"):
-        repository, _, split = target.removeprefix("hf:").partition("@")
-        folder = download(repository, split)
-        return files_of_split(folder, split), folder, folder.parent.parent
+        repository, _, part = target.removeprefix("hf:").partition("@")
+        folder = download(repository, part)
+        return files_of_part(folder, part), folder, folder.parent.parent
     path = Path(target)
     if path.is_dir():
-        return files_of_split(path, ""), path, None
-    name, at, split = target.rpartition("@")
+        return files_of_part(path, ""), path, None
+    name, at, part = target.rpartition("@")
     if at and not path.exists() and Path(name).is_dir():
-        return files_of_split(Path(name), split), Path(name), None
-    files = sorted(path.parent.glob(path.name)) if "*" in path.name else [path]
+        return files_of_part(Path(name), part), Path(name), None
+    if "*" not in target:
+        return [path], path.parent, None
+    files = [Path(name) for name in sorted(glob.glob(target, recursive=True))]
     if not files:
-        raise ValueError(f"no file is named {path}")
-    return files, path.parent, None
+        raise DataError(f"no file is named {path}")
+    return files, Path(target.partition("*")[0] + "x").parent, None
 
 
-def files_of_split(folder, split):
-    """The files with rows in a folder; ValueError if they are of several splits."""
+def files_of_part(folder, part):
+    """The files with rows of one split in a folder, in order; DataError if there are several."""
     for kind in ("parquet", "jsonl", "tsv", "csv", "json"):
         files = sorted(folder.rglob(f"*.{kind}"))
         if files:
             break
     else:
-        raise ValueError(f"{folder} has no .parquet, .jsonl, .tsv, .csv or .json file: a folder of "
-                         "images needs a metadata.jsonl with a file_name and an answer a row")
-    splits = [split_of(file.relative_to(folder)) for file in files]
-    names = ", ".join(sorted({name or "files of no split" for name in splits}))
-    if split and split not in splits:
-        raise ValueError(f"{folder} has no split {split!r}, but {names}")
-    if not split and len(set(splits)) > 1:
-        raise ValueError(f"{folder} holds {names}: choose one with @SPLIT, or PATTERN* for files")
-    return [file for file, name in zip(files, splits) if name == split or not split]
+        raise DataError(f"{folder} has no .parquet, .jsonl, .tsv, .csv or .json file: a folder of "
+                        "images needs a metadata.jsonl with a file_name and an answer a row")
+    parts = [part_of(file.relative_to(folder)) for file in files]
+    wanted = {name for name in parts if name == part or f"/{name}".endswith(f"/{part}")}
+    if not part:
+        wanted = set(parts)
+    if len(wanted) != 1:
+        held = ", ".join(sorted({name or "files of no split" for name in wanted or parts}))
+        raise DataError(f"{folder} holds {held}: choose one with @NAME, or files with PATTERN*")
+    return [file for file, name in zip(files, parts) if name in wanted]
 
 
-def split_of(path):
+def part_of(path):
     """What "train" is in train-00000-of-00002.parquet, train.jsonl, train/0.parquet; else ""."""
+    folders = [name for name in path.parts[:-1] if name != "data"]
     shard = re.fullmatch(r"(.+)-\d{5}-of-\d{5}.*", path.stem)
-    if shard:
-        return shard[1]
-    for name in (path.stem, *reversed(path.parts[:-1])):
-        if re.match("train|val|test|dev", name):
-            return name
-    return ""
+    split = re.compile("train|val|test|dev")
+    name = shard[1] if shard else path.stem
+    if not shard and not split.match(name):
+        name = folders.pop() if folders and split.match(folders[-1]) else ""
+    return "/".join([*folders, name]).rstrip("/")
 
 
-def download(repository, split):
+def download(repository, part):
     """The folder of a hub's data set, from its cache where it is complete there."""
     try:
         from huggingface_hub import snapshot_download
     except ImportError as error:
-        raise ValueError("hf: needs huggingface_hub (pip install huggingface_hub)") from error
-    patterns = [f"*{split}*"] if split else None
+        raise DataError("hf: needs huggingface_hub (pip install huggingface_hub)") from error
+    patterns = [f"*{part.replace('/', '*')}*"] if part else None
     try:
         folder = snapshot_download(repository, repo_type="dataset", allow_patterns=patterns)
     except OSError as error:
         first = str(error).partition("\n")[0]
-        raise ValueError(f"the hub's {repository} cannot be had: is this its name, is the machine "
+        raise DataError(f"the hub's {repository} cannot be had: is this its name, is the machine "
                          f"online, does it need HF_TOKEN? ({type(error).__name__}: {first})"
                          ) from error
     return Path(folder)

@@ -223,6 +223,8 @@ CHATS = [
     {"images": ["a.png"], "messages": [  # OpenAI, TRL
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "How many?"}]},
         {"role": "assistant", "content": [{"type": "text", "text": "2"}]}]},
+    {"image": "a.png", "prompt": [{"role": "user", "content": "<image>How many?"}],
+     "completion": [{"role": "assistant", "content": "2"}]},
     {"answer": "2", "message": json.dumps([  # MM-Eureka: a dialogue as text
         {"role": "user", "content": [{"type": "image", "image": "file://a.png"},
                                      {"type": "text", "text": "How many?"}]}])},
@@ -409,6 +411,19 @@ def test_options_that_are_not_clear_are_refused(tmp_path, options, answer, words
     (tmp_path / "a.png").write_bytes(PNG)
     (found,) = check(["mathvision:" + write(tmp_path, EXAM, row | {"id": "2"})])
     assert words in found
+
+
+def test_options_of_a_plain_row_are_asked(tmp_path):
+    row = {"task": "choice", "question": "Which?", "options": ["cat", "dog"], "answer": "dog"}
+    sample = one(write(tmp_path, row))
+    assert (sample.question, sample.answer) == ("Which?\nA. cat\nB. dog", "B")
+    listed = row | {"question": "Which?\n(A) cat (B) dog", "answer": "B"}
+    assert one(write(tmp_path, listed)).question == "Which?\n(A) cat (B) dog"
+    within = row | {"question": "A dog with 1 of 2 cats?", "options": ["1", "2"], "answer": "A"}
+    assert one(write(tmp_path, within)).question == "A dog with 1 of 2 cats?\nA. 1\nB. 2"
+    assert "is it ?task=choice" in fault(tmp_path, row | {"task": "math", "answer": "(B)"})
+    open_question = row | {"task": "math", "options": ["11", "12"], "answer": "12"}
+    assert one(write(tmp_path, open_question)).question == "Which?"
 
 
 def test_an_image_under_another_name_is_not_left_out(tmp_path):

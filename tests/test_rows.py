@@ -39,9 +39,9 @@ def test_shards_of_a_folder_in_order(tmp_path):
     parquet(tmp_path / "data" / "test-00000-of-00001.parquet", ROW | {"id": "held"})
     assert named(f"{tmp_path}@test") == ["held"] and named(f"{tmp_path}@train") == ["t0", "t1"]
     assert named(f"{tmp_path}/data/train-*.parquet") == ["t0", "t1"]
-    with pytest.raises(DataError, match="holds test, train: choose one with @SPLIT"):
+    with pytest.raises(DataError, match="holds test, train: choose one with @NAME"):
         open_data([str(tmp_path)])
-    with pytest.raises(DataError, match="no split 'dev', but test, train"):
+    with pytest.raises(DataError, match="holds test, train: choose"):
         open_data([f"{tmp_path}@dev"])
     with pytest.raises(DataError, match=r"no file is named .*val-\*\.parquet"):
         open_data([f"{tmp_path}/data/val-*.parquet"])
@@ -49,11 +49,22 @@ def test_shards_of_a_folder_in_order(tmp_path):
 
 @pytest.mark.parametrize("name, split", [
     ("data/train-00000-of-00002.parquet", "train"), ("data/testA-00000-of-00001-3f.parquet", "testA"),
-    ("train.jsonl", "train"), ("default/validation/0000.parquet", "validation"), ("39Krelease.parquet", ""),
-    ("data-00000-of-00002.parquet", "data"), ("metadata.jsonl", ""),
+    ("train.jsonl", "train"), ("default/validation/0000.parquet", "default/validation"), ("39Krelease.parquet", ""),
+    ("data-00000-of-00002.parquet", "data"), ("metadata.jsonl", ""), ("train/metadata.jsonl", "train"),
+    ("vision/test-00000-of-00001.parquet", "vision/test"), ("cats/metadata.jsonl", "cats"),
 ])
 def test_the_split_that_a_name_tells(name, split):
-    assert rows.split_of(rows.Path(name)) == split
+    assert rows.part_of(rows.Path(name)) == split
+
+
+def test_configurations_are_not_mixed(tmp_path):
+    for name in ("vision", "standard"):
+        parquet(tmp_path / name / "test-00000-of-00001.parquet", ROW | {"id": name})
+    for spec in (f"{tmp_path}", f"{tmp_path}@test"):
+        with pytest.raises(DataError, match="holds standard/test, vision/test: choose one"):
+            open_data([spec])
+    assert named(f"{tmp_path}@vision/test") == ["vision"]
+    assert named(f"{tmp_path}/*/test-*.parquet") == ["standard", "vision"]
 
 
 def test_an_imagefolder_with_its_metadata(tmp_path):
@@ -91,7 +102,7 @@ def test_a_data_set_of_the_hub_from_its_cache(tmp_path, monkeypatch):
         sample = one(spec)
         assert (sample.id, sample.question, sample.answer) == ("geometry3k-1", "<image>train", "48")
         assert sample.image_size == (112, 56)
-    with pytest.raises(DataError, match="holds test, train: choose one with @SPLIT"):
+    with pytest.raises(DataError, match="holds test, train: choose one with @NAME"):
         one("hf:hiyouga/geometry3k")
     (snapshot / "c.png").symlink_to("../../blobs/c.png")  # images beside the rows are links too
     (snapshot.parent.parent / "blobs" / "c.png").write_bytes(PNG)
