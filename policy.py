@@ -55,7 +55,7 @@ class Pack:
     column_S: torch.Tensor
     image_slots: torch.Tensor  # indices into L, in the order of the image features
     pixels_ND: torch.Tensor | None
-    grids_I3: torch.Tensor | None
+    grids_I3: torch.Tensor | None  # stays on the host
     features_ID: torch.Tensor | None = None  # in place of pixels, where they are known
     attention: dict = field(default_factory=dict)  # §2's index tensors, from `prepare_attention`
 
@@ -65,6 +65,7 @@ class Pack:
 
         moved = move(vars(self))
         moved["attention"] = move(self.attention)
+        moved["grids_I3"] = self.grids_I3  # `vision_features` reads them on the host
         return Pack(**moved)
 
 
@@ -346,10 +347,36 @@ def patch_embedding(self, pixels_ND):
     return F.linear(pixels_ND.to(weight.dtype), weight)
 
 
-def vision_attention(self, hidden_states, cu_seqlens, position_embeddings, **_):
+def vision_features(vision, pixels_ND: torch.Tensor, grids_I3: torch.Tensor) -> torch.Tensor:
+    """Image features [image tokens, D] of pixels on the tower's device, grids on the host.
+
+    Windows and positions follow from the grids alone: computed here, once a pass. The tower would
+    otherwise ask the device for them, and each block for its longest window.
+    """
+    from transformers.vision_utils import (
+        get_vision_cu_seqlens,
+        get_vision_position_ids,
+        get_vision_window_index,
+    )
+
+    window_index, cu_windows = get_vision_window_index(
+        grids_I3, vision.spatial_merge_size, vision.window_size, vision.patch_size)
+    cu_images = get_vision_cu_seqlens(grids_I3)
+    known = {
+        "position_ids": get_vision_position_ids(grids_I3, vision.spatial_merge_size),
+        "window_index": window_index,
+        "cu_window_seqlens": cu_windows,
+        "cu_seqlens": cu_images}
+    known = {name: values.to(pixels_ND.device) for name, values in known.items()}
+    known["max_seqlen"] = int(cu_images.diff().max())
+    known["max_window_seqlen"] = int(cu_windows.diff().max())
+    return vision(pixels_ND, grid_thw=grids_I3, **known).pooler_output
+
+
+def vision_attention(self, hidden_states, cu_seqlens, position_embeddings, max_seqlen, **_):
     """Replaces `Qwen2_5_VLVisionAttention.forward`: all windows (or images) of a layer at once.
 
-    hidden_states [N, D]; cu_seqlens: borders of the windows.
+    hidden_states [N, D]; cu_seqlens: borders of the windows; max_seqlen: the longest, on the host.
     Plain twin: Hugging Face's tower, which loops over the windows.
     """
     qkv = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1))
@@ -358,9 +385,8 @@ def vision_attention(self, hidden_states, cu_seqlens, position_embeddings, **_):
     q_NHd = rotate(q_NHd.float(), cos_N1d, sin_N1d).to(v_NHd.dtype)
     k_NHd = rotate(k_NHd.float(), cos_N1d, sin_N1d).to(v_NHd.dtype)
     if q_NHd.is_cuda and (flash_attn_varlen_func or varlen_attn):
-        longest = int(cu_seqlens.diff().max())
-        cu = cu_seqlens.int()
-        out_NHd = varlen_attention(q_NHd, k_NHd, v_NHd, cu, cu, longest, longest, causal=False)
+        out_NHd = varlen_attention(
+            q_NHd, k_NHd, v_NHd, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal=False)
     else:
         out_NHd = window_attention(q_NHd, k_NHd, v_NHd, cu_seqlens)
     return self.proj(out_NHd.flatten(1))
@@ -438,7 +464,7 @@ class Policy(nn.Module):
         hidden_LD = decoder.embed_tokens(pack.ids_L)
         features_ID = pack.features_ID
         if pack.pixels_ND is not None:
-            features_ID = self.vision(pack.pixels_ND, grid_thw=pack.grids_I3).pooler_output
+            features_ID = vision_features(self.vision, pack.pixels_ND, pack.grids_I3)
             hidden_LD = hidden_LD + 0.0 * features_ID.sum()  # a dummy's gradient exists: FSDP waits
         if features_ID is not None:
             features_ID = features_ID[: len(pack.image_slots)]  # a dummy image has no slot

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from policy import replace_vision_forwards, rotate
+from policy import replace_vision_forwards, rotate, vision_features
 from qwen_vl import Completion, Prompt, SpecialIds
 
 BLOCK = 64  # ids that `inverse_cdf` takes as one on its first level
@@ -288,8 +288,7 @@ class Sampler:
         pixels_ND = torch.cat([prompt.pixels_ND for prompt in seeing])
         pixels_ND = pixels_ND.to(self.device, self.dtype)
         grids = torch.tensor([grid for prompt in seeing for grid in prompt.grids])
-        features_ID = self.vision(pixels_ND, grid_thw=grids.to(self.device)).pooler_output
-        features_ID = features_ID.to(self.dtype)
+        features_ID = vision_features(self.vision, pixels_ND, grids).to(self.dtype)
         parts = features_ID.split([len(prompt.image_slots) for prompt in seeing])
         for prompt, part_ID in zip(seeing, parts):
             prompt.features_ID = part_ID if self.keep_features else None

@@ -13,6 +13,7 @@ from references import (
     relative_error,
     rows_of,
 )
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import policy as packing
 import qwen_vl
@@ -90,6 +91,48 @@ def test_order_of_groups_does_not_matter(world):
         torch.testing.assert_close(
             packed_logps(policy, groups)[0], packed_logps(policy, groups[::-1])[0], atol=1e-6, rtol=0
         )
+
+
+def test_vision_features_equal_huggingface(world):
+    """With what follows from the grids given, and longest windows right, of images of many sizes."""
+    policy, twin, *_ = world
+    images = [qwen_vl.patchify(noise_image(w, h, w)) for w, h in ((84, 84), (56, 140), (280, 28), (28, 28), (252, 140))]
+    pixels_ND, grids = torch.cat([pixels for pixels, _ in images]), torch.tensor([grid for _, grid in images])
+    seen = []
+    hooks = [block.attn.register_forward_pre_hook(lambda _, __, given: seen.append(given), with_kwargs=True)
+             for block in policy.vision.blocks]
+    with torch.no_grad():
+        found = packing.vision_features(policy.vision, pixels_ND, grids)
+        want = twin.model.visual(pixels_ND, grid_thw=grids).pooler_output
+    for hook in hooks:
+        hook.remove()
+    assert relative_error(found, want) <= 1e-5
+    # blocks 0 and 1 see windows of at most 8×8 patches, block 2 whole images: 18·10 patches the largest
+    assert [given["max_seqlen"] for given in seen] == [64, 64, 180]
+    assert all(given["cu_seqlens"].diff().max() == given["max_seqlen"] for given in seen)
+
+
+class RefuseWaits(TorchDispatchMode):
+    """On CUDA these operations wait for all work queued."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        aten = torch.ops.aten
+        assert function not in (aten._local_scalar_dense.default, aten.nonzero.default, aten.unique_consecutive.default)
+        return function(*args, **(kwargs or {}))
+
+
+def test_the_tower_asks_the_device_for_nothing(world, monkeypatch):
+    policy, _, _, _, prompts = world
+    forward = policy.vision.forward
+
+    def watched(*args, **kwargs):
+        with RefuseWaits():
+            return forward(*args, **kwargs)
+
+    monkeypatch.setattr(policy.vision, "forward", watched)
+    monkeypatch.setattr(packing, "window_attention", lambda q, *_: q)  # the CPU's, in the kernel's place
+    with torch.no_grad():
+        packing.vision_features(policy.vision, prompts[2].pixels_ND, torch.tensor(prompts[2].grids))
 
 
 def test_varlen_layout_lists_the_keys_of_each_sequence():

@@ -135,7 +135,7 @@ def test_a_bf16_copy_keeps_the_rotary_angles_in_fp32(world):
     pixels_ND = torch.cat([prompt.pixels_ND for prompt in seeing]).bfloat16()
     grids = torch.tensor([grid for prompt in seeing for grid in prompt.grids])
     with torch.no_grad():
-        want = tower(pixels_ND, grid_thw=grids).pooler_output
+        want = packing.vision_features(tower, pixels_ND, grids)
         assert torch.equal(rounded.image_features(seeing), want)
 
 
