@@ -152,6 +152,12 @@ class Rows:
         return results
 
 
+def gathered(policy):
+    """Pairs (name, full tensor) of the policy's parameters, one gathered at a time."""
+    for name, parameter in policy.named_parameters():
+        yield name, parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+
+
 class Sampler:
     """Owns the weight copy; `refresh` fills it, `generate` samples from it.
 
@@ -209,6 +215,7 @@ class Sampler:
         self.head = self.embed
         if "model.lm_head.weight" in shapes:  # not tied
             self.head = self.allocate(shapes, "model.", ["lm_head.weight"])
+        self.never_given = set(self.targets)
 
     def allocate(self, shapes: dict, prefix: str, names: list[str]) -> torch.Tensor:
         """One tensor for several parameters stacked along their first dimension."""
@@ -220,11 +227,22 @@ class Sampler:
         return stacked
 
     @torch.no_grad()
-    def refresh(self, policy) -> None:
-        """Copy the policy's weights here. Gathers shards, so all ranks must call it together."""
-        for name, parameter in policy.named_parameters():
-            full = parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+    def refresh(self, source) -> None:
+        """Copy the policy's weights here.
+
+        source: the policy, gathered parameter by parameter (a collective: all ranks must call it
+        together); or pairs (its parameter's name, full tensor), as an iterator gathers them.
+        Errors: ValueError naming parameters that are unknown, or were never given.
+        """
+        pairs = gathered(source) if isinstance(source, torch.nn.Module) else source
+        for name, full in pairs:
+            if name not in self.targets:
+                raise ValueError(f"{name} is no parameter of the policy that this sampler copies")
             self.targets[name].copy_(full)
+            self.never_given.discard(name)
+        if self.never_given:
+            raise ValueError(f"the sampler never got {', '.join(sorted(self.never_given)[:3])} …: "
+                             "the first refresh takes every parameter of the policy")
 
     # §3 ────────────────────────────────────── prefill ───────────────────────────────────────
     def run_layers(self, x, cos, sin, attend) -> torch.Tensor:

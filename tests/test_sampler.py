@@ -118,6 +118,22 @@ def test_a_frozen_tower_is_run_once_for_sampling_and_training(world, monkeypatch
     torch.testing.assert_close(from_features, from_pixels, atol=1e-5, rtol=0)
 
 
+def test_refresh_takes_a_policy_or_pairs(world, sampler):
+    policy, _, _, special, _ = world
+    other = Sampler(policy.model, special)
+    pairs = list(policy.named_parameters())
+    with pytest.raises(ValueError, match="never got"):
+        other.refresh(iter(pairs[1:]))
+    other.refresh(iter(pairs))
+    assert sampler.targets.keys() == other.targets.keys() == dict(pairs).keys()
+    for name, parameter in pairs:
+        assert torch.equal(other.targets[name], parameter) and torch.equal(sampler.targets[name], parameter)
+    other.refresh([(pairs[0][0], 2 * pairs[0][1].detach())])  # later a part may do: a frozen tower stays
+    assert torch.equal(other.targets[pairs[0][0]], 2 * pairs[0][1])
+    with pytest.raises(ValueError, match="nobody's"):
+        other.refresh([("nobody's.weight", torch.zeros(1))])
+
+
 def test_a_bf16_copy_keeps_the_rotary_angles_in_fp32(world):
     """Its buffers are the policy's, and its features those of the policy's tower with weights cast and no buffer."""
     policy, _, _, special, prompts = world
