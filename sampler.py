@@ -186,9 +186,10 @@ class Sampler:
 
         self.batches = {}  # by shape, each with its graphs
         self.cache = torch.empty(0, device=device, dtype=dtype)
-        self.graph_pool = None
-        if self.device.type == "cuda":
+        self.captures = graphs and self.device.type == "cuda"
+        if self.captures:
             self.graph_pool = torch.cuda.graph_pool_handle()
+            self.capture_stream = torch.cuda.Stream()
         self.allocate_weights(model)
 
     def allocate_weights(self, model) -> None:
@@ -364,7 +365,7 @@ class Sampler:
             return self.decode(batch, t + 1)
         block = max(128, (1 << t.bit_length()) // 4)  # few shapes, and few places read in vain
         places = min(round_up(t + 1, block), batch.shape[3])
-        if self.device.type != "cuda":
+        if not self.captures:
             return self.decode(batch, places)
         if places not in batch.captured:
             batch.captured[places] = self.capture(batch, places)
@@ -373,16 +374,32 @@ class Sampler:
         return hidden_PGD
 
     def capture(self, batch: Batch, places: int) -> tuple:
-        """(a graph of `decode`, the hidden states that each replay fills)."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # libraries allocate what they need on a first call
+        """(a graph of `decode`, the hidden states that each replay fills).
+
+        Warm-up and capture share one stream for good: cuBLAS keeps a workspace a stream, and so
+        takes it from ordinary memory, not from the graphs' pool.
+        """
+        current = torch.cuda.current_stream()
+        self.capture_stream.wait_stream(current)
+        with torch.cuda.stream(self.capture_stream):  # libraries allocate on a first call
             self.decode(batch, places)
-        torch.cuda.current_stream().wait_stream(stream)
+        current.wait_stream(self.capture_stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.graph_pool):
+        with torch.cuda.graph(graph, pool=self.graph_pool, stream=self.capture_stream):
             hidden_PGD = self.decode(batch, places)
         return graph, hidden_PGD
+
+    def release_cache(self) -> None:
+        """Give the cache back, and with it all graphs: they know its addresses only.
+
+        PyTorch refuses a pool whose graphs have all died, so the next ones get a new pool.
+        """
+        if self.captures:
+            torch.cuda.synchronize()  # a graph may still be running
+        self.batches.clear()
+        self.cache = self.cache.new_empty(0)
+        if self.captures:
+            self.graph_pool = torch.cuda.graph_pool_handle()
 
     def batch_of(self, shape: tuple[int, int, int, int]) -> Batch:
         """The batch of this shape (P, G, L, T), its keys and values views of the cache.
@@ -398,7 +415,7 @@ class Sampler:
         prompt_size, own_size = math.prod(prompt_shape), math.prod(own_shape)
         size = prompt_size + own_size
         if size > len(self.cache):
-            self.batches.clear()  # their graphs know the old addresses only
+            self.release_cache()
             self.cache = torch.zeros(size, device=self.device, dtype=self.dtype)
         ids_PG = torch.zeros(prompts, group, dtype=torch.long, device=self.device)
         batch = Batch(

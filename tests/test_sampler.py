@@ -1,4 +1,6 @@
 """The sampler against plain references: Hugging Face's generate, and the policy's log-probabilities."""
+import contextlib
+import weakref
 from copy import deepcopy
 from dataclasses import replace
 
@@ -98,6 +100,79 @@ def test_shapes_in_buckets_change_no_rollout(world):
                 torch.testing.assert_close(torch.tensor(a.logps), torch.tensor(b.logps), atol=1e-5, rtol=0)
         assert_sampler_equals_trainer(biased, prompts[:count], found, 1.0)
     assert len({shape[:2] for shape in bucketed.batches}) > 2  # it did compact into smaller shapes
+
+
+class Recorder:
+    """CUDA graphs on a CPU: a graph keeps addresses, and a replay computes into what lies there.
+
+    As in PyTorch, memory pools count the graphs that live in them, and one that had some and has
+    none any more refuses the next.
+    """
+
+    def __init__(self, monkeypatch):
+        self.pools, self.streams, self.captured = {}, [], 0
+        recorder = self
+
+        class Stream:
+            def wait_stream(self, other):
+                pass
+
+        @contextlib.contextmanager
+        def stream(chosen):
+            recorder.streams.append(chosen)
+            yield
+
+        @contextlib.contextmanager
+        def graph(graph, pool, stream):
+            graphs = recorder.pools[pool]
+            assert not graphs or any(reference() for reference in graphs), "use_count > 0"
+            graphs.append(weakref.ref(graph))
+            recorder.captured += 1
+            recorder.streams.append(stream)
+            yield
+
+        def new_pool():
+            recorder.pools[len(recorder.pools)] = []
+            return len(recorder.pools) - 1
+
+        for name, stub in dict(Stream=Stream, stream=stream, graph=graph, graph_pool_handle=new_pool,
+                               CUDAGraph=type("CUDAGraph", (), {}), current_stream=Stream,
+                               synchronize=lambda: None).items():
+            monkeypatch.setattr(torch.cuda, name, stub)
+
+    def alive(self):
+        return sum(reference() is not None for graphs in self.pools.values() for reference in graphs)
+
+    def sampler(self, model, special, **options):
+        """A Sampler on the CPU that takes the CUDA path."""
+        sampler = Sampler(model, special, graphs=True, **options)
+        sampler.captures, sampler.capture_stream = True, torch.cuda.Stream()
+        sampler.graph_pool = torch.cuda.graph_pool_handle()
+        capture = sampler.capture
+
+        def record(batch, *places):
+            graph, hidden = capture(batch, *places)
+            batch = weakref.proxy(batch)  # a graph must not keep its batch alive
+            graph.replay = lambda: hidden.copy_(sampler.decode(batch, *places))
+            return graph, hidden
+
+        sampler.capture = record
+        return sampler
+
+
+def test_captured_graphs_outlive_a_growing_cache(world, monkeypatch):
+    """A larger cache ends all graphs; the next ones need a pool that is new, and the one stream of all captures."""
+    policy, _, _, special, prompts = world
+    recorder, exact = Recorder(monkeypatch), Sampler(policy.model, special)
+    sampler = recorder.sampler(policy.model, special)
+    for one in (sampler, exact):
+        one.refresh(policy)
+    for count, group in ((1, 2), (4, 3), (4, 5), (4, 3)):
+        noise = uniforms(prompts[:count], group=group, length=40)
+        found = sampler.generate(prompts[:count], noise, 40)
+        assert tokens_of(found) == tokens_of(exact.generate(prompts[:count], noise, 40))
+    assert recorder.captured >= 3 and len(recorder.pools) > 2
+    assert set(recorder.streams) == {sampler.capture_stream}
 
 
 def test_a_frozen_tower_is_run_once_for_sampling_and_training(world, monkeypatch):
