@@ -23,6 +23,12 @@ import qwen_vl
 from policy import Policy
 from qwen_vl import SpecialIds
 
+try:
+    from torch.distributed import all_gather_single, reduce_scatter_single
+except ImportError:  # their names before torch 2.13
+    from torch.distributed import all_gather_into_tensor as all_gather_single
+    from torch.distributed import reduce_scatter_tensor as reduce_scatter_single
+
 
 # §1 ───────────────────────────────────────── ranks ──────────────────────────────────────────
 @dataclass(frozen=True)
@@ -145,7 +151,7 @@ class Gather(torch.autograd.Function):
         unit = context.unit
         unit.free()
         part = torch.empty_like(unit.shard)
-        dist.reduce_scatter_tensor(part, gradient.to(part.dtype))
+        reduce_scatter_single(part, gradient.to(part.dtype))
         return part / dist.get_world_size(), None
 
 
@@ -162,7 +168,8 @@ class Unit:
         for part in module.modules():
             for name, weight in part.named_parameters(recurse=False):
                 if not weight.is_meta:  # else it is in a unit inside this one
-                    stand_ins.setdefault(weight, nn.Parameter(weight.detach().to("meta")))
+                    stand_in = nn.Parameter(weight.to("meta"), weight.requires_grad)
+                    stand_ins.setdefault(weight, stand_in)
                     self.places.append((part, name, stand_ins[weight]))
         weights, self.parameters = list(stand_ins), list(stand_ins.values())
         trained = {weight.requires_grad for weight in weights}
@@ -189,7 +196,7 @@ class Unit:
         """All ranks' shards into `full`, whose memory autograd's saved tensors share."""
         self.full.untyped_storage().resize_(self.full.nbytes)
         shard = self.shard.detach().to(self.full.dtype)
-        dist.all_gather_into_tensor(self.full.data, shard)  # .data: to autograd nothing changed
+        all_gather_single(self.full.data, shard)  # .data: to autograd nothing changed
 
     def free(self) -> None:
         self.full.untyped_storage().resize_(0)
@@ -285,7 +292,7 @@ def full_parameters(policy):
     for unit in policy.units:
         shard = unit.shard.detach()
         full = shard.new_empty(sum(unit.sizes))
-        dist.all_gather_into_tensor(full, shard)
+        all_gather_single(full, shard)
         for parameter, weight in zip(unit.parameters, full.split(unit.sizes)):
             yield names[parameter], weight.view(parameter.shape)
 

@@ -1,0 +1,359 @@
+"""Sharding by hand against PyTorch's, on one and two ranks; what a rank holds. Ranks' parts first."""
+import pytest
+import torch
+from torch import nn
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+import fsdp
+import grpo_vl
+import qwen_vl
+from data import open_data
+from policy import Policy, pack_for_ranks
+from qwen_vl import Completion, Group, SpecialIds
+
+WORLD = ["synthetic:grounding?size=56x56&distractors=0-2"]
+UNITS = ["vision", "layer 0", "layer 1", "layer 2", "layer 3", "root"]
+
+
+# ── what each rank does ──
+def load(ranks, sharding, model="tiny", checkpointing=False, freeze_vision=False):
+    """(policy, tokenizer, special ids); sharding "" leaves the policy whole."""
+    config = grpo_vl.Config(model=model, checkpointing=checkpointing)
+    if sharding:
+        return fsdp.load_policy(model, ranks, config, freeze_vision=freeze_vision, sharding=sharding)
+    network, tokenizer = qwen_vl.load(model)
+    special = SpecialIds.read(tokenizer, network.config)
+    policy = Policy(network, special.banned_V, checkpointing=checkpointing)
+    policy.vision.requires_grad_(not freeze_vision)
+    return policy, tokenizer, special
+
+
+def micro_batches(ranks, tokenizer, special):
+    """This rank's share of three groups, a micro-batch each: of two ranks the second adds a filler."""
+    world, groups = open_data(WORLD, seed=0), []
+    for draw in range(ranks.rank, 3, ranks.world):
+        sample = world[draw]
+        prompt = qwen_vl.encode_chat(tokenizer, special, sample.question, sample.images)
+        tokens = [[*range(70 + draw, 75 + draw), special.im_end], [90 + draw, special.im_end]]
+        groups.append(Group(prompt, [Completion(t) for t in tokens]))
+    packs = pack_for_ranks(groups, 80, special, ranks)
+    assert len(packs) == {1: 3, 2: 2}[ranks.world]
+    assert [len(pack.target_S) for pack in packs] == ([8, 0] if ranks.rank else [8] * len(packs))
+    return packs
+
+
+def accumulate(ranks, policy, packs) -> list[float]:
+    """Backward of each micro-batch; their losses. 24 tokens are scored on all ranks together."""
+    losses = []
+    for pack in packs:
+        logp_S, _ = policy(pack)
+        loss = -logp_S.sum() / 24
+        (loss * ranks.world).backward()
+        losses.append(loss.item())
+    return losses
+
+
+def three_steps(ranks, sharding, **options):
+    """Losses, norms and weights of three SGD steps, and the whole gradient after them."""
+    policy, tokenizer, special = load(ranks, sharding, **options)
+    packs, losses, norms = micro_batches(ranks, tokenizer, special), [], []
+    optimizer = torch.optim.SGD(fsdp.trainable_parameters(policy), lr=0.1)
+    for _ in range(3):
+        losses.append(accumulate(ranks, policy, packs))
+        norms.append(fsdp.clip_gradients(policy, 1.0).item())
+        optimizer.step()
+        optimizer.zero_grad()
+    weights = fsdp.full_state_dict(policy)
+    accumulate(ranks, policy, packs)
+    with torch.no_grad():
+        for parameter in fsdp.trainable_parameters(policy):
+            parameter.copy_(parameter.grad)
+    return losses, norms, weights, fsdp.full_state_dict(policy)
+
+
+def watch(policy, events):
+    """Note which unit is gathered, freed and reduced, and in the end how much is whole."""
+    names = dict(zip(policy.units, UNITS))
+    for unit in policy.units:
+        def noted(what, work, unit=unit):
+            def do(*arguments):
+                events.append(f"{what} {names[unit]}")
+                return work(*arguments)
+            return do
+
+        unit.gather, unit.free = noted("gather", unit.gather), noted("free", unit.free)
+
+    def reduce(part, whole):
+        events.append(f"reduce {whole.numel()}")
+        real_reduce(part, whole)
+
+    real_reduce, fsdp.reduce_scatter_single = fsdp.reduce_scatter_single, reduce
+    return real_reduce
+
+
+def timeline(ranks, **options):
+    """(events in forward, events in backward, bytes whole after each, of a forward without grad)."""
+    policy, tokenizer, special = load(ranks, "by-hand", **options)
+    pack, events = micro_batches(ranks, tokenizer, special)[0], []
+    held = lambda: sum(unit.full.untyped_storage().size() for unit in policy.units)  # noqa: E731
+    real_reduce = watch(policy, events)
+    try:
+        logp_S, _ = policy(pack)
+        forward, after_forward = events[:], held()
+        logp_S.sum().backward()
+        backward, after_backward = events[len(forward):], held()
+        with torch.no_grad():
+            policy(pack)
+    finally:
+        fsdp.reduce_scatter_single = real_reduce
+    alone = events[len(forward) + len(backward):]
+    return forward, backward, (after_forward, after_backward, held()), alone
+
+
+def shares(ranks):
+    """Numbers that this rank keeps: (of weights, of AdamW's state), and what stands for a weight."""
+    policy, tokenizer, special = load(ranks, "by-hand")
+    optimizer = torch.optim.AdamW(fsdp.trainable_parameters(policy))
+    accumulate(ranks, policy, micro_batches(ranks, tokenizer, special))
+    optimizer.step()
+    kept = sum(unit.shard.numel() for unit in policy.units)
+    state = sum(v.numel() for s in optimizer.state.values() for v in s.values() if v.dim())
+    return kept, state, {name: tuple(p.shape) for name, p in policy.named_parameters() if p.is_meta}
+
+
+def evaluated(ranks, sharding):
+    """Log-probabilities without gradients, as of a reference model, twice."""
+    policy, tokenizer, special = load(ranks, sharding)
+    packs = micro_batches(ranks, tokenizer, special)
+    with torch.no_grad():
+        return [policy(pack)[0] for pack in [*packs, *packs]]
+
+
+def names_in_order(ranks, sharding, model):
+    policy, *_ = load(ranks, sharding, model)
+    return [name for name, _ in fsdp.full_parameters(policy)]
+
+
+def exported(ranks, folder, model):
+    """Rank 0 writes the model as Hugging Face's; the log-probabilities of the policy itself."""
+    policy, *_ = load(ranks, "by-hand", model)
+    state = fsdp.full_state_dict(policy)
+    if ranks.rank == 0:
+        state = {name.removeprefix("model."): weight for name, weight in state.items()}
+        policy.model.save_pretrained(folder, state_dict=state)
+    return len(state)
+
+
+# ── by hand as by PyTorch ──
+@pytest.mark.parametrize("model", ["tiny", "tiny-untied"])
+@pytest.mark.parametrize("options", [
+    dict(), dict(checkpointing=True), dict(freeze_vision=True), dict(checkpointing=True, freeze_vision=True),
+])
+def test_by_hand_and_by_pytorch_are_equal_bit_by_bit(pair, model, options):
+    ours = pair.run("test_fsdp.three_steps", sharding="by-hand", model=model, **options)
+    theirs = pair.run("test_fsdp.three_steps", sharding="fsdp2", model=model, **options)
+    for (losses, norms, *_), (their_losses, their_norms, *_) in zip(ours, theirs):
+        assert losses == their_losses and norms == their_norms and min(norms) > 1
+    for own, their in zip(ours[0][2:], theirs[0][2:]):  # weights, gradient
+        assert own.keys() == their.keys() and all(torch.equal(own[n], their[n]) for n in own)
+    assert ours[1][2] == ours[1][3] == {}  # rank 1 keeps no whole weights
+    assert ours[0][0][0] != ours[0][0][2]  # it learned
+
+
+@pytest.mark.parametrize("model", ["tiny", "tiny-untied"])
+def test_two_ranks_one_rank_and_none_make_the_same_steps(alone, pair, model):
+    whole = three_steps(alone, "", model=model)
+    one = three_steps(alone, "by-hand", model=model)
+    two, filler = pair.run("test_fsdp.three_steps", sharding="by-hand", model=model)
+    assert one[:2] == whole[:2]
+    for step in range(3):
+        assert filler[0][step][1] == 0  # the second micro-batch of rank 1 scores nothing
+        assert sum(two[0][step] + filler[0][step]) == pytest.approx(sum(whole[0][step]), rel=1e-6)
+        assert two[1][step] == filler[1][step] == pytest.approx(whole[1][step], rel=1e-6)
+    for name in whole[2]:
+        assert torch.equal(one[2][name], whole[2][name]) and torch.equal(one[3][name], whole[3][name])
+        assert torch.allclose(two[2][name], whole[2][name], rtol=0, atol=1e-6)
+        assert torch.allclose(two[3][name], whole[3][name], rtol=1e-5, atol=1e-6)
+
+
+def test_forwards_without_gradients_agree(alone, pair):
+    ours, theirs = (pair.run("test_fsdp.evaluated", sharding=s) for s in ("by-hand", "fsdp2"))
+    for own, their in zip(ours, theirs):
+        assert len(own) == 4 and all(torch.equal(a, b) for a, b in zip(own, their))
+    assert torch.equal(ours[0][0], evaluated(alone, "")[0])
+
+
+# ── the drawing ──
+# Numbers of tiny (width 128, MLP 384, 576 ids): a layer has 128·128 + 128 (q), 2·(64·128 + 64) (k, v), 128² (o),
+# 3·128·384 (MLP) and 2·128 (norms) = 197,120; the root 576·128 + 128 = 73,856; the tower the rest of 1,452,096.
+REDUCED = {"vision": 589_760, "layer": 197_120, "root": 73_856}
+
+
+@pytest.mark.parametrize("options", [dict(), dict(checkpointing=True)])
+def test_units_are_gathered_and_freed_as_drawn(alone, pair, options):
+    inner = [f"{what} {name}" for name in UNITS[:5] for what in ("gather", "free")]
+    forward = ["gather root", *inner, "free root"]
+    backward = ["gather root"]
+    for name in ["layer 3", "layer 2", "layer 1", "layer 0", "vision"]:
+        backward += [f"gather {name}", f"free {name}", f"reduce {REDUCED[name.split()[0]]}"]
+    backward += ["free root", f"reduce {REDUCED['root']}"]
+    for outcome in [timeline(alone, **options), *pair.run("test_fsdp.timeline", **options)]:
+        assert outcome == (forward, backward, (0, 0, 0), forward)
+
+
+def test_a_frozen_tower_is_gathered_in_forward_alone(pair):
+    for forward, backward, held, _ in pair.run("test_fsdp.timeline", freeze_vision=True):
+        assert forward[1:3] == ["gather vision", "free vision"] and held == (0, 0, 0)
+        assert not any("vision" in event or "589760" in event for event in backward)
+
+
+def test_a_rank_keeps_half_of_weights_and_optimizer(pair):
+    for kept, state, stand_ins in pair.run("test_fsdp.shares"):
+        assert kept == 1_452_096 // 2 and state == 2 * kept  # the whole model has 1,452,096; AdamW two moments
+        assert stand_ins["model.model.language_model.layers.0.mlp.down_proj.weight"] == (128, 384)
+
+
+# ── what the others ask for ──
+@pytest.mark.parametrize("model, head", [("tiny", False), ("tiny-untied", True)])
+def test_all_ranks_name_the_same_weights_in_the_same_order(pair, model, head):
+    one, two = pair.run("test_fsdp.names_in_order", sharding="by-hand", model=model)
+    theirs, _ = pair.run("test_fsdp.names_in_order", sharding="fsdp2", model=model)
+    assert one == two and sorted(one) == sorted(theirs) and len(set(one)) == len(one)
+    assert ("model.lm_head.weight" in one) == head
+
+
+@pytest.mark.parametrize("model", ["tiny", "tiny-untied"])
+def test_an_export_by_hand_loads_as_hugging_face(pair, tmp_path, model):
+    count, none = pair.run("test_fsdp.exported", folder=str(tmp_path), model=model)
+    loaded = Qwen2_5_VLForConditionalGeneration.from_pretrained(tmp_path).state_dict()
+    wanted = qwen_vl.load(model)[0].state_dict()
+    assert none == 0 and count == len(wanted) - (model == "tiny")  # the tied head has no row of its own
+    assert loaded.keys() == wanted.keys() and all(torch.equal(loaded[n], wanted[n]) for n in wanted)
+
+
+def test_the_gradient_is_clipped_to_its_norm(alone):
+    module = nn.ParameterList([nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))])
+    module[0].grad, module[1].grad = torch.tensor([3.0, 0.0]), torch.tensor([4.0])  # the third has none
+    assert fsdp.clip_gradients(module, 10.0).item() == 5.0  # √(3² + 4²)
+    assert module[0].grad.tolist() == [3.0, 0.0] and module[1].grad.tolist() == [4.0]
+    assert fsdp.clip_gradients(module, 1.0).item() == 5.0
+    assert module[0].grad.tolist() == pytest.approx([0.6, 0.0]) and module[1].grad.tolist() == pytest.approx([0.8])
+    module[1].grad[0] = float("nan")
+    assert fsdp.clip_gradients(module, 1.0).isnan()
+    assert fsdp.clip_gradients(nn.ParameterList([nn.Parameter(torch.zeros(1))]), 1.0).item() == 0
+
+
+# ── refusals ──
+def test_what_sharding_by_hand_lacks_is_refused(tmp_path):
+    config = grpo_vl.Config(save_every=501, steps=500, out=str(tmp_path))
+    fsdp.refuse_by_hand(config)
+    with pytest.raises(ValueError, match="no --offload"):
+        fsdp.refuse_by_hand(grpo_vl.Config(offload=True, save_every=501, out=str(tmp_path)))
+    with pytest.raises(ValueError, match="give --save-every 501"):
+        fsdp.refuse_by_hand(grpo_vl.Config(save_every=500, steps=500, out=str(tmp_path)))
+    (tmp_path / "checkpoint-7").mkdir()
+    with pytest.raises(ValueError, match="cannot resume"):
+        fsdp.refuse_by_hand(config)
+
+
+def test_a_unit_is_trained_or_frozen_as_a_whole_and_frozen_ones_come_first(alone):
+    policy, tokenizer, special = load(alone, "")
+    policy.decoder.layers[1].mlp.requires_grad_(False)
+    with pytest.raises(ValueError, match="all of Qwen2_5_VLDecoderLayer"):
+        fsdp.shard_by_hand(policy, alone)
+    policy, tokenizer, special = load(alone, "")
+    policy.decoder.layers[1].requires_grad_(False)
+    fsdp.shard_by_hand(policy, alone)
+    with pytest.raises(ValueError, match="behind a trained one"):
+        policy(micro_batches(alone, tokenizer, special)[0])
+
+
+# ── what a rank holds ──
+def no_hub(*_, **__):
+    raise AssertionError("a published shape needs no hub")
+
+
+@pytest.mark.parametrize("size, parameters", [  # the safetensors headers of the published checkpoints
+    ("3B", "3,754,622,976"), ("7B", "8,292,166,656"), ("32B", "33,452,718,336"), ("72B", "73,410,777,344"),
+])
+def test_the_published_shapes_are_built_in(size, parameters, monkeypatch, capsys):
+    monkeypatch.setattr(qwen_vl, "load", no_hub)
+    model = f"Qwen/Qwen2.5-VL-{size}-Instruct"
+    fsdp.plan(grpo_vl.Config(model=model, plan="64x80"), 768)
+    assert capsys.readouterr().out.splitlines()[0] == f"{parameters} parameters on 64 GPUs"
+    assert fsdp.bare_model(model).config.tie_word_embeddings == (size == "3B")
+
+
+# 7B: a layer has 3584² + 3584 (q), 2·(512·3584 + 512) (k, v), 3584² (o), 3·3584·18944 (MLP), 2·3584 (norms)
+# = 233,057,792, the tower 676,550,144, the root 2·152064·3584 + 3584 = 1,089,998,336; 8,292,166,656 together.
+HELD = {
+    "weights, fp32, sharded": 4_146_083_328,  # 4 bytes / 8 GPUs
+    "gradients, fp32, sharded": 4_146_083_328,
+    "AdamW, fp32, sharded": 8_292_166_656,  # two moments
+    "reference, bf16, sharded": 0,
+    "gathered units, bf16": 4_465_328_128,  # root, tower and two layers, 2 bytes
+    "gradients of units, bf16": 3_533_096_960,  # root and tower, 2 bytes
+    "reduce-scatter input, fp32": 7_066_193_920,  # the same, 4 bytes
+    "sampling copy, bf16": 16_584_333_312,
+    # a token 2·2·28·512 = 57,344 bytes, a prompt 2048 + 8·768 = 8,192 tokens: 469,762,048; 16 prompts on 8 GPUs
+    "keys and values, bf16": 939_524_096,
+    "activations": 6_710_886_400,  # 2·16,384·(28·3584 inputs + 8·3584 + 4·18944 of the open layer)
+    # 1,000,000 pixels are 1,275 tokens, two prompts 10,200 patches; 2·10,200·(32·1280 + 8·1280 + 4·3420)
+    "vision activations": 1_323_552_000,
+    "logits of a chunk": 1_868_562_432,  # 3·1024·152064·4
+}
+
+
+def held(gpus=8, **options):
+    config = grpo_vl.Config(model="Qwen/Qwen2.5-VL-7B-Instruct", **options)
+    return fsdp.held_by_a_rank(config, fsdp.bare_model(config.model), gpus, config.max_tokens)
+
+
+@pytest.mark.parametrize("options, changes", [
+    (dict(), {}),
+    (dict(beta=0.04), {  # its weights, and its root, which waits for a backward that never comes
+        "reference, bf16, sharded": 2_073_041_664, "gathered units, bf16": 4_465_328_128 + 2_179_996_672}),
+    (dict(freeze_vision=True), {  # 7,615,616,512 are trained; root and a layer are 1,323,056,128
+        "gradients, fp32, sharded": 3_807_808_256, "AdamW, fp32, sharded": 7_615_616_512,
+        "gradients of units, bf16": 2_646_112_256, "reduce-scatter input, fp32": 5_292_224_512,
+        "vision activations": 0}),
+    (dict(offload=True), {
+        "weights, fp32, sharded": 0, "gradients, fp32, sharded": 0, "AdamW, fp32, sharded": 0}),
+    (dict(kv_gb=0.1), {"keys and values, bf16": 469_762_048}),  # one prompt, though it is 0.44 GiB
+    (dict(kv_gb=0.5, prompts=80), {  # one of ten prompts at once; all ten images fit the micro-batch
+        "keys and values, bf16": 469_762_048, "vision activations": 6_617_760_000}),
+    (dict(prompts=800), {  # 18 prompts in 8 GiB; no more than 16,384 image tokens in a micro-batch
+        "keys and values, bf16": 8_455_716_864, "vision activations": 2 * 65_536 * 64_880}),
+    (dict(checkpointing=False), {  # all 28 layers and 32 blocks are open
+        "activations": 2 * 16_384 * (28 * 3584 + 28 * 104_448),
+        "vision activations": 2 * 10_200 * (32 * 1280 + 32 * 23_920)}),
+])
+def test_each_term_of_the_plan_by_hand(options, changes):
+    assert held(**options) == HELD | changes
+
+
+def test_the_plan_prints_its_terms_and_the_peak(capsys):
+    fsdp.plan(grpo_vl.Config(model="Qwen/Qwen2.5-VL-7B-Instruct", plan="8x80"), 768)
+    lines = capsys.readouterr().out.splitlines()
+    # 59,075,810,560 bytes together; the copy 15.45 of them
+    assert "sampling copy, bf16          15.45 GiB" in lines and lines[-1] == "fits"
+    assert lines[-2] == "peak, of 80 GiB              55.02 GiB"
+    fsdp.plan(grpo_vl.Config(model="Qwen/Qwen2.5-VL-7B-Instruct", plan="8x61"), 768)  # 0.9 · 61 = 54.9
+    assert capsys.readouterr().out.splitlines()[-1].startswith("does not fit: lower --micro-tokens")
+
+
+@pytest.mark.parametrize("plan", ["80", "8x", "x80", "0x80", "8x0", "8x80x2", "8x80GB", "-8x80", "two"])
+def test_a_plan_that_is_none_is_one_sentence(plan):
+    with pytest.raises(SystemExit, match=f"--plan is '{plan}'; give GPUs and GiB of each, as in 8x80"):
+        fsdp.plan(grpo_vl.Config(plan=plan), 768)
+
+
+def test_a_plan_for_no_model_is_one_sentence(tmp_path):
+    with pytest.raises(SystemExit, match=f"no shape of --model {tmp_path}: .*") as stopped:
+        fsdp.plan(grpo_vl.Config(plan="8x80", model=str(tmp_path)), 768)
+    assert "\n" not in str(stopped.value)
+
+
+def test_the_stand_in_is_planned_too(capsys):
+    fsdp.plan(grpo_vl.Config(plan="2x1", model="tiny"), 24)
+    assert capsys.readouterr().out.startswith("1,452,096 parameters on 2 GPUs")
