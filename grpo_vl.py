@@ -181,12 +181,14 @@ def score_groups(run: Run, step: int, groups: list[Group]) -> None:
     """Fill in text, reward and the reward's named parts of every completion."""
     config, limit = run.config, longest(run.config, step)
     options = json.loads(config.reward_options)
+    if config.think != "no":
+        options["think"] = config.think
     for group in groups:
         for completion in group.completions:
             completion.text = qwen_vl.decode(run.tokenizer, run.special, completion.tokens)
             score = rewards.call_reward(
                 run.reward, group.sample, completion.text, truncated=completion.truncated,
-                think=training.think_of(config), options=options)
+                options=options)
             completion.parts = score.parts
             completion.reward = shaped_reward(config, completion, score.total, limit)
 
@@ -389,7 +391,7 @@ def train_step(run: Run, step: int) -> dict:
     clock.append(time.perf_counter())
 
     # 7. The sampler's copy of the weights follows; its log-probs should equal the trainer's.
-    run.sampler.refresh(run.policy)
+    run.sampler.refresh(fsdp.full_parameters(run.policy))
     for pack, old_S, sampled_S in zip(packs, old_logp, sampler_logp):
         gap_S = (old_S - sampled_S).abs()
         add_sums(sums, {"sampler_gap": sum_and_count(gap_S, weight_B[pack.row_S] > 0)})
@@ -542,6 +544,10 @@ def main(arguments: list[str] | None = None) -> None:
         return training.check_data(config)
     if not run_folder.claim(config):
         return None
+    try:
+        rewards.check_options(json.loads(config.reward_options), rewards.load(config.reward))
+    except ValueError as error:
+        raise SystemExit(f"--reward-options {config.reward_options}: {error}") from None
     for sentence in without_effect(config):
         say(f"note: {sentence}")
     with training.one_run():

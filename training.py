@@ -383,7 +383,7 @@ class Progress:
         self.bad_steps, self.stopped, self.last = 0, False, self.done >= self.config.steps
         self.metrics: dict = {}
         self.log = run_folder.RunLog(run.config) if run.processes.rank == 0 else None
-        run.sampler.refresh(run.policy)
+        run.sampler.refresh(fsdp.full_parameters(run.policy))
         run.sampler.interrupted = watch_signals()
         if state.get("unlogged"):  # the run ended between a checkpoint and its evaluation
             self.evaluate_and_log(state["unlogged"])
@@ -421,7 +421,7 @@ class Progress:
         """Finish a step's metrics. Bad held-out data ends the run, and loses no step."""
         run, config = self.run, self.config
         if config.eval_every and (self.done % config.eval_every == 0 or self.last):
-            run.sampler.refresh(run.policy)
+            run.sampler.refresh(fsdp.full_parameters(run.policy))
             try:
                 metrics = metrics | evaluate(run, self.eval_tokens)[1]
             except ABANDONED as error:

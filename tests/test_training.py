@@ -186,7 +186,7 @@ def test_every_preset_takes_two_steps_on_a_file_in_the_true_format(alone, preset
     """All of the preset's own settings, on the tiny model and with fewer, shorter rollouts."""
     kind, _, file = FILES[preset].rpartition(":")
     spec = f"{kind or 'math500'}:{ROOT}/tests/fixtures/data/{file}"
-    small = dict(model="tiny", data=(spec,), prompts=2, group=2, max_tokens=6, max_tokens_at=(), out=str(tmp_path))
+    small = dict(model="tiny", data=(spec,), prompts=2, group=2, max_tokens=6, max_tokens_at=(), out=str(tmp_path), eval_every=0)
     config = grpo_vl.Config(**(grpo_vl.PRESETS[preset] | small))
     run = training.prepare(config, alone, config.model, beta=config.beta)
     run.sampler.refresh(run.policy)
