@@ -11,7 +11,7 @@ release; [OVR] is Open-Vision-Reasoner, arXiv 2507.05255 (math, choice). Worked,
   ocr        "kitten" read as "sitting": Levenshtein 3, longer length 7, so 4/7
 
 `score` is pure: whatever the model writes becomes a number in bounded time; only the caller's own
-mistakes (task, option, true answer) are errors. A task is a row of TABLE (§6) and its functions.
+mistakes (task, option, true answer) are errors. A task is a row of TABLE (§4) and its functions.
 Departures from the papers and the released code, none of them on a well-formed answer:
 D2 Answers are JSON in absolute pixels of the resized image, as Qwen2.5-VL's. Qwen2-VL's box tokens
    (0-1000), with which [PR1] trained grounding and counting, are read too.
@@ -27,34 +27,37 @@ D2 Answers are JSON in absolute pixels of the resized image, as Qwen2.5-VL's. Qw
 -  Maths follows formulas.py. What it cannot decide in its processor time is 0, and marked so.
 """
 import argparse
-import contextlib
 import functools
 import importlib.util
 import inspect
 import json
 import math
 import os
-import re
-import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
+import readers
 from formulas import boxed, check, equal, library
+from readers import COCO_IDS as COCO_IDS  # this and others: found here by the scripts above
+from readers import (
+    COCO_NAMES,
+    centre,
+    chosen_letters,
+    plain_numbers,
+    read_number,
+    read_objects,
+    read_shapes,
+    split_thinking,
+    think_order,
+)
+from readers import parse_boxes as parse_boxes
+from readers import parse_points as parse_points
+from readers import read_json as read_json
+from readers import read_object as read_object
 
 COMPONENTS = ("format", "f1", "class", "iou", "penalty")  # of detection
-# COCO's 80 names in COCO's order, and their ids: of 1 to 90, ten are not in use.
-COCO_NAMES = re.split("[/\n]", """person/bicycle/car/motorcycle/airplane/bus/train/truck/boat
-traffic light/fire hydrant/stop sign/parking meter/bench/bird/cat/dog/horse/sheep/cow/elephant/bear
-zebra/giraffe/backpack/umbrella/handbag/tie/suitcase/frisbee/skis/snowboard/sports ball
-kite/baseball bat/baseball glove/skateboard/surfboard/tennis racket/bottle/wine glass/cup/fork/knife
-spoon/bowl/banana/apple/sandwich/orange/broccoli/carrot/hot dog/pizza/donut/cake/chair/couch
-potted plant/bed/dining table/toilet/tv/laptop/mouse/remote/keyboard/cell phone/microwave/oven
-toaster/sink/refrigerator/book/clock/vase/scissors/teddy bear/hair drier/toothbrush""")
-COCO_IDS = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]
-
-
 @dataclass(frozen=True)
 class Score:
     """A completion's reward and, by name, the parts it was made of, unweighted."""
@@ -81,14 +84,6 @@ THINK = (" Output the thinking process in <think> </think> and final answer in <
          " tags.")  # [PR1 code] says "final answer (number)"; here they are boxes and texts too
 THINK_AFTER = (" Output the final answer in <answer> </answer> and after it the thinking process in"
                " <think> </think> tags.")
-
-
-def think_order(think: bool | str) -> str:
-    """-> "before" (or True): thinking, then the answer; "after": thinking after the answer, as
-    in Think-After-Answer, arXiv 2503.16188; "" (or False): no thinking is asked for."""
-    order = {False: "", True: "before"}.get(think, think)
-    check(order in ("", "before", "after"), f"think can be before or after, not {think!r}")
-    return order
 
 
 def think_prompt(think: bool | str) -> str:
@@ -123,7 +118,6 @@ def reference(
     return text
 
 
-# ---- §2 true answers -----------------------------------------------------------------------------
 def read_truth(task: str, answer: object) -> object:
     r"""The true answer in its task's one spelling, whatever a data set or a trainer puts around it.
 
@@ -135,261 +129,9 @@ def read_truth(task: str, answer: object) -> object:
     return row_of(task).read(answer)
 
 
-def unwrapped(answer):
-    """What stands in <answer>…</answer>, where a trainer wraps true answers in it."""
-    if isinstance(answer, str) and "</answer>" in answer:
-        return split_thinking(answer)[0]
-    return answer
-
-
-def placed(answer):
-    """A true answer that is JSON, also where it is kept as text."""
-    answer = unwrapped(answer)
-    if not isinstance(answer, str):
-        return answer
-    value = read_json(boxed(answer))
-    check(value is not None, f"this true answer must be JSON, but it is {answer!r:.200}")
-    return value
-
-
-def true_numbers(values, length):
-    """So many numbers as floats, also where they are text; None if they are not that."""
-    if isinstance(values, (str, bytes, dict)):
-        return None
-    try:
-        values = list(values)
-        numbers = [float(value) for value in values]
-    except (TypeError, ValueError, OverflowError):  # no list; no number; too long an integer
-        return None
-    if any(isinstance(value, bool) for value in values):
-        return None
-    return _numbers(numbers, length)
-
-
-def true_box(answer):
-    value = placed(answer)
-    if isinstance(value, list) and len(value) == 1:  # as it would be answered
-        value = value[0]
-    if isinstance(value, dict):
-        value = value.get("bbox_2d")
-    box = true_numbers(value, 4)
-    check(box, f"a true box must be [x1, y1, x2, y2], not {value!r:.200}")
-    upright = box[0] < box[2] and box[1] < box[3]
-    check(upright, f"the true box {box} has x2 ≤ x1 or y2 ≤ y1: is it x, y, w, h? then ?box=xywh")
-    return box
-
-
-def true_points(answer):
-    value = placed(answer)
-    if isinstance(value, (list, tuple)):
-        return [true_point(item) for item in value]
-    number = true_numbers([value], 1)
-    whole = number and number[0] >= 0 and number[0] % 1 == 0
-    form = "a true count must be a whole number from 0 or a list of [x, y]"
-    check(whole, f"{form}, not {value!r:.200}")
-    return int(number[0])
-
-
-def true_point(value):
-    point = value
-    if isinstance(value, dict):
-        point = value.get("point_2d") or [value.get("x"), value.get("y")]
-    point = true_numbers(point, 2)
-    check(point, f"a true point must be [x, y], not {value!r:.200}")
-    return point
-
-
-def true_objects(answer):
-    value = placed(answer)
-    if isinstance(value, dict) and {"target_id", "target_box"} <= value.keys():  # [PR1 code]
-        names = dict(zip(COCO_IDS, COCO_NAMES, strict=True))
-        pairs = zip(value["target_box"], value["target_id"], strict=True)
-        value = [{"bbox_2d": box, "label": names.get(number)} for box, number in pairs]
-    form = 'true objects must be a list of {"bbox_2d", "label"}'
-    check(isinstance(value, (list, tuple)), f"{form}, not {value!r:.200}")
-    objects = []
-    for item in value:
-        whole = isinstance(item, dict) and {"bbox_2d", "label"} <= item.keys()
-        check(whole, f"{form}, not {item!r:.200}")
-        label = item["label"]
-        named = isinstance(label, (str, int, float)) and str(label).strip() != ""
-        check(named, f"a true label must be text, not {label!r:.200}")
-        objects.append({"bbox_2d": true_box(item["bbox_2d"]), "label": str(label)})
-    return objects
-
-
-def true_text(answer):
-    answer = unwrapped(answer)
-    check(answer is not None, "the true answer is missing")
-    plain = isinstance(answer, (str, int, float)) and not isinstance(answer, bool)
-    check(plain, f"the true answer must be text or a number, not {answer!r:.200}")
-    check(str(answer).strip(), "the true answer is empty: every completion would earn 0")
-    return str(answer)
-
-
-def true_formula(answer):
-    formula = boxed(true_text(answer))
-    check(formula, f"the true answer {answer!r:.200} is empty: every completion would earn 0")
-    return formula
-
-
-def true_letter(answer):
-    letter = re.sub(r"\\[a-z]+|[{}\s().:]", "", true_formula(answer))
-    one = re.fullmatch("[A-Za-z]", letter)
-    check(one, f"the true answer of a choice must be one letter, not {answer!r:.200}")
-    return letter.upper()
-
-
-# ---- §3 from a completion to the text of its answer, to boxes and points -------------------------
-BEFORE = re.compile(r"(?s)\s*<think>.*</think>\s*<answer>.*</answer>\s*")
-AFTER = re.compile(r"(?s)\s*<answer>.*</answer>\s*<think>.*</think>\s*")
-
-
-def split_thinking(completion: str, think: bool | str = "before") -> tuple[str, bool]:
-    """-> the answer's text, in either order; whether all has the form asked for, each tag once."""
-    text = completion.partition("<|im_end|>")[0].partition("<|endoftext|>")[0]
-    once = len(re.findall("</?(?:think|answer)>", text)) == 4
-    # [PR1 code] 1 if all has this form, else 0; there a newline broke it, here it does not.
-    form = AFTER if think_order(think) == "after" else BEFORE
-    formed = once and form.fullmatch(text) is not None
-    # Outside of all thinking: what follows it, or what came first.
-    head, opened, _ = text.partition("<think>")
-    tail = text.rpartition("</think>")[2]
-    if "<think>" in tail:
-        tail = ""  # still thinking
-    if not opened:
-        head = ""
-    head = head.rpartition("</think>")[2]
-    answer = tail
-    if "<answer>" not in tail and ("<answer>" in head or not tail.strip()):
-        answer = head
-    return answer.rpartition("<answer>")[2].partition("</answer>")[0].strip(), formed
-
-
-# Digits are bounded and repeats never touch, so that the patterns stay linear in the text.
-NUMBER = r"\s*(-?[0-9]{1,7}(?:\.[0-9]{1,20})?)\s*"
-PAIR = f"{NUMBER},{NUMBER}"
-CORNERS = rf"\({PAIR}\),\s*\({PAIR}\)"
-KEYED = re.compile(rf'"(?:bbox|point)_2d"\s*:\s*\[{PAIR}(?:,{PAIR})?\]')
-LOOSE = re.compile(rf"\[{PAIR},{PAIR}\]|\({PAIR},{PAIR}\)|{CORNERS}")  # the spellings of [PR1 code]
-TOKENS = re.compile(r"<\|object_ref_start\|>[^<]*<\|object_ref_end\|>"  # [PR1 code], its pipes
-                    r"(?:<\|box_start\|>[^<]*<\|box_end\|>)+")  # escaped: a name, then boxes
-TAG = re.compile("<points?(?= )[^<>]*>")  # <point x="1" y="2"> or <points x1="1" y1="2" x2=…>
-TAGS = re.compile(r"(?:<points?(?= )[^<>]*>[^<>]*</points?>\s*)+")
-MARK = re.compile(rf'\bx([0-9]{{0,4}})="{NUMBER}" y\1="{NUMBER}"')
-
-
-def parse_boxes(completion: str, image_size=None) -> list[list[float]]:
-    """All boxes that can be made out in the answer, in good form or not: what pictures show."""
-    shapes, _ = _shapes(split_thinking(completion)[0], image_size)
-    return [shape for shape in shapes if len(shape) == 4]
-
-
-def parse_points(completion: str, image_size=None) -> list[list[float]]:
-    """All points, or centres of boxes, that can be made out in the answer."""
-    shapes, _ = _shapes(split_thinking(completion)[0], image_size)
-    return [_centre(shape) for shape in shapes]
-
-
-def _shapes(text, image_size):
-    """-> boxes and points in the order said; the form: tokens, list, bare, plain or "" (none)."""
-    if "<|box_start|>" in text:
-        boxes_N4 = np.array(re.findall(CORNERS, text), float).reshape(-1, 4)
-        boxes_N4 *= np.tile(image_size or (1000, 1000), 2) / 1000
-        whole = TOKENS.fullmatch(text) and len(boxes_N4) == text.count("<|box_start|>")
-        return boxes_N4.tolist(), "tokens" if whole else ""
-    if tags := TAG.findall(text):
-        points = [[float(x), float(y)] for tag in tags for _, x, y in MARK.findall(tag)]
-        return points, "plain" if points and TAGS.fullmatch(text) else ""
-    items = read_json(text)
-    if box := _numbers(items, 4):
-        return [box], "bare"
-    shapes = _nested(items)
-    if isinstance(items, list):
-        keys = [{"bbox_2d", "point_2d"} & set(item) for item in items if isinstance(item, dict)]
-        if len(shapes) != len(items):
-            return shapes, ""
-        return shapes, "list" if len(keys) == len(items) and all(keys) else "plain"
-    if shapes:
-        return shapes, ""
-    # Prose, or a list cut short: keyed coordinates first, as a label may hold numbers.
-    found = list(KEYED.finditer(text)) or LOOSE.finditer(text)
-    return [[float(n) for n in match.groups() if n is not None] for match in found], ""
-
-
-def _nested(value):
-    """The boxes and points in a JSON value, under whatever keys, in their order."""
-    shapes, left = [], [value]
-    while left:
-        item = left.pop()
-        shape = _shape(item)
-        if shape:
-            shapes.append(shape)
-        elif isinstance(item, dict):
-            left += reversed(item.values())
-        elif isinstance(item, list):
-            left += reversed(item)
-    return shapes
-
-
-def _shape(item):
-    """A box or a point; None if it is neither."""
-    if not isinstance(item, dict):
-        return _numbers(item, 4) or _numbers(item, 2)
-    corners = [item.get(name) for name in ("x1", "y1", "x2", "y2")]
-    keyed = _numbers(item.get("bbox_2d"), 4) or _numbers(item.get("point_2d"), 2)
-    return keyed or _numbers(corners, 4) or _numbers([item.get("x"), item.get("y")], 2)
-
-
-def _centre(shape):
-    return [(shape[0] + shape[-2]) / 2, (shape[1] + shape[-1]) / 2]  # a point's is itself
-
-
-def read_json(text):
-    """The value of a JSON text, bare or in a ```json fence; None if it is not JSON."""
-    text = text.removeprefix("```json").removeprefix("```").removesuffix("```")
-    with contextlib.suppress(ValueError, RecursionError):  # not JSON; nested too deeply
-        return json.loads(text, parse_int=float)  # int() refuses long numbers, float() says inf
-    return None
-
-
-def _numbers(value, length):
-    """A list of so many numbers as floats; None if it is not, or has NaN or impossible sizes."""
-    if not isinstance(value, (list, tuple)) or len(value) != length:
-        return None
-    if any(type(n) not in (int, float) or not abs(n) <= 1e7 for n in value):  # no bool, no NaN
-        return None
-    return [float(n) for n in value]
-
-
-def read_object(item):
-    """(box, label) of {"bbox_2d", "label"}; None without an upright box or without a label."""
-    if not isinstance(item, dict):
-        return None
-    box, label = _numbers(item.get("bbox_2d"), 4), item.get("label")
-    if not box or box[0] > box[2] or box[1] > box[3]:
-        return None
-    return (box, label) if isinstance(label, str) and label else None
-
-
-def read_objects(completion: str) -> tuple[list[tuple], int]:
-    """-> (box, label) of each whole object in the answer; how many items were said.
-
-    Of anything but a JSON list, the whole objects count, and all the rest is one item more: the
-    prose around them, the end that was cut off, the list that is missing around a lone object.
-    """
-    text = split_thinking(completion)[0]
-    items = read_json(text)
-    if not isinstance(items, list):
-        items = [read_json(piece) for piece in re.findall(r"\{[^{}]*\}", text)]
-        items.append(None)
-    pairs = [read_object(item) for item in items]
-    return [pair for pair in pairs if pair], len(items)
-
-
-# ---- §4 perception: each rule returns its reward and its parts -----------------------------------
+# ---- §2 perception: each rule returns its reward and its parts -----------------------------------
 def grounding(text, true, image_size, truncated, weight, iou_power):
-    shapes, form = _shapes(text, image_size)
+    shapes, form = read_shapes(text, image_size)
     boxes = [shape for shape in shapes if len(shape) == 4]
     boxes = [box for box in boxes if box[0] <= box[2] and box[1] <= box[3]]
     one = len(boxes) == len(shapes) == 1
@@ -428,24 +170,13 @@ def matched(cost_NM, matching):
     return library("scipy.optimize", "scipy").linear_sum_assignment(cost_NM)
 
 
-def said_number(text):
-    """The whole number that is all of an answer: 2, "2.", **2**, {"count": 2}; None without."""
-    if "\\boxed{" in text:
-        text = boxed(text)
-    value = read_json(text)
-    if isinstance(value, dict) and _numbers(list(value.values()), 1):
-        text = f"{next(iter(value.values())):g}"
-    number = re.fullmatch(r"[*_$ ]{0,9}([0-9]{1,6})(?:\.0{1,9})?[*_$ .]{0,9}", text)
-    return int(number[1]) if number else None
-
-
 def counting(text, true, image_size, truncated, weight, matching):
-    shapes, form = _shapes(text, image_size)
+    shapes, form = read_shapes(text, image_size)
     bare = isinstance(true, int)  # the data has no points: then a bare number is an answer too
     formed = form in ("list", "tokens", "plain")
     said, wanted = len(shapes), true if bare else len(true)
     if not shapes and not formed:
-        said = said_number(text)
+        said = read_number(text)
         formed = bare and said is not None
     gate = float(formed and not truncated)
     count = distance = 0.0  # what cannot be read is wrong, not "none"
@@ -461,7 +192,7 @@ def counting(text, true, image_size, truncated, weight, matching):
 
 def closeness(shapes, true, image_size, matching):
     """1 − mean distance of the matched points / the image's diagonal, at least 0."""
-    points_N2 = np.array([_centre(shape) for shape in shapes])
+    points_N2 = np.array([centre(shape) for shape in shapes])
     offsets_NM2 = points_N2[:, None] - np.array(true)[None]
     distance_NM = np.linalg.norm(offsets_NM2, axis=-1)
     mean = distance_NM[matched(distance_NM, matching)].mean().item()
@@ -532,7 +263,7 @@ def ocr(text, true, image_size, truncated, weight):
     return similarity, {"similarity": similarity}
 
 
-# ---- §5 maths and choice -------------------------------------------------------------------------
+# ---- §3 maths and choice -------------------------------------------------------------------------
 def maths(text, true, image_size, truncated, weight, exact):
     said = ""
     if "\\boxed{" in text and not truncated:
@@ -544,52 +275,12 @@ def maths(text, true, image_size, truncated, weight, exact):
     return float(same), {"correct": float(same)}
 
 
-# An option letter that is meant as one, strongest form first: in a box, after "answer is", alone.
-COMMAND = re.compile(r"\\(?:text|math|operator)[a-z]{0,6}\s?\{([^{}]*)\}")  # \text{E} is E
-IN_BOX = re.compile(r"\\(?:boxed|fbox)\s?\{([^{}]*(?:\{[^{}]*\}[^{}]*)?)\}")
-STATED = re.compile(r"(?:(?i:answer|option|choice)[*_\"]*\s?(?i:is|:|=)|答案(?:应?[是为選选]|:)"
-                    r"|(?<!不)[选選][择擇]?(?![项項]):?)\s*(?=([^\n]{0,80}))")
-ALONE = re.compile(r"(?:^|(?<=\s))[(*\[$]*([A-Z])(?:[).:*$\]]+(?=\s|$)|[^\S\n]*$)", re.MULTILINE)
-# Not the I of "I think", nor the A of "A circle"; that of "A because …" is one.
-GOES_ON = "(?:and|or|as|because|since|is|but|for|so|given|due|based|if|which|with|from) "
-LETTER = rf"(?:[B-HJ-Z]|I(?! [a-z])|A(?! (?!{GOES_ON})[a-z]))"
-LEADING = re.compile(rf"(?:(?:the|option|choice) )*({LETTER}(?: (?:or |and )?{LETTER})*)(?: |$)")
-SMALL = re.compile(r"[*$\[ ]{0,9}(?:\(([a-z])\)|([a-z])[).\]*$ ]{0,9}$)")  # (e), or e and no more
-
-
-def chosen_letters(text: str) -> set[str]:
-    """The letters given in the strongest form that the text has. Two letters are a hedge: wrong."""
-    text = unicodedata.normalize("NFKC", text)  # （B） is (B)
-    text = COMMAND.sub(r"\1", COMMAND.sub(r"\1", text))
-    for form in (IN_BOX, STATED):
-        letters = set()
-        for said in list(dict.fromkeys(form.findall(text)))[:100]:
-            letters |= named_letters(said)
-        if letters:
-            return letters
-    text = re.sub(r"^(?i:option |choice |answer |选项)\s?", "", text)
-    if small := SMALL.fullmatch(text):
-        return {(small[1] or small[2]).upper()}
-    return set(ALONE.findall(text)) if ALONE.match(text) else set()
-
-
-def named_letters(said):
-    """The option letters that a statement begins with: "(B) since A…" B, "A or B" both."""
-    if small := SMALL.match(said.strip()):
-        return {(small[1] or small[2]).upper()}
-    said = re.sub(r"(?<=\w)[).:]\s*(?=\w)", " | ", said)  # the A of "A. circle" is one
-    said = re.sub(r"([A-Z])(?=[一-鿿])", r"\1 ", said)
-    said = re.sub(r"\\[a-z]+|[^\w'|]+", " ", said).strip()
-    match = LEADING.match(said)
-    return set(re.findall(r"\b[A-Z]\b", match[1])) if match else set()
-
-
 def choice(text, true, image_size, truncated, weight):
     right = float(chosen_letters(text) == {true} and not truncated)
     return right, {"correct": right}
 
 
-# ---- §6 the table of tasks -----------------------------------------------------------------------
+# ---- §4 the table of tasks -----------------------------------------------------------------------
 def whole_pixels(values):
     return [round(value) for value in values]
 
@@ -619,20 +310,20 @@ def write_formula(true, question):
 TABLE = {
     "grounding": Task(
         prompt="Output the bounding box of the {} in the image.",  # [PR1 T8]
-        read=true_box, write=write_box, rule=grounding, seen="the {}",
+        read=readers.true_box, write=write_box, rule=grounding, seen="the {}",
         right=lambda parts: float(parts["iou"] > 0.5),
         options={"iou_power": (1, 2)},  # 1 [PR1 §4.1], 2 [PR1 code]
     ),
     "counting": Task(
         prompt="Output all the bounding boxes of the {}",  # [PR1 T8]
-        read=true_points, write=write_points, rule=counting, seen="the {}",
+        read=readers.true_points, write=write_points, rule=counting, seen="the {}",
         right=lambda parts: float(parts["count"] == 1),
         options={"matching": ("optimal", "order")},  # order: [PR1 T5] "w/o reward matching"
     ),
     "detection": Task(
         prompt="Please output bbox coordinates and names of {}.",  # [PR1 T8]
         question=", ".join(COCO_NAMES),  # [PR1 T8]
-        read=true_objects, write=write_objects, rule=detection, seen="objects",
+        read=readers.true_objects, write=write_objects, rule=detection, seen="objects",
         right=lambda parts: parts["f1"],
         options={
             "matching": ("iou", "detr", "order"),  # [PR1 §4.2], [PR1 code], [PR1 T5]
@@ -642,18 +333,18 @@ TABLE = {
     ),
     "ocr": Task(
         prompt="{}", question="OCR this image.",  # [PR1 T8]
-        read=true_text, write=write_text, rule=ocr, seen="text",
+        read=readers.true_text, write=write_text, rule=ocr, seen="text",
         right=lambda parts: parts["similarity"],
     ),
     "math": Task(
         prompt="{}\nPut the final answer in \\boxed{{}}.",  # ours: OVR's prompts are not published
-        read=true_formula, write=write_formula, rule=maths, seen="a question",
+        read=readers.true_formula, write=write_formula, rule=maths, seen="a question",
         right=lambda parts: parts["correct"], format_weight=0.0,
         options={"exact": (False, True)},  # False: by formulas.py; True: the same text [OVR §3.2]
     ),
     "choice": Task(
         prompt="{}\nAnswer with the letter of the right option.",  # ours
-        read=true_letter, write=write_text, rule=choice, seen="a question with options",
+        read=readers.true_letter, write=write_text, rule=choice, seen="a question with options",
         right=lambda parts: parts["correct"], format_weight=0.0,
     ),
 }  # fmt: skip
@@ -663,7 +354,7 @@ QUESTIONS = {name: row.question for name, row in TABLE.items() if row.question}
 OPTIONS = {name: row.options for name, row in TABLE.items() if row.options}
 
 
-# ---- §7 the score --------------------------------------------------------------------------------
+# ---- §5 the score --------------------------------------------------------------------------------
 def score(
     task: str, completion: str, answer: object, image_size=None, *, truncated=False,
     think: bool | str = False, format_weight: float | None = None, sample=None, **options,
@@ -681,7 +372,7 @@ def score(
         allowed = row.options[name]
         check(fits(name, value, allowed), f"{name} in {task} can be {allowed}, not {value!r}")
     check(isinstance(completion, str), f"a completion must be text, not {type(completion)}")
-    sized = image_size is None or (_numbers(image_size, 2) and min(image_size) > 0)
+    sized = image_size is None or (plain_numbers(image_size, 2) and min(image_size) > 0)
     check(sized, f"image_size must be [W, H] in pixels, not {image_size!r:.200}")
     settings = {name: values[0] for name, values in row.options.items()} | options
     weight = row.format_weight if format_weight is None else format_weight
@@ -696,7 +387,7 @@ def score(
 def fits(name, value, allowed):
     """Whether an option can have this value."""
     if name == "penalty":
-        return _numbers([value], 1) is not None and value >= 0
+        return plain_numbers([value], 1) is not None and value >= 0
     if name == "components":
         return isinstance(value, (list, tuple)) and set(value) <= set(COMPONENTS)
     return value in allowed
@@ -709,7 +400,7 @@ def correct(
     return row_of(task).right(score(task, completion, answer, image_size, think=think).parts)
 
 
-# ---- §8 rewards of one's own ---------------------------------------------------------------------
+# ---- §6 rewards of one's own ---------------------------------------------------------------------
 def load(spec: str) -> Callable:
     """What scores a completion: `score`, or the function that "path.py:function" names.
 
@@ -802,7 +493,7 @@ def check_options(options: dict, reward: Callable = score) -> None:
         if name == "think":
             think_order(value)
         elif name == "format_weight":
-            number = value is None or _numbers([value], 1)
+            number = value is None or plain_numbers([value], 1)
             check(number, f"format_weight must be a number, not {value!r}")
         else:
             check(name in names, f"no task has an option {name!r}; there are {sorted(names)}")
@@ -811,7 +502,7 @@ def check_options(options: dict, reward: Callable = score) -> None:
             check(possible, f"{name} can be {', '.join(map(str, ranges))}, not {value!r}")
 
 
-# ---- §9 command line -----------------------------------------------------------------------------
+# ---- §7 command line -----------------------------------------------------------------------------
 def main() -> None:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form, allow_abbrev=False)
