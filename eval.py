@@ -23,6 +23,7 @@ import shutil
 import sys
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -49,22 +50,36 @@ Out = Annotated[str, Doc("where to write; empty: in the (last) run folder")]
 
 
 def read_predictions(path, *, task: str = "", answers: bool = False) -> list[dict]:
-    """The rows of a file, each with "where" it stands and its "id" as text."""
+    """The rows of a file, each with "where" it stands and its "id" as text.
+
+    task: the rows' own tasks must agree with it. answers: each row must have its true answer.
+    Errors: ValueError naming file, line and what to do.
+    """
     rows = []
     for where, raw in formats.read_rows(Path(path)):
         with datasets.blame(where):
             row = json.loads(raw) if isinstance(raw, bytes) else raw
-            good = isinstance(row, dict) and isinstance(row.get("completion"), str)
-            if not good or not {"id", "image_id"} & row.keys() or (answers and "answer" not in row):
-                raise ValueError('a row needs "id" or "image_id", a text "completion", an "answer"')
-            own = row.get("task", task)
-            if task not in ("", own) and {task, own} != {"math", "choice"}:  # benchmarks mix them
-                raise ValueError(f"this row's task is {own}, but --task is {task}: give --task "
-                                 f"{own} or a file of {task} alone (math and choice may mix)")
-            rows.append(row | {"where": where, "id": str(row.get("id", row.get("image_id")))})
+            check_prediction(row, task, answers)
+        name = row.get("id", row.get("image_id"))
+        rows.append(row | {"where": where, "id": str(name)})
     if not rows:
         raise ValueError(f"{path}: there are no rows in this file")
     return rows
+
+
+def check_prediction(row, task: str, answers: bool) -> None:
+    """Errors: ValueError if a row lacks what scoring needs, or is of another task."""
+    complete = isinstance(row, dict) and isinstance(row.get("completion"), str)
+    if complete and "id" not in row:
+        complete = "image_id" in row
+    if complete and answers:
+        complete = "answer" in row
+    if not complete:
+        raise ValueError('a row needs "id" or "image_id", a text "completion", an "answer"')
+    own = row.get("task", task)
+    if task not in ("", own) and {task, own} != {"math", "choice"}:  # benchmarks mix these two
+        raise ValueError(f"this row's task is {own}, but --task is {task}: give --task "
+                         f"{own} or a file of {task} alone (math and choice may mix)")
 
 
 # ---- §2 metrics: what a row is worth, then the mean ----------------------------------------------
@@ -72,12 +87,24 @@ def grounding(row) -> dict:
     """[PR1 §4.3] acc@t: the first box has IoU ≥ t; centre_acc: its centre is in the true box."""
     text, answer, size = row["completion"], row["answer"], row.get("image_size")
     iou = rewards.score("grounding", text, answer, size).parts["iou"]
-    values = {f"acc@{t}": float(iou >= t) for t in (0.5, 0.75, 0.95)}
-    values["acc_mean"] = sum(values.values()) / 3  # the paper's "Avg"
-    left, top, right, low = json.loads(answer) if isinstance(answer, str) else answer
-    inside = [left <= (x1 + x2) / 2 <= right and top <= (y1 + y2) / 2 <= low
-              for x1, y1, x2, y2 in rewards.parse_boxes(text, size)[:1]]
-    return values | {"centre_acc": float(any(inside)), "mean_iou": iou}
+    accuracies = {f"acc@{t}": float(iou >= t) for t in (0.5, 0.75, 0.95)}
+    mean = fmean(accuracies.values())  # the paper's "Avg"
+    inside = False
+    boxes = rewards.parse_boxes(text, size)
+    if boxes:
+        inside = contains_centre(answer, boxes[0])
+    others = {"acc_mean": mean, "centre_acc": float(inside), "mean_iou": iou}
+    return accuracies | others
+
+
+def contains_centre(answer, box) -> bool:
+    """Is the centre of `box` in the true box?"""
+    if isinstance(answer, str):
+        answer = json.loads(answer)
+    left, top, right, bottom = answer
+    x1, y1, x2, y2 = box
+    x, y = (x1 + x2) / 2, (y1 + y2) / 2
+    return left <= x <= right and top <= y <= bottom
 
 
 def counting(row) -> dict:
@@ -90,78 +117,125 @@ def ocr(row) -> dict:
     from rapidfuzz.distance import Levenshtein
     if not isinstance(row["answer"], str):
         raise ValueError(f"the answer in ocr must be text, not {row['answer']!r:.60}")
-    said, true = rewards.split_thinking(row["completion"])[0], row["answer"].strip()
-    words, true_words = (set(text.split()) or {""} for text in (said, true))  # "": no word
+    said = rewards.split_thinking(row["completion"])[0]
+    true = row["answer"].strip()
+    distance = Levenshtein.normalized_distance(said, true)
+    words = set(said.split()) or {""}  # "": no word
+    true_words = set(true.split()) or {""}
     hits = len(words & true_words)
-    return {"edit_distance": Levenshtein.normalized_distance(said, true),
-            "f1": 2 * hits / (len(words) + len(true_words)),
-            "precision": hits / len(words), "recall": hits / len(true_words)}
+    # P = hits/|said|, R = hits/|true|, F1 = 2PR/(P + R) = 2·hits/(|said| + |true|)
+    f1 = 2 * hits / (len(words) + len(true_words))
+    precision = hits / len(words)
+    recall = hits / len(true_words)
+    return {"edit_distance": distance, "f1": f1, "precision": precision, "recall": recall}
 
 
 def over_samples(rows, task: str) -> dict:
     """[ORZ] Mean accuracy of a question's k samples, then of the questions; pass@1 … pass@k."""
-    tries = {}
+    tries = {}  # of each question: 1 for a right sample, 0 for a wrong one
+    cut = 0
     for row in rows:
+        truncated = bool(row.get("truncated"))  # a cut one is wrong
+        own = row.get("task", task)
         with datasets.blame(row["where"]):
-            inputs = row.get("task", task), row["completion"], row["answer"]
-            score = rewards.score(*inputs, truncated=bool(row.get("truncated")))  # a cut one: 0
-            tries.setdefault(row["id"], []).append(int(score.parts["correct"]))
-    least, cut = min(map(len, tries.values())), sum(bool(row.get("truncated")) for row in rows)
+            score = rewards.score(own, row["completion"], row["answer"], truncated=truncated)
+        right = int(score.parts["correct"])
+        tries.setdefault(row["id"], []).append(right)
+        cut += truncated
+    least = min(map(len, tries.values()))
+    powers = {2**power for power in range(least.bit_length())}
     result = {"accuracy": fmean(map(fmean, tries.values()))}
-    for k in sorted({2**power for power in range(least.bit_length())} | {least}):
-        # pass@k = 1 − C(n − c, k) / C(n, k), unbiased, with c of n right  [arXiv 2107.03374 Eq. 1]
-        missed = fmean(math.comb(n.count(0), k) / math.comb(len(n), k) for n in tries.values())
-        result[f"pass@{k}"] = 1 - missed
+    for k in sorted(powers | {least}):
+        result[f"pass@{k}"] = fmean(pass_at(k, right) for right in tries.values())
     return result | {"questions": len(tries), "truncated": cut}
+
+
+def pass_at(k: int, right: list[int]) -> float:
+    """The chance that one of k samples is right, unbiased, from n ≥ k samples of 0 and 1."""
+    n = len(right)
+    c = sum(right)
+    # pass@k = 1 − C(n − c, k) / C(n, k)  [arXiv 2107.03374 Eq. 1]
+    return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
 def average_precision(rows, annotations: str = "") -> dict:
     """[PR1 §4.3] AP, AP50, AP75 by pycocotools: all scores are 1.0, so equals keep their order."""
-    from pycocotools import coco, cocoeval
-    truth = json.loads(Path(annotations).read_bytes()) if annotations else truth_of_rows(rows)
+    if annotations:
+        truth = json.loads(Path(annotations).read_bytes())
+    else:
+        truth = truth_of_rows(rows)
     if not isinstance(truth, dict) or not {"images", "annotations", "categories"} <= truth.keys():
         raise ValueError(f"{annotations}: images, annotations and categories are expected")
     numbers = {category["name"]: category["id"] for category in truth["categories"]}
-    images, said = {str(image["id"]): image for image in truth["images"]}, []
+    images = {str(image["id"]): image for image in truth["images"]}
+    said = []
     for row in rows:
         with datasets.blame(row["where"]):
             image = images.pop(str(row.get("image_id", row["id"])), None)
             if image is None:
                 raise ValueError("its image is not there, or was answered before")
-            items = rewards.read_json(rewards.split_thinking(row["completion"])[0])
-            things = map(rewards.read_object, items if isinstance(items, list) else [])
-            for box, label in filter(None, things):  # a malformed one is None
+            for box, label in said_objects(row["completion"]):
                 if annotations and row.get("image_size"):
-                    box = pictures.scale(box, row["image_size"], (image["width"], image["height"]))
-                said.append(coco_item(image["id"], numbers.get(label), box))  # unknown: in no class
+                    frame = image["width"], image["height"]
+                    box = pictures.scale(box, row["image_size"], frame)
+                number = numbers.get(label)  # None: in no class
+                said.append(coco_item(image["id"], number, box))
+    stats = coco_stats(truth, said)
+    return dict(zip(("AP", "AP50", "AP75"), stats), images_without_prediction=len(images))
+
+
+def said_objects(completion: str) -> list:
+    """The (box, label) pairs of an answer; a malformed one is left out."""
+    items = rewards.read_json(rewards.split_thinking(completion)[0])
+    if not isinstance(items, list):
+        return []
+    return [*filter(None, map(rewards.read_object, items))]
+
+
+def coco_stats(truth: dict, said: list[dict]) -> list:
+    """COCO's twelve numbers; None where there are no boxes of that kind."""
+    from pycocotools import coco, cocoeval
     true, found = coco.COCO(), coco.COCO()
-    true.dataset, found.dataset = truth, truth | {"annotations": said}
+    true.dataset = truth
+    found.dataset = truth | {"annotations": said}
     with contextlib.redirect_stdout(None):  # it prints tables
         for index in (true, found):
-            for number, item in enumerate(index.dataset["annotations"], 1):
-                absent = {"iscrowd": 0, "area": item["bbox"][2] * item["bbox"][3]}
-                item |= absent | item | {"id": number}  # an id of 0 would mean "no match"
+            complete(index.dataset["annotations"])
             index.createIndex()
         result = cocoeval.COCOeval(true, found, "bbox")
-        for work in (result.evaluate, result.accumulate, result.summarize):
-            work()
-    shares = [float(value) if value >= 0 else None for value in result.stats]  # -1: no boxes
-    return dict(zip(("AP", "AP50", "AP75"), shares), images_without_prediction=len(images))
+        result.evaluate()
+        result.accumulate()
+        result.summarize()
+    return [float(value) if value >= 0 else None for value in result.stats]  # -1: no boxes
+
+
+def complete(annotations: list[dict]) -> None:
+    """What pycocotools needs and files may lack. Ids start at 1: 0 would mean "no match"."""
+    for number, item in enumerate(annotations, 1):
+        width, height = item["bbox"][2:]
+        item["id"] = number
+        item.setdefault("iscrowd", 0)
+        item.setdefault("area", width * height)
 
 
 def truth_of_rows(rows) -> dict:
     """COCO instances of the rows' own answers, in the frame that the model saw."""
-    images, annotations = [{"id": str(row.get("image_id", row["id"]))} for row in rows], []
-    for image, row in zip(images, rows):
+    images, annotations = [], []
+    for row in rows:
+        image = str(row.get("image_id", row["id"]))
+        images.append({"id": image})
         with datasets.blame(row["where"]):
-            annotations += [coco_item(image["id"], thing["label"], thing["bbox_2d"])
-                            for thing in rewards.read_truth("detection", row["answer"])]
-    categories = [{"id": name, "name": name} for name in {a["category_id"] for a in annotations}]
+            for thing in datasets.read_answer("detection", row["answer"]):
+                annotations.append(coco_item(image, thing["label"], thing["bbox_2d"]))
+    names = {item["category_id"] for item in annotations}
+    categories = [{"id": name, "name": name} for name in names]
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
 def coco_item(image, category, box) -> dict:
-    bbox = [box[0], box[1], box[2] - box[0], box[3] - box[1]]
+    """A box [x1, y1, x2, y2] as COCO writes it: [x, y, width, height]."""
+    x1, y1, x2, y2 = box
+    bbox = [x1, y1, x2 - x1, y2 - y1]
     return {"image_id": image, "category_id": category, "bbox": bbox, "score": 1.0}
 
 
@@ -171,10 +245,11 @@ def score_predictions(task: str, rows: list[dict], annotations: str = "") -> dic
         return average_precision(rows, annotations)
     if task in ("math", "choice"):
         return over_samples(rows, task)
+    score_row = {"grounding": grounding, "counting": counting, "ocr": ocr}[task]
     values = []
     for row in rows:
         with datasets.blame(row["where"]):
-            values.append({"grounding": grounding, "counting": counting, "ocr": ocr}[task](row))
+            values.append(score_row(row))
     return {name: fmean(value[name] for value in values) for name in values[0]}
 
 
@@ -186,25 +261,43 @@ def metrics(task: Task, predictions: Path, annotations: Annotations = "") -> Non
     print(json.dumps({"task": task, "samples": len(rows)} | result))
 
 
-def beside_paper(task: str, result: dict) -> str:
-    """In percent: what was measured, and under it the paper's rows with their models' names."""
-    papers = json.loads(Path(__file__).with_name("results").joinpath("papers.json").read_bytes())
-    columns, *rows = papers["math" if task == "choice" else task]
-    shares = [result[name] for name in columns.partition(" [")[0].split()]
-    measured = " ".join("-" if share is None else f"{100 * share:.1f}" for share in shares)
-    return f"{columns}, in percent\nmeasured here: {measured}\n" + "\n".join(rows)
+# ---- §3 the papers' protocols, and what they report ----------------------------------------------
+PAPERS = Path(__file__).with_name("results") / "papers.json"
 
 
-# ---- §3 running a model --------------------------------------------------------------------------
-PROTOCOL = {  # tokens of the longest answer, samples a question, repetition penalty
-    "grounding": (512, 1, 1.05), "counting": (512, 1, 1.0),  # [PR1 code], these four
-    "ocr": (2048, 1, 1.0), "detection": (4096, 1, 1.0),
-    "math": (49152, 16, 1.0), "choice": (49152, 16, 1.0)}  # unstated: OVR's last 48k, 16 of [ORZ]
+@dataclass(frozen=True)
+class Protocol:
+    """How a paper answers a benchmark, and where its own rows stand."""
+    max_tokens: int  # of the longest answer
+    samples: int  # answers to a question; 1: greedy, more: T = 1
+    penalty: float  # on repetition
+    rows: str  # key in results/papers.json: metrics and source, then a row a benchmark
+
+
+PROTOCOLS = {
+    "grounding": Protocol(512, 1, 1.05, "grounding"),  # [PR1 code], these four
+    "counting": Protocol(512, 1, 1.0, "counting"),
+    "ocr": Protocol(2048, 1, 1.0, "ocr"),
+    "detection": Protocol(4096, 1, 1.0, "detection"),
+    "math": Protocol(49152, 16, 1.0, "math"),  # unstated: OVR's last 48k tokens, 16 of [ORZ]
+    "choice": Protocol(49152, 16, 1.0, "math")}
 PROMPTS = rewards.PROMPTS | {  # [PR1 code] evaluates two with others; <image> is literal
     "ocr": "<image>\nOCR this image: ", "detection": "Locate every item from the category list in "
         "the image and output the coordinates in JSON format. The category set includes {}."}
 
 
+def beside_paper(task: str, result: dict) -> str:
+    """In percent: what was measured, and under it the paper's rows with their models' names."""
+    columns, *rows = json.loads(PAPERS.read_bytes())[PROTOCOLS[task].rows]
+    names = columns.partition(" [")[0].split()
+    measured = []
+    for name in names:
+        share = result[name]
+        measured.append("-" if share is None else f"{100 * share:.1f}")
+    return "\n".join([f"{columns}, in percent", f"measured here: {' '.join(measured)}", *rows])
+
+
+# ---- §4 running a model --------------------------------------------------------------------------
 def answer_all(run, per_question: int, max_tokens: int, limit: int, penalty: float = 1.0):
     """A row for each answer to each of the first `limit` samples (0: all), equal on all ranks."""
     import qwen_vl
@@ -236,16 +329,26 @@ def run(model: str, task: Task, data: Data, out: Out, samples: Samples = 0, thin
     import fsdp
     import grpo_vl
     import training
-    tokens, tries, penalty = PROTOCOL[task]
+    protocol = PROTOCOLS[task]
+    samples_per_question = samples_per_question or protocol.samples
+    max_tokens = max_tokens or protocol.max_tokens
+    penalty = protocol.penalty
     config = grpo_vl.Config(model=model, data=[*data], think=think, max_pixels=16384 * 28 * 28)
-    processes, file = fsdp.start_processes(config.timeout), Path(out) / "predictions.jsonl"
+    processes = fsdp.start_processes(config.timeout)
     run = training.prepare(config, processes, model)
-    rows = answer_all(run, samples_per_question or tries, max_tokens or tokens, samples, penalty)
+    rows = answer_all(run, samples_per_question, max_tokens, samples, penalty)
     if processes.rank == 0:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        file = Path(out) / "predictions.jsonl"
+        write_rows(file, rows)
         metrics(task, file, annotations)
     fsdp.leave()
+
+
+def write_rows(file: Path, rows) -> None:
+    """JSONL; its folder is made."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(row) + "\n" for row in rows]
+    file.write_text("".join(lines))
 
 
 def curriculum(model: str, data: Data, out: Out, low: float = 0.1, high: float = 0.9,
@@ -256,26 +359,42 @@ def curriculum(model: str, data: Data, out: Out, low: float = 0.1, high: float =
     import grpo_vl
     import training
     config = grpo_vl.Config(model=model, data=data)
-    processes, folder = fsdp.start_processes(config.timeout), Path(out)
-    run, tries, rows = training.prepare(config, processes, model), {}, []
+    processes = fsdp.start_processes(config.timeout)
+    run = training.prepare(config, processes, model)
     run.eval_data = run.data
-    for row in answer_all(run, samples_per_question, max_tokens, samples):
-        inputs = row["task"], row["completion"], row["answer"], row["image_size"]
-        tries.setdefault(row["id"], []).append(rewards.correct(*inputs))
+    answers = answer_all(run, samples_per_question, max_tokens, samples)
     if processes.rank == 0:
-        (folder / "images").mkdir(parents=True, exist_ok=True)
-        for sample in map(run.data.at, range(len(tries))):
-            rate = fmean(tries[sample.id])
-            if low <= rate <= high:
-                names = [f"images/{len(rows)}-{i}.png" for i in range(len(sample.images))]
-                for name, image in zip(names, sample.images):
-                    image.save(folder / name)
-                rows += [dict(id=sample.id, task=sample.task, question=sample.question,
-                              images=names, answer=sample.answer, pass_rate=rate)]
-        rows.sort(key=lambda row: -row["pass_rate"])
-        (folder / "curriculum.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        print(f"kept {len(rows)} of {len(tries)} samples in {folder / 'curriculum.jsonl'}")
+        rates = pass_rates(answers)
+        drawn = [run.data.at(index) for index in range(len(rates))]
+        kept = [sample for sample in drawn if low <= rates[sample.id] <= high]
+        file = Path(out) / "curriculum.jsonl"
+        write_rows(file, curriculum_rows(kept, rates, file.parent))
+        print(f"kept {len(kept)} of {len(rates)} samples in {file}")
     fsdp.leave()
+
+
+def pass_rates(answers: list[dict]) -> dict[str, float]:
+    """Of each sample by id: the mean of rewards.correct over its answers."""
+    tries = {}
+    for row in answers:
+        right = rewards.correct(row["task"], row["completion"], row["answer"], row["image_size"])
+        tries.setdefault(row["id"], []).append(right)
+    return {name: fmean(right) for name, right in tries.items()}
+
+
+def curriculum_rows(samples, rates: dict, folder: Path) -> list[dict]:
+    """The samples as rows of a data file, easy to hard; their images are written to images/."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    rows = []
+    for number, sample in enumerate(samples):
+        names = []
+        for i, image in enumerate(sample.images):
+            names.append(f"images/{number}-{i}.png")
+            image.save(folder / names[-1])
+        rate = rates[sample.id]
+        row = dict(id=sample.id, task=sample.task, question=sample.question, images=names)
+        rows.append(row | {"answer": sample.answer, "pass_rate": rate})
+    return sorted(rows, key=lambda row: -row["pass_rate"])
 
 
 def demo(cold_start: Path, grpo: Path, /, out: Out = "", data: Data = (), samples: Samples = 400):
@@ -283,35 +402,44 @@ def demo(cold_start: Path, grpo: Path, /, out: Out = "", data: Data = (), sample
     import fsdp
     import grpo_vl
     import training
-    models, rows, table = {"before": cold_start / "model", "after": grpo / "model"}, {}, {}
+    models = {"before": cold_start / "model", "after": grpo / "model"}
     for model in models.values():
         if not model.is_dir():
             raise ValueError(f"there is no {model}: finish the run {model.parent} first")
     saved = json.loads((grpo / "config.json").read_text())
     heldout = [*data] or saved["eval_data"] or saved["data"]
     config = grpo_vl.Config(**saved | {"eval_samples": samples or 10**9, "eval_data": heldout})
-    processes, folder = fsdp.start_processes(config.timeout), Path(out or grpo / "eval")
+    processes = fsdp.start_processes(config.timeout)
+    rows, table = {}, {}
     for name, model in models.items():
         run = training.prepare(config, processes, str(model))
         run.sampler.refresh(run.policy)
         rows[name], accuracy = training.evaluate(run, config.max_tokens)
         table[name] = {mode.removeprefix("eval/"): value for mode, value in accuracy.items()}
-    table |= {"samples": len(rows["after"]) // 2, "data": heldout}  # greedy and sampled
+    table["samples"] = len(rows["after"]) // 2  # each greedy and sampled
+    table["data"] = heldout
     if processes.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "table.json").write_text(json.dumps(table, indent=1))
-        text = (json.dumps(row | {"model": name}) + "\n" for name in rows for row in rows[name])
-        (folder / "answers.jsonl").write_text("".join(text))
-        start = {f"eval/{mode}": value for mode, value in table["before"].items()}
-        panels = plots.curves([grpo], start, ["reward", "held-out accuracy"])
-        plots.draw_panels(panels, folder / "curve.png", "GRPO step")
-        scenes = [run.eval_data.at(i) for i in range(min(12, table["samples"]))]
-        plots.before_after(scenes, rows).save(folder / "rollouts.png")
-        print(f"{plots.demo_table(table)}\nin {folder}: curve.png, rollouts.png, answers.jsonl")
+        scenes = [run.eval_data.at(index) for index in range(min(12, table["samples"]))]
+        write_demo(Path(out or grpo / "eval"), grpo, table, rows, scenes)
     fsdp.leave()
 
 
-# ---- §4 behaviours [OVR §4] ----------------------------------------------------------------------
+def write_demo(folder: Path, grpo: Path, table: dict, rows: dict, scenes: list) -> None:
+    """table.json, answers.jsonl, curve.png and rollouts.png; the table is printed too."""
+    answers = []
+    for name, own in rows.items():
+        answers += [row | {"model": name} for row in own]
+    write_rows(folder / "answers.jsonl", answers)
+    (folder / "table.json").write_text(json.dumps(table, indent=1))
+    start = {f"eval/{mode}": value for mode, value in table["before"].items()}
+    panels = plots.curves([grpo], start, ["reward", "held-out accuracy"])
+    plots.draw_panels(panels, folder / "curve.png", "GRPO step")
+    plots.before_after(scenes, rows).save(folder / "rollouts.png")
+    print(plots.demo_table(table))
+    print(f"in {folder}: curve.png, rollouts.png, answers.jsonl")
+
+
+# ---- §5 behaviours [OVR §4] ----------------------------------------------------------------------
 IMAGE = r"\b(?:image|picture|figure|diagram|graph|chart|photo|drawing|table|scene)s?\b"
 PLACE = r"\b(?:left|right|top|bottom|upper|lower|corner|cent(?:er|re)|middle|region|row|column)"
 GOAL = r"\bto (?:get|reach|obtain|find|make|have|answer)\b.{0,80}\b(?:need|must|require)"
@@ -341,25 +469,53 @@ TRANSFER = dict(zip([*BEHAVIOURS][::2], [*BEHAVIOURS][1::2]))  # visual: linguis
 
 def lexicon_count(name: str, row: dict) -> int:
     """Sentences that show the behaviour, by the lexicon; 500 characters of each are read."""
-    sentences = re.split(r"(?<=[.!?])\s|\n", row["completion"].lower().replace("’", "'"))
-    return sum(re.search(BEHAVIOURS[name][1], sentence[:500]) is not None for sentence in sentences)
+    pattern = re.compile(BEHAVIOURS[name][1])
+    text = row["completion"].lower().replace("’", "'")
+    count = 0
+    for sentence in re.split(r"(?<=[.!?])\s|\n", text):
+        if pattern.search(sentence[:500]):
+            count += 1
+    return count
 
 
 def judge_count(name: str, row: dict, url: str, model: str) -> int | None:
     """What a judge counts, asked in the order of [OVR App. C]; None where it gives no <count>."""
-    request = (f'Problem Statement: "{row.get("question", "")}"\n\nModel\'s Reasoning: "'
+    question = row.get("question", "")
+    request = (f'Problem Statement: "{question}"\n\nModel\'s Reasoning: "'
                f'{row["completion"]}"\n\nLook in the text of this reasoning for {name}, as in "'
                f'{BEHAVIOURS[name][0]}" Count the distinct instances. '
                "Provide the count in <count>X</count> tags. If none, use <count>0</count>.")
-    body = {"model": model, "temperature": 0, "messages": [{"role": "user", "content": request}]}
-    head = {"Content-Type": "application/json",
-            "Authorization": f"Bearer {os.environ.get('JUDGE_API_KEY', '')}"}
+    message = {"role": "user", "content": request}
+    body = json.dumps({"model": model, "temperature": 0, "messages": [message]})
+    key = os.environ.get("JUDGE_API_KEY", "")
+    head = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
     with datasets.blame(f"--judge {url}: no answer to a chat completion"):
-        call = urllib.request.Request(f"{url}/chat/completions", json.dumps(body).encode(), head)
+        call = urllib.request.Request(f"{url}/chat/completions", body.encode(), head)
         with urllib.request.urlopen(call, timeout=120) as reply:
             content = json.load(reply)["choices"][0]["message"]["content"]
         found = re.findall(r"<count>\s*(\d{1,6})\s*</count>", content)
     return int(found[-1]) if found else None
+
+
+def rates_of(rows: list[dict], count) -> dict:
+    """The share of answers that show each behaviour, and what moved from text to vision.
+
+    count(behaviour, row): its instances in the answer, None if the judge was vague.
+    """
+    rates = {}
+    unjudged = 0
+    for name in BEHAVIOURS:
+        with ThreadPoolExecutor(8) as pool:  # a judge takes its time
+            counts = [*pool.map(partial(count, name), rows)]
+        shown = [n > 0 for n in counts if n is not None]
+        rates[name] = fmean(shown) if shown else 0.0
+        unjudged += counts.count(None)
+    # [OVR §4] BTR = CBR_visual / CBR_linguistic; undefined where nothing could be carried over
+    transfer = {}
+    for visual, linguistic in TRANSFER.items():
+        base = rates[linguistic]
+        transfer[visual] = rates[visual] / base if base else None
+    return dict(answers=len(rows), unjudged=unjudged, rates=rates, transfer=transfer)
 
 
 def behaviours(predictions: list[Path], judge: str = "", judge_model: str = "", plot: str = ""):
@@ -367,29 +523,22 @@ def behaviours(predictions: list[Path], judge: str = "", judge_model: str = "", 
     http://host/v1, its model (GPT-4o in [OVR App. C]), its key in JUDGE_API_KEY; plot: a PNG."""
     if bool(judge) != bool(judge_model):
         raise ValueError("--judge URL and --judge-model NAME belong together")
-    count = partial(judge_count, url=judge, model=judge_model) if judge else lexicon_count
-    results, panels = {}, {}
-    for file in map(str, predictions):
-        rows = read_predictions(file)
-        with ThreadPoolExecutor(8) as pool:  # a judge takes its time
-            counts = {name: [*pool.map(partial(count, name), rows)] for name in BEHAVIOURS}
-        shown = {name: [n > 0 for n in found if n is not None] for name, found in counts.items()}
-        rates = {name: fmean(found or [0]) for name, found in shown.items()}  # shares of answers
-        unjudged = sum(found.count(None) for found in counts.values())
-        # [OVR §4] BTR = CBR_visual / CBR_linguistic; undefined where nothing could be carried over
-        transfer = {visual: rates[visual] / rates[linguistic] if rates[linguistic] else None
-                    for visual, linguistic in TRANSFER.items()}
-        results[file] = dict(answers=len(rows), unjudged=unjudged, rates=rates, transfer=transfer)
+    count = lexicon_count
+    if judge:
+        count = partial(judge_count, url=judge, model=judge_model)
+    results = {str(file): rates_of(read_predictions(file), count) for file in predictions}
     print(json.dumps({"judge": judge_model or "lexicon", "files": results}))
     if plot:
+        names = [file.stem for file in predictions]
+        panels = {}
         for name in BEHAVIOURS:
+            kind = "visual" if name in TRANSFER else "linguistic"
             rates = [result["rates"][name] for result in results.values()]
-            title = f"{'visual' if name in TRANSFER else 'linguistic'} (share of answers)"
-            panels.setdefault(title, {})[name] = [file.stem for file in predictions], rates
+            panels.setdefault(f"{kind} (share of answers)", {})[name] = names, rates
         plots.draw_panels(panels, plot, "")
 
 
-# ---- §5 curves and pictures, the mean of checkpoints, the command line ---------------------------
+# ---- §6 curves and pictures, the mean of checkpoints, the command line ---------------------------
 def plot(runs: list[Path], /, out: Out = "") -> None:
     """Training curves of one run, or of several in the same panels: curves.png."""
     plots.draw_panels(plots.curves(runs), out or runs[-1] / "curves.png", "step")
@@ -397,9 +546,11 @@ def plot(runs: list[Path], /, out: Out = "") -> None:
 
 def show(run: Path, /, out: Out = "") -> None:
     """The 24 newest pictures of a run's samples, with boxes, points or text: samples.png."""
-    files = sorted(run.glob("samples/step-*.png"), key=lambda file: file.stat().st_mtime)[-24:]
+    files = [*run.glob("samples/step-*.png")]
     if not files:
         raise ValueError(f"{run}/samples has no pictures: train with --pictures-every above 0")
+    files.sort(key=lambda file: file.stat().st_mtime)
+    files = files[-24:]
     heading = f"{run.name}, {files[0].stem} to {files[-1].stem}"
     page = plots.sheet([*map(Image.open, files)], heading)
     page.save(out or run / "samples.png")
@@ -417,8 +568,10 @@ def average(models: list[Path], /, out: Out) -> None:
         shapes = [{name: tensor.shape for name, tensor in part.items()} for part in parts]
         if any(other != shapes[0] for other in shapes):
             raise ValueError(f"{file.name} has other tensors in one of {[*map(str, models)]}")
-        mean = {name: (sum(part[name].float() for part in parts) / len(parts)).to(tensor.dtype)
-                for name, tensor in parts[0].items()}
+        mean = {}
+        for name, tensor in parts[0].items():
+            total = sum(part[name].float() for part in parts)
+            mean[name] = (total / len(parts)).to(tensor.dtype)
         save_file(mean, Path(out) / file.name, metadata={"format": "pt"})
 
 

@@ -542,9 +542,11 @@ def test_only_grounding_is_decoded_with_a_repetition_penalty(tmp_path, monkeypat
 
 def test_the_protocol_has_every_task():
     """Tokens, samples, penalty: [PR1 code] answers greedily, with 1.05 for grounding alone."""
-    assert set(evaluation.PROTOCOL) == set(datasets.TASKS) == set(evaluation.PROMPTS)
-    assert evaluation.PROTOCOL["grounding"] == (512, 1, 1.05)
-    assert [task for task, (_, _, penalty) in evaluation.PROTOCOL.items() if penalty != 1] == ["grounding"]
+    table = evaluation.PROTOCOLS
+    assert set(table) == set(datasets.TASKS) == set(evaluation.PROMPTS)
+    grounding = table["grounding"]
+    assert (grounding.max_tokens, grounding.samples, grounding.penalty) == (512, 1, 1.05)
+    assert [task for task in table if table[task].penalty != 1] == ["grounding"]
 
 
 def test_curriculum_keeps_a_band_and_sorts_easy_to_hard(tmp_path, monkeypatch, alone):
