@@ -12,7 +12,8 @@ A row of predictions is {"id" or "image_id", "completion", "answer", "image_size
 "truncated" if it was cut; boxes lie in image_size. Metrics are parts of 1, one JSON object; papers'
 rows go to stderr. [PR1] 2504.07954 · [OVR] 2507.05255 · [ORZ] Open-Reasoner-Zero, 2503.24290.
 Unlike [PR1 code]: IoU's denominator lacks 1e-10, so an exact 0.5 is a hit; a malformed detection
-loses itself, not its list; a wordless page has 0, or 1 if nothing is said; no jieba, BLEU, METEOR.
+loses itself, not its list. OCR: of thinking and tags only the answer is read, its ends stripped; a
+wordless page, where [PR1 code] stops, has 0, or 1 if nothing is said; no BLEU, no METEOR.
 """
 import contextlib
 import json
@@ -38,6 +39,7 @@ import formats
 import pictures
 import plots
 import rewards
+from formulas import library
 
 # ---- §1 options, and rows of predictions ---------------------------------------------------------
 Task = Annotated[Literal[*datasets.TASKS], Doc("how to score")]
@@ -113,21 +115,33 @@ def counting(row) -> dict:
 
 
 def ocr(row) -> dict:
-    """[PR1 §4.3] Levenshtein over the longer length, by character; the sets of words compared."""
+    """[PR1 code] Levenshtein over the longer length, by character; the sets of words compared.
+
+    White space counts, at the ends too. Errors: ImportError if Chinese words need jieba.
+    """
     from rapidfuzz.distance import Levenshtein
-    if not isinstance(row["answer"], str):
-        raise ValueError(f"the answer in ocr must be text, not {row['answer']!r:.60}")
-    said = rewards.split_thinking(row["completion"])[0]
-    true = row["answer"].strip()
+    true = row["answer"]
+    if not isinstance(true, str):
+        raise ValueError(f"the answer in ocr must be text, not {true!r:.60}")
+    said = said_text(row["completion"])
     distance = Levenshtein.normalized_distance(said, true)
-    words = set(said.split()) or {""}  # "": no word
-    true_words = set(true.split()) or {""}
+    chinese = re.search("[\u4e00-\u9fa5]", said + true)
+    cut = library("jieba", "jieba").lcut if chinese else str.split
+    words = set(cut(said)) or {""}  # "": no word
+    true_words = set(cut(true)) or {""}
     hits = len(words & true_words)
     # P = hits/|said|, R = hits/|true|, F1 = 2PR/(P + R) = 2·hits/(|said| + |true|)
     f1 = 2 * hits / (len(words) + len(true_words))
     precision = hits / len(words)
     recall = hits / len(true_words)
     return {"edit_distance": distance, "f1": f1, "precision": precision, "recall": recall}
+
+
+def said_text(completion: str) -> str:
+    """What is said, to the letter but for special tokens; of <think> and <answer>, the answer."""
+    if "<think>" in completion or "<answer>" in completion:
+        completion = rewards.split_thinking(completion)[0]
+    return re.sub(r"<\|[a-z_]+\|>", "", completion)
 
 
 def over_samples(rows, task: str) -> dict:

@@ -7,6 +7,7 @@ import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -97,7 +98,30 @@ def test_ocr_by_hand(tmp_path, capsys):
     assert evaluation.ocr({"completion": "a a b", "answer": "b a"})["f1"] == 1
     assert evaluation.ocr({"completion": "a\nb", "answer": "a b"})["edit_distance"] == 1 / 3
     empty = {"edit_distance": 0, "f1": 1, "precision": 1, "recall": 1}
-    assert evaluation.ocr({"completion": "", "answer": " "}) == empty
+    assert evaluation.ocr({"completion": "", "answer": ""}) == empty
+
+
+def test_ocr_reads_to_the_letter_as_released():
+    """The ends are not stripped, special tokens go, and of tagged thinking only the answer is read."""
+    def distance(said, true):
+        return evaluation.ocr({"completion": said, "answer": true})["edit_distance"]
+
+    assert distance(" ab\n", "ab") == 2 / 4  # two characters too many, of four
+    assert distance("ab", "ab\n") == 1 / 3
+    assert distance("ab<|im_end|>", "ab") == 0
+    assert distance("<think>hm</think>\n<answer>\nab\n</answer>", "ab") == 0
+    assert distance("if a < b: <b>", "if a < b: <b>") == 0
+
+
+def test_ocr_of_chinese_is_cut_into_words_by_jieba(monkeypatch):
+    row = {"completion": "今天很好", "answer": "今天天气很好"}
+    monkeypatch.setitem(sys.modules, "jieba", None)
+    with pytest.raises(ImportError, match="pip install jieba"):
+        evaluation.ocr(row)
+    cuts = {"今天很好": ["今天", "很", "好"], "今天天气很好": ["今天", "天气", "很", "好"]}
+    monkeypatch.setitem(sys.modules, "jieba", SimpleNamespace(lcut=cuts.get))
+    # two characters of six are missing; words 3 of 3 and 3 of 4
+    close(evaluation.ocr(row), edit_distance=2 / 6, precision=1, recall=0.75, f1=6 / 7)
 
 
 def test_math_over_k_samples_by_hand(tmp_path, capsys):
