@@ -24,7 +24,7 @@ import shutil
 import sys
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -48,6 +48,8 @@ Data = Annotated[tuple[str, ...], Doc("specs of data.py, as coco:FILE; demo: the
 Samples = Annotated[int, Doc("the first so many samples; 0: all")]
 Tries = Annotated[int, Doc("1: greedy, more: T = 1; 0: 1 [PR1 code], math, choice 16 [ORZ]")]
 MaxTokens = Annotated[int, Doc("0: 512, ocr 2048, detection 4096 [PR1 code], math, choice 49152")]
+System = Annotated[str | None, Doc("system turn where the data has none; default: Qwen's own")]
+Blind = Annotated[bool, Doc("control: grey images of the same size, so only the question is left")]
 Out = Annotated[str, Doc("where to write; empty: in the (last) run folder")]
 
 
@@ -78,8 +80,13 @@ def check_prediction(row, task: str, answers: bool) -> None:
         complete = "answer" in row
     if not complete:
         raise ValueError('a row needs "id" or "image_id", a text "completion", an "answer"')
-    own = row.get("task", task)
-    if task not in ("", own) and {task, own} != {"math", "choice"}:  # benchmarks mix these two
+    if task:
+        check_task(row.get("task", task), task)
+
+
+def check_task(own, task: str) -> None:
+    """Errors: ValueError if a row's own task is not `task`; benchmarks mix math and choice."""
+    if own != task and {own, task} != {"math", "choice"}:
         raise ValueError(f"this row's task is {own}, but --task is {task}: give --task "
                          f"{own} or a file of {task} alone (math and choice may mix)")
 
@@ -337,8 +344,37 @@ def answer_all(run, per_question: int, max_tokens: int, limit: int, penalty: flo
     return [row for part in ranks.gather(rows) for row in part]
 
 
+@dataclass(frozen=True)
+class Blinded:
+    """Samples whose images are grey: what is scored without eyes, on the same questions."""
+    samples: datasets.Mixture
+
+    def __len__(self):
+        return len(self.samples)
+
+    def at(self, index: int) -> datasets.Sample:
+        sample = self.samples.at(index)
+        grey = tuple(pictures.grey(image) for image in sample.images)
+        return replace(sample, images=grey)
+
+
+def check_data(config, task: str) -> None:
+    """Errors: DataError, without a model, if the data can not be read or is of another task."""
+    import training
+    mixture = datasets.open_data(config.data, split="heldout", **training.data_options(config))
+    for source in mixture.sources:
+        if isinstance(source, datasets.DrawnSource):
+            with datasets.blame(source.world):
+                check_task(source.world.task, task)
+            continue
+        for where, sample, _ in source.samples:
+            with datasets.blame(where):
+                check_task(sample.task, task)
+
+
 def run(model: str, task: Task, data: Data, out: Out, samples: Samples = 0, think: bool = False,
-        samples_per_question: Tries = 0, max_tokens: MaxTokens = 0, annotations: Annotations = ""):
+        samples_per_question: Tries = 0, max_tokens: MaxTokens = 0, annotations: Annotations = "",
+        system_prompt: System = None, blind: Blind = False):
     """Answers a benchmark by the papers' protocol and scores it: predictions and metrics."""
     import fsdp
     import grpo_vl
@@ -348,8 +384,13 @@ def run(model: str, task: Task, data: Data, out: Out, samples: Samples = 0, thin
     max_tokens = max_tokens or protocol.max_tokens
     penalty = protocol.penalty
     config = grpo_vl.Config(model=model, data=[*data], think=think, max_pixels=16384 * 28 * 28)
+    if system_prompt is not None:
+        config = replace(config, system_prompt=system_prompt)
+    check_data(config, task)
     processes = fsdp.start_processes(config.timeout)
     run = training.prepare(config, processes, model)
+    if blind:
+        run.eval_data = Blinded(run.eval_data)
     rows = answer_all(run, samples_per_question, max_tokens, samples, penalty)
     if processes.rank == 0:
         file = Path(out) / "predictions.jsonl"

@@ -564,6 +564,66 @@ def test_only_grounding_is_decoded_with_a_repetition_penalty(tmp_path, monkeypat
     assert len((tmp_path / "predictions.jsonl").read_text().splitlines()) == 2
 
 
+def test_run_refuses_data_of_another_task_before_a_model_is_loaded(tmp_path, monkeypatch):
+    import training
+
+    monkeypatch.setattr(training, "prepare", lambda *_: pytest.fail("a model was loaded"))
+    row = {"task": "math", "question": "1+1", "answer": "2"}
+    mixed = write(tmp_path / "mixed.jsonl", row, row | {"task": "choice", "answer": "B"})
+    run = ["run", "--model", "tiny", "--out", tmp_path / "out", "--task"]
+    for task, data, own in (("grounding", "synthetic:counting?size=56x56", "counting"), ("ocr", mixed, "math")):
+        said = refused(*run, task, "--data", data)
+        assert f"this row's task is {own}, but --task is {task}" in said
+    assert "mixed.jsonl:1: " in said and not (tmp_path / "out").exists()
+    assert "none.jsonl" in refused(*run, "ocr", "--data", tmp_path / "none.jsonl")
+    evaluation.check_data(SimpleNamespace(data=[str(mixed)], **LIMITS), "math")  # these two may mix
+
+
+LIMITS = {"seed": 0, "min_pixels": 3136, "max_pixels": 10**6, "fields": "", "skip_bad": 0}
+
+
+@pytest.fixture
+def questions(monkeypatch, alone):
+    """(system prompt, images) of each question that a run asks; no model answers."""
+    import qwen_vl
+    from sampler import Sampler
+
+    asked, encode = [], qwen_vl.encode_chat
+
+    def record(tokenizer, special, text, images, system):
+        asked.append((system, images))
+        return encode(tokenizer, special, text, images, system)
+
+    def say_nothing(self, prompts, noise, max_tokens, **_):
+        return [[qwen_vl.Completion(tokens=[])] for _ in prompts]
+
+    monkeypatch.setattr(qwen_vl, "encode_chat", record)
+    monkeypatch.setattr(Sampler, "generate", say_nothing)
+    in_this_process(monkeypatch, alone)
+    return asked
+
+
+RUN = ["run", "--model", "tiny", "--task", "grounding", "--data", "synthetic:grounding?size=84x56", "--samples", "2"]
+
+
+@pytest.mark.parametrize("option, system", [
+    ([], "You are a helpful assistant."), (["--system-prompt", "Look twice."], "Look twice."),
+    (["--system-prompt", ""], ""),
+])
+def test_run_takes_a_system_prompt(tmp_path, questions, option, system):
+    evaluation.main([*RUN, "--out", str(tmp_path), *option])
+    assert [asked for asked, _ in questions] == [system] * 2
+
+
+def test_a_blind_run_sees_grey_images_of_the_same_size(tmp_path, questions):
+    evaluation.main([*RUN, "--out", str(tmp_path), "--blind"])
+    for _, (image,) in questions:
+        assert image.size == (84, 56) and image.getcolors() == [(84 * 56, (128, 128, 128))]
+    rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").open()]
+    assert len(rows) == 2 and rows[0]["image_size"] == [84, 56]  # the same questions and answers
+    assert rows[0]["answer"] == datasets.open_data(RUN[6:7], split="heldout").at(0).answer
+
+
 def test_the_protocol_has_every_task():
     """Tokens, samples, penalty: [PR1 code] answers greedily, with 1.05 for grounding alone."""
     table = evaluation.PROTOCOLS
