@@ -22,6 +22,7 @@ import os
 import re
 import shutil
 import sys
+import urllib.error
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -40,6 +41,7 @@ import pictures
 import plots
 import rewards
 from formulas import library
+from tiny import TINY
 
 # ---- §1 options, and rows of predictions ---------------------------------------------------------
 Task = Annotated[Literal[*datasets.TASKS], Doc("how to score")]
@@ -126,12 +128,12 @@ def ocr(row) -> dict:
 
     White space counts, at the ends too. Errors: ImportError if Chinese words need jieba.
     """
-    from rapidfuzz.distance import Levenshtein
+    levenshtein = library("rapidfuzz.distance", "rapidfuzz").Levenshtein
     true = row["answer"]
     if not isinstance(true, str):
         raise ValueError(f"the answer in ocr must be text, not {true!r:.60}")
     said = said_text(row["completion"])
-    distance = Levenshtein.normalized_distance(said, true)
+    distance = levenshtein.normalized_distance(said, true)
     chinese = re.search("[\u4e00-\u9fa5]", said + true)
     cut = library("jieba", "jieba").lcut if chinese else str.split
     words = set(cut(said)) or {""}  # "": no word
@@ -215,7 +217,8 @@ def said_objects(completion: str) -> list:
 
 def coco_stats(truth: dict, said: list[dict]) -> list:
     """COCO's twelve numbers; None where there are no boxes of that kind."""
-    from pycocotools import coco, cocoeval
+    coco = library("pycocotools.coco", "pycocotools")
+    cocoeval = library("pycocotools.cocoeval", "pycocotools")
     true, found = coco.COCO(), coco.COCO()
     true.dataset = truth
     found.dataset = truth | {"annotations": said}
@@ -344,6 +347,48 @@ def answer_all(run, per_question: int, max_tokens: int, limit: int, penalty: flo
     return [row for part in ranks.gather(rows) for row in part]
 
 
+PACKAGES = {"detection": ("pycocotools", "pycocotools"), "ocr": ("rapidfuzz", "rapidfuzz"),
+            "math": ("math_verify", "math-verify")}  # module, name to install
+
+
+def check_packages(task: str) -> None:
+    """Errors: ImportError naming the package that scoring needs, before anything is answered."""
+    if task in PACKAGES:
+        library(*PACKAGES[task])
+
+
+def check_model(name: str) -> None:
+    """Errors: ValueError, at once and not after a library's retries, if there is no such model."""
+    if name in TINY:
+        return
+    if Path(name).is_dir():
+        if not Path(name, "config.json").is_file():
+            raise ValueError(f"--model {name} has no config.json: of a run, give RUN/model")
+        return
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name):
+        raise ValueError(f"--model {name}: no such folder, and no name OWNER/MODEL of the hub")
+    import huggingface_hub
+    found = isinstance(huggingface_hub.try_to_load_from_cache(name, "config.json"), str)
+    advice = "give the folder of a model, or set HF_HOME to where the hub's files are kept"
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        if not found:
+            raise ValueError(f"--model {name} is not on this machine (HF_HUB_OFFLINE): {advice}")
+        return
+    token = huggingface_hub.get_token()
+    head = {"Authorization": f"Bearer {token}"} if token else {}
+    hub = huggingface_hub.constants.ENDPOINT
+    try:
+        call = urllib.request.Request(f"{hub}/api/models/{name}", headers=head)
+        urllib.request.urlopen(call, timeout=10).close()
+    except urllib.error.HTTPError as error:
+        raise ValueError(f"--model {name}: {hub} says {error.code} {error.reason}: is the name "
+                         "right, and does HF_TOKEN give access?") from None
+    except OSError as error:
+        if found:
+            advice = "set HF_HUB_OFFLINE=1: it is on this machine"
+        raise ValueError(f"--model {name}: {hub} can not be reached ({error}); {advice}") from None
+
+
 @dataclass(frozen=True)
 class Blinded:
     """Samples whose images are grey: what is scored without eyes, on the same questions."""
@@ -386,7 +431,9 @@ def run(model: str, task: Task, data: Data, out: Out, samples: Samples = 0, thin
     config = grpo_vl.Config(model=model, data=[*data], think=think, max_pixels=16384 * 28 * 28)
     if system_prompt is not None:
         config = replace(config, system_prompt=system_prompt)
+    check_packages(task)
     check_data(config, task)
+    check_model(model)
     processes = fsdp.start_processes(config.timeout)
     run = training.prepare(config, processes, model)
     if blind:
@@ -414,6 +461,7 @@ def curriculum(model: str, data: Data, out: Out, low: float = 0.1, high: float =
     import grpo_vl
     import training
     config = grpo_vl.Config(model=model, data=data)
+    check_model(model)
     processes = fsdp.start_processes(config.timeout)
     run = training.prepare(config, processes, model)
     run.eval_data = run.data
@@ -454,6 +502,7 @@ def curriculum_rows(samples, rates: dict, folder: Path) -> list[dict]:
 
 def demo(cold_start: Path, grpo: Path, /, out: Out = "", data: Data = (), samples: Samples = 400):
     """Before and after GRPO on held-out samples: table, answers.jsonl, curve.png, rollouts.png."""
+    library("matplotlib", "matplotlib")
     import fsdp
     import grpo_vl
     import training

@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 import threading
+import urllib.error
+import urllib.request
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
@@ -577,6 +579,51 @@ def test_run_refuses_data_of_another_task_before_a_model_is_loaded(tmp_path, mon
     assert "mixed.jsonl:1: " in said and not (tmp_path / "out").exists()
     assert "none.jsonl" in refused(*run, "ocr", "--data", tmp_path / "none.jsonl")
     evaluation.check_data(SimpleNamespace(data=[str(mixed)], **LIMITS), "math")  # these two may mix
+
+
+@pytest.fixture
+def no_model(monkeypatch):
+    import fsdp
+
+    monkeypatch.setattr(fsdp, "start_processes", lambda *_: pytest.fail("processes were started"))
+
+
+def hub_with(monkeypatch, *, reply=None, offline=False, cached=None):
+    """A hub that replies with an exception, or that may not be asked."""
+    import huggingface_hub
+
+    def ask(request, timeout):
+        assert request.full_url.endswith("/api/models/who/what") and timeout <= 10
+        raise reply
+
+    monkeypatch.setattr(urllib.request, "urlopen", ask)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_: cached)
+
+
+def test_a_model_that_is_not_there_is_said_at_once(tmp_path, monkeypatch, no_model):
+    run = ["run", "--task", "counting", "--data", "synthetic:counting?size=56x56", "--out", tmp_path, "--model"]
+    assert "no such folder" in refused(*run, "runs/none/model")
+    assert "of a run, give RUN/model" in refused(*run, tmp_path)
+    hub_with(monkeypatch, reply=urllib.error.URLError("Name or service not known"))
+    assert "can not be reached" in (said := refused(*run, "who/what")) and "give the folder" in said
+    hub_with(monkeypatch, reply=urllib.error.URLError("down"), cached="/cache/config.json")
+    assert "set HF_HUB_OFFLINE=1: it is on this machine" in refused(*run, "who/what")
+    hub_with(monkeypatch, reply=urllib.error.HTTPError("", 401, "Unauthorized", {}, None))
+    assert "says 401 Unauthorized: is the name right" in refused(*run, "who/what")
+    hub_with(monkeypatch, offline=True)
+    assert "is not on this machine (HF_HUB_OFFLINE)" in refused(*run, "who/what")
+    with pytest.raises(SystemExit, match="no such folder"):
+        evaluation.main(["curriculum", "--model", "a b", "--data", "x", "--out", str(tmp_path)])
+
+
+@pytest.mark.parametrize("task, module, package", [
+    ("ocr", "rapidfuzz", "rapidfuzz"), ("detection", "pycocotools", "pycocotools"), ("math", "math_verify", "math-verify"),
+])
+def test_a_missing_package_is_said_before_anything_is_answered(tmp_path, monkeypatch, no_model, task, module, package):
+    monkeypatch.setitem(sys.modules, module, None)
+    run = ["run", "--task", task, "--data", f"synthetic:{task}?size=56x56", "--out", tmp_path, "--model", "tiny"]
+    assert f"pip install {package}" in refused(*run)
 
 
 LIMITS = {"seed": 0, "min_pixels": 3136, "max_pixels": 10**6, "fields": "", "skip_bad": 0}
