@@ -181,15 +181,20 @@ def pass_at(k: int, right: list[int]) -> float:
     return 1 - math.comb(n - c, k) / math.comb(n, k)
 
 
+COCO_STATS = ("AP", "AP50", "AP75", "APs", "APm", "APl",  # s, m, l: areas under 32², 96², above
+              "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")  # of the first 1, 10, 100 boxes
+
+
 def average_precision(rows, annotations: str = "") -> dict:
-    """[PR1 §4.3] AP, AP50, AP75 by pycocotools: all scores are 1.0, so equals keep their order."""
+    """[PR1 §4.3] COCO's twelve numbers: all scores are 1.0, so boxes keep their order."""
     if annotations:
         truth = json.loads(Path(annotations).read_bytes())
     else:
         truth = truth_of_rows(rows)
     if not isinstance(truth, dict) or not {"images", "annotations", "categories"} <= truth.keys():
         raise ValueError(f"{annotations}: images, annotations and categories are expected")
-    numbers = {category["name"]: category["id"] for category in truth["categories"]}
+    with datasets.blame(annotations):
+        truth, numbers = merge_categories(truth)
     images = {str(image["id"]): image for image in truth["images"]}
     said = []
     for row in rows:
@@ -204,7 +209,23 @@ def average_precision(rows, annotations: str = "") -> dict:
                 number = numbers.get(label)  # None: in no class
                 said.append(coco_item(image["id"], number, box))
     stats = coco_stats(truth, said)
-    return dict(zip(("AP", "AP50", "AP75"), stats), images_without_prediction=len(images))
+    return dict(zip(COCO_STATS, stats, strict=True), images_without_prediction=len(images))
+
+
+def merge_categories(truth: dict) -> tuple[dict, dict]:
+    """(the truth with one category a name, {name: its id}): an answer says names, never ids."""
+    numbers, merged = {}, {}
+    for category in truth["categories"]:
+        first = numbers.setdefault(category["name"], category["id"])
+        merged[category["id"]] = first
+    annotations = []
+    for item in truth["annotations"]:
+        number = item["category_id"]
+        if number not in merged:
+            raise ValueError(f"an annotation is of category {number}, which is not in categories")
+        annotations.append(item | {"category_id": merged[number]})
+    categories = [{"id": number, "name": name} for name, number in numbers.items()]
+    return truth | {"categories": categories, "annotations": annotations}, numbers
 
 
 def said_objects(completion: str) -> list:

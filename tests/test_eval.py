@@ -170,6 +170,34 @@ def test_detection_of_annotations_without_area_and_crowd(tmp_path, capsys):
     close(got, AP=(51 / 101 + 0.3 * 51 / 101 / 2) / 2)
 
 
+def test_the_twelve_numbers_of_coco(tmp_path, capsys):
+    """One class, four boxes of 10x10, 50x50, 50x50 and 100x100 px; the first and the last are said."""
+    true = [[0, 0, 10, 10], [20, 0, 70, 50], [80, 0, 130, 50], [0, 60, 100, 160]]
+    answer = [{"bbox_2d": box, "label": "cat"} for box in true]
+    row = {"id": 1, "completion": json.dumps([answer[3], answer[0]]), "answer": answer}
+    got = scored(capsys, "detection", write(tmp_path / "p.jsonl", row))
+    # precision 1 up to recall 1/2: 51 of 101 points, whatever the threshold. Recall is 1/4 with the
+    # first box alone and 1/2 with both. By area: small 1 of 1, medium 0 of 2, large 1 of 1.
+    half = 51 / 101
+    close(got, AP=half, AP50=half, AP75=half, APs=1, APm=0, APl=1)
+    close(got, AR1=0.25, AR10=0.5, AR100=0.5, ARs=1, ARm=0, ARl=1)
+
+
+def test_categories_of_one_name_are_one(tmp_path, capsys):
+    truth = {"images": [{"id": 1, "width": 100, "height": 100}], "annotations": [
+        {"image_id": 1, "category_id": 3, "bbox": [0, 0, 40, 40]},
+        {"image_id": 1, "category_id": 7, "bbox": [50, 50, 40, 40]}],
+        "categories": [{"id": 3, "name": "cat"}, {"id": 7, "name": "cat"}]}
+    path = write(tmp_path / "instances.json", truth)
+    said = [{"bbox_2d": [0, 0, 40, 40], "label": "cat"}, {"bbox_2d": [50, 50, 90, 90], "label": "cat"}]
+    row = {"image_id": 1, "completion": json.dumps(said), "image_size": [100, 100]}
+    close(scored(capsys, "detection", write(tmp_path / "p.jsonl", row), "--annotations", path), AP=1)
+    truth["annotations"][1]["category_id"] = 8
+    said = refused("metrics", "--task", "detection", "--predictions", tmp_path / "p.jsonl",
+                   "--annotations", write(tmp_path / "instances.json", truth))
+    assert "instances.json: an annotation is of category 8, which is not in categories" in said
+
+
 def test_detection_keeps_the_order_and_misses_images_without_prediction(tmp_path, capsys):
     cat, far = ({"bbox_2d": box, "label": "cat"} for box in ([0, 0, 100, 40], [0, 60, 9, 99]))
     for items, factor in (([cat, far], 1), ([far, cat], 0.5)):  # found first, or second
