@@ -32,7 +32,6 @@ from statistics import fmean
 from typing import Annotated, Literal
 
 import tyro
-from PIL import Image
 from typing_extensions import Doc
 
 import data as datasets
@@ -52,6 +51,8 @@ Tries = Annotated[int, Doc("1: greedy, more: T = 1; 0: 1 [PR1 code], math, choic
 MaxTokens = Annotated[int, Doc("0: 512, ocr 2048, detection 4096 [PR1 code], math, choice 49152")]
 System = Annotated[str | None, Doc("system turn where the data has none; default: Qwen's own")]
 Blind = Annotated[bool, Doc("control: grey images of the same size, so only the question is left")]
+Seeds = Annotated[bool, Doc("runs named alike but for the last number: their mean ± one error")]
+Steps = Annotated[int, Doc("so many of the steps with samples, from the first to the last")]
 Out = Annotated[str, Doc("where to write; empty: in the (last) run folder")]
 
 
@@ -110,9 +111,7 @@ def grounding(row) -> dict:
 
 def contains_centre(answer, box) -> bool:
     """Is the centre of `box` in the true box?"""
-    if isinstance(answer, str):
-        answer = json.loads(answer)
-    left, top, right, bottom = answer
+    left, top, right, bottom = rewards.read_truth("grounding", answer)
     x1, y1, x2, y2 = box
     x, y = (x1 + x2) / 2, (y1 + y2) / 2
     return left <= x <= right and top <= y <= bottom
@@ -270,7 +269,7 @@ def truth_of_rows(rows) -> dict:
         image = str(row.get("image_id", row["id"]))
         images.append({"id": image})
         with datasets.blame(row["where"]):
-            for thing in datasets.read_answer("detection", row["answer"]):
+            for thing in rewards.read_truth("detection", row["answer"]):
                 annotations.append(coco_item(image, thing["label"], thing["bbox_2d"]))
     names = {item["category_id"] for item in annotations}
     categories = [{"id": name, "name": name} for name in names]
@@ -654,31 +653,48 @@ def behaviours(predictions: list[Path], judge: str = "", judge_model: str = "", 
     results = {str(file): rates_of(read_predictions(file), count) for file in predictions}
     print(json.dumps({"judge": judge_model or "lexicon", "files": results}))
     if plot:
-        names = [file.stem for file in predictions]
-        panels = {}
-        for name in BEHAVIOURS:
-            kind = "visual" if name in TRANSFER else "linguistic"
-            rates = [result["rates"][name] for result in results.values()]
-            panels.setdefault(f"{kind} (share of answers)", {})[name] = names, rates
-        plots.draw_panels(panels, plot, "")
+        path = plots.picture_path(plot, Path("behaviours.png"))
+        plots.draw_panels(behaviour_panels(results), path, "")
+        print(f"behaviours of {len(results)} files in {path}", file=sys.stderr)
+
+
+def behaviour_panels(results: dict) -> dict:
+    """Rates over files, visual and linguistic ones apart, each ± one standard error."""
+    names = [Path(file).stem for file in results]
+    panels = {}
+    for behaviour in BEHAVIOURS:
+        rates = [result["rates"][behaviour] for result in results.values()]
+        errors = []
+        for rate, result in zip(rates, results.values()):
+            errors.append(plots.standard_error(rate, result["answers"]))
+        kind = "visual" if behaviour in TRANSFER else "linguistic"
+        line = plots.Line("", behaviour, names, rates, errors)
+        panels.setdefault(f"{kind} (share of answers)", []).append(line)
+    return panels
 
 
 # ---- §6 curves and pictures, the mean of checkpoints, the command line ---------------------------
-def plot(runs: list[Path], /, out: Out = "") -> None:
+def plot(runs: list[Path], /, out: Out = "", seeds: Seeds = False) -> None:
     """Training curves of one run, or of several in the same panels: curves.png."""
-    plots.draw_panels(plots.curves(runs), out or runs[-1] / "curves.png", "step")
+    if seeds:
+        panels = {}
+        for arm, own in plots.arms(runs).items():
+            for title, lines in plots.mean_curves(arm, own).items():
+                panels.setdefault(title, []).extend(lines)
+    else:
+        panels = plots.curves(runs)
+    path = plots.picture_path(out, runs[-1] / "curves.png")
+    plots.draw_panels(panels, path, "step")
+    print(f"{len(panels)} panels of {len(runs)} runs in {path}")
 
 
-def show(run: Path, /, out: Out = "") -> None:
-    """The 24 newest pictures of a run's samples, with boxes, points or text: samples.png."""
-    files = [*run.glob("samples/step-*.png")]
-    if not files:
-        raise ValueError(f"{run}/samples has no pictures: train with --pictures-every above 0")
-    files.sort(key=lambda file: file.stat().st_mtime)
-    files = files[-24:]
-    heading = f"{run.name}, {files[0].stem} to {files[-1].stem}"
-    page = plots.sheet([*map(Image.open, files)], heading)
-    page.save(out or run / "samples.png")
+def show(run: Path, /, out: Out = "", steps: Steps = 8, groups: int = 1) -> None:
+    """Samples of a run: of each step shown, the first `groups` prompts with all completions, best
+    to worst, with step, reward and IoU: samples.png."""
+    page = plots.rollouts(run, steps, groups)
+    path = plots.picture_path(out, run / "samples.png")
+    page.save(path)
+    print(f"samples of {run}, {page.width} x {page.height} pixels, in {path}")
 
 
 def average(models: list[Path], /, out: Out) -> None:

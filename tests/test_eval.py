@@ -1,4 +1,4 @@
-"""eval.py: each metric against numbers worked by hand, each bad input, and that pictures show."""
+"""eval.py: each metric against numbers worked by hand, each bad input, runs of tiny models."""
 import dataclasses
 import json
 import os
@@ -11,15 +11,13 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_plots import make_run, refused, shows_something, write
 
 import data as datasets
 import eval as evaluation
-import plots
 import rewards
 import tiny
 
@@ -27,24 +25,11 @@ ROOT = Path(__file__).parent.parent
 HERE = ROOT / "tests" / "fixtures" / "eval"
 
 
-def write(path, *rows):
-    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
-
-
 def scored(capsys, task, path, *options):
     """The JSON object that `eval.py metrics` prints, and that it prints nothing else."""
     evaluation.main(["metrics", "--task", task, "--predictions", str(path), *map(str, options)])
     (line,) = capsys.readouterr().out.splitlines()
     return json.loads(line)
-
-
-def refused(*arguments):
-    """The sentence with which a command ends."""
-    with pytest.raises(SystemExit) as stop:
-        evaluation.main([str(argument) for argument in arguments])
-    return str(stop.value)
 
 
 def close(got, **want):
@@ -67,6 +52,11 @@ def test_grounding_by_hand(tmp_path, capsys):
     # at 0.5 two of four, at 0.75 and 0.95 one: their mean is (2 + 1 + 1)/12
     close(got, **{"acc@0.5": 0.5, "acc@0.75": 0.25, "acc@0.95": 0.25, "acc_mean": 1 / 3,
                   "centre_acc": 0.5, "mean_iou": 0.375, "samples": 4})
+
+
+def test_the_true_box_may_be_wrapped_as_trainers_wrap_it():
+    row = {"completion": "[0, 0, 10, 10]", "answer": "<answer>[0, 0, 10, 10]</answer>"}
+    close(evaluation.grounding(row), centre_acc=1, mean_iou=1)
 
 
 def test_grounding_in_the_frame_of_box_tokens(tmp_path, capsys):
@@ -227,7 +217,7 @@ def test_detection_without_annotations_takes_the_answers(tmp_path, capsys):
     ("ocr", {"id": 1, "completion": "a"}, 'an "answer"'),
     ("ocr", {"id": 1, "completion": "a", "answer": 3}, "p.jsonl:2: the answer in ocr"),
     ("grounding", {"id": 1, "completion": "a", "answer": "a"}, "p.jsonl:2: "),
-    ("grounding", {"id": 1, "completion": "a", "answer": [1, 2]}, "p.jsonl:2: the true answer"),
+    ("grounding", {"id": 1, "completion": "a", "answer": [1, 2]}, "p.jsonl:2: a true box"),
     ("counting", {"id": 1, "completion": "a", "answer": -1}, "p.jsonl:2: the true answer"),
     ("detection", {"id": 1, "completion": "[]", "answer": 5}, "p.jsonl:2: "),
     ("detection", {"id": 0, "completion": "[]", "answer": []}, "answered before"),
@@ -394,70 +384,7 @@ def test_a_judge_that_is_not_there(tmp_path):
     assert "no answer to a chat completion" in refused(*command, "--judge-model", "m")
 
 
-# ---- curves, sheets, averages ----
-def shows_something(path):
-    """A picture that opens and has more than a hundred colours, text and lines among them."""
-    with Image.open(path) as image:
-        pixels = np.asarray(image.convert("RGB")).reshape(-1, 3)
-    return len(pixels) > 10_000 and len(np.unique(pixels, axis=0)) > 100
-
-
-def metric_rows(steps=80):
-    return [{"step": i, "reward": 1 + i / 100, "reward/iou": 0.3, "kl": 0.01, "entropy": 1.0,
-             "length": 17, "clip_low": 0, "clip_high": 0.1, "zero_variance": 0.2,
-             "seconds/sample": 1.0, "seconds/train": 2.0, "seconds/refresh": 0.1,
-             "seconds/total": 3.1 * i, **({"eval/greedy": i / 80, "eval/sampled": i / 90}
-                                          if i % 20 == 19 else {})} for i in range(steps)]
-
-
-def make_run(folder, steps=80):
-    folder.mkdir(parents=True)
-    write(folder / "metrics.jsonl", *metric_rows(steps), '{"step": 80, "rew')
-    return folder
-
-
-def test_curves_by_hand_with_a_resume_and_half_a_line(tmp_path):
-    run = make_run(tmp_path / "run", steps=3)
-    with open(run / "metrics.jsonl", "a") as file:
-        file.write("\n" + json.dumps({"step": 1, "reward": 9.0}) + "\n")
-    panels = plots.curves([run])
-    assert panels["reward"] == {"reward": ([1, 2, 3], [1.0, 9.0, 1.02])}
-    assert list(panels["clipped tokens (share)"]) == ["clip_low", "clip_high"]
-    assert panels["parts of the reward"] == {"reward/iou": ([1, 3], [0.3, 0.3])}
-    assert "seconds/total" not in panels["seconds a step"] and "loss" not in panels
-
-
-def test_plot_of_one_run_and_of_two(tmp_path):
-    one, two = make_run(tmp_path / "one" / "grpo"), make_run(tmp_path / "two" / "grpo", steps=30)
-    evaluation.main(["plot", str(one)])
-    assert shows_something(one / "curves.png")
-    evaluation.main(["plot", str(one), str(two), "--out", str(tmp_path / "both.png")])
-    assert shows_something(tmp_path / "both.png")
-    assert len(plots.curves([one, two])["reward"]) == 2  # the same name, but two runs
-
-
-def test_plots_that_can_not_be_made(tmp_path):
-    assert "metrics.jsonl" in refused("plot", tmp_path)
-    write(tmp_path / "metrics.jsonl")
-    assert "no step has been logged yet" in refused("plot", tmp_path)
-    assert "--pictures-every" in refused("show", tmp_path)
-
-
-def test_show_puts_the_newest_pictures_on_a_sheet(tmp_path):
-    (tmp_path / "samples").mkdir()
-    for step in range(30):
-        colour = (8 * step, 255 - 8 * step, 90)
-        file = tmp_path / "samples" / f"step-{step}-0.png"
-        Image.new("RGB", (56, 56), colour).save(file)
-        os.utime(file, (step, step))
-    evaluation.main(["show", str(tmp_path)])
-    with Image.open(tmp_path / "samples.png") as sheet:
-        colours = {colour for _, colour in sheet.getcolors(10**6)}
-        assert sheet.size == (4 * 270 + 10, 44 + 6 * 270)  # 24 pictures in 6 rows
-    assert (8 * 29, 255 - 8 * 29, 90) in colours and (8 * 6, 255 - 8 * 6, 90) in colours
-    assert (8 * 5, 255 - 8 * 5, 90) not in colours  # the 25th newest
-
-
+# ---- averages ----
 def save_model(folder, **tensors):
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors")
@@ -589,15 +516,6 @@ def test_demo_compares_two_models(runs, tmp_path):
     assert {r["id"].split("-")[2] for r in answers} == {"heldout"}
     assert shows_something(tmp_path / "curve.png") and shows_something(tmp_path / "rollouts.png")
     assert not any(runs[1].glob("eval"))  # all went to --out
-
-
-def test_demo_table_by_hand():
-    table = {"samples": 400, "before": {"greedy": 0.25, "sampled": 0.0},
-             "after": {"greedy": 0.5, "sampled": 0.2}}
-    greedy, sampled = plots.demo_table(table).splitlines()[2:]
-    # standard errors √(0.25·0.75/400) = 2.165 %, √(0.25/400) = 2.5 %
-    assert " ".join(greedy.split()) == "greedy 25.0 ± 2.2 % 50.0 ± 2.5 % +25.0 points ×2.00"
-    assert sampled.split()[-2:] == ["points", "-"]
 
 
 def test_demo_needs_models(tmp_path, runs):
