@@ -43,6 +43,7 @@ LR = 1e-6 if GPU else 1e-4  # AdamW's learning rate [PR1 §4.3: 1e-6]
 INNER_STEPS = 1  # µ, optimizer steps on the same answers [PR1: 1]
 CLIP = 0.2  # ε, how far the ratio π/π_old may move a token's probability
 BETA = 0.0  # β, weight of the KL term; 0: no reference model is kept [PR1 §4.3: 0.04]
+NAMES = ("red circle", "red square", "green circle", "green square", "blue circle", "blue square")
 TEMPERATURE = 1.0  # of π, in sampling and in scoring [PR1 §4.3: 1.0]
 SEED = 0
 
@@ -61,24 +62,20 @@ class Rollout:
 
 # ── a scene, a question, a reward ──
 def draw_scene(rng):
-    """A white image with two or three shapes: (image, name of one of them, its box in pixels)."""
+    """Two shapes on white: (image, the last shape's name, its box [x1, y1, x2, y2] in pixels)."""
     image = Image.new("RGB", (SIZE, SIZE), "white")
     pen = ImageDraw.Draw(image)
-    names = [f"{colour} {shape}" for colour in ("red", "green", "blue") for shape in ("circle", "square")]
     half = SIZE // 2
     quarters = [(0, 0), (half, 0), (0, half), (half, half)]  # a shape in each, so none overlap
-    count = rng.randint(2, 3)
-    names = rng.sample(names, count)
-    boxes = []
-    for name, (left, top) in zip(names, rng.sample(quarters, count)):
+    for name, (left, top) in zip(rng.sample(NAMES, 2), rng.sample(quarters, 2)):
         side = rng.randint(SIZE * 3 // 10, half)
         x = left + rng.randint(0, half - side)
         y = top + rng.randint(0, half - side)
+        box = (x, y, x + side, y + side)
         colour, shape = name.split()
         paint = pen.ellipse if shape == "circle" else pen.rectangle
         paint((x, y, x + side - 1, y + side - 1), fill=colour)
-        boxes.append((x, y, x + side, y + side))
-    return image, names[0], boxes[0]
+    return image, name, box
 
 
 def encode(tokenizer, image_processor, image, name):
@@ -103,7 +100,7 @@ def grade(text, box):
     if not form:
         return 0.0
     x1, y1, x2, y2 = map(int, form.groups())
-    if x1 >= x2 or y1 >= y2:  # no box
+    if x1 > x2 or y1 > y2:  # no box
         return 0.0
     left, top, right, bottom = box
     width = min(x2, right) - max(x1, left)
@@ -163,22 +160,23 @@ def make_batch(model, prompts, answers):
     return {name: tensor.to(model.device) for name, tensor in batch.items()}
 
 
-@torch.no_grad()
+def cut_after_stop(ids, stops):
+    """`generate` pads behind the stop token: that token is learned, the padding is not."""
+    for place, token in enumerate(ids):
+        if token in stops:
+            return ids[: place + 1]
+    return ids  # cut off at MAX_TOKENS
+
+
 def sample(model, prompts):
-    """GROUP answers o_1 … o_G ~ π(· | q) to each prompt q, as lists of token ids; prompt by prompt."""
+    """G answers o_1 … o_G ~ π(· | q) to each prompt q: P lists of G lists of token ids."""
     rows = [prompt for prompt in prompts for _ in range(GROUP)]
-    batch = make_batch(model, rows, [[] for _ in rows])
+    batch = make_batch(model, rows, [[]] * len(rows))
     ids_BL = model.generate(**batch)
     prompt_width = batch["input_ids"].shape[1]
-    return [cut_after_stop(model, ids) for ids in ids_BL[:, prompt_width:].tolist()]
-
-
-def cut_after_stop(model, ids):
-    """`generate` pads behind the stop token. The stop token is learned, the padding is not."""
-    for place, token in enumerate(ids):
-        if token in model.generation_config.eos_token_id:
-            return ids[: place + 1]
-    return ids  # cut at MAX_TOKENS
+    stops = model.generation_config.eos_token_id
+    answers = [cut_after_stop(ids, stops) for ids in ids_BL[:, prompt_width:].tolist()]
+    return [answers[i : i + GROUP] for i in range(0, len(answers), GROUP)]
 
 
 def token_logprobs(model, rollouts):
@@ -199,39 +197,17 @@ def token_logprobs(model, rollouts):
 
 # ── GRPO ──
 def set_advantages(group):
-    """How much better than its group's average each answer is, in units of the group's spread."""
+    """How much better each answer is than its group's mean, in units of the group's spread."""
     rewards = [rollout.reward for rollout in group]
-    mean = statistics.mean(rewards)
-    std = statistics.stdev(rewards)
+    mean, std = statistics.mean(rewards), statistics.stdev(rewards)
     for rollout in group:
         # A_i = (r_i − mean(r)) / (std(r) + ε)  [DSM §4.1.2]
         rollout.advantage = (rollout.reward - mean) / (std + 1e-4)
 
 
-def grpo_loss(model, group):
-    """−(1/G) · Σ_i 1/|o_i| · Σ_t (clipped objective of token t − β·KL), of the G answers of a group.
-
-    The first time round π is π_old: every ratio is 1, no clip acts and the loss is about 0, as
-    advantages sum to 0. Its gradient −mean(A·∇log π) is not: it moves answers apart.
-    """
-    objective = 0.0
-    for rollout, logp_T in zip(group, token_logprobs(model, group)):
-        # r_t = π(o_t) / π_old(o_t)
-        ratio_T = (logp_T - rollout.old_logp_T).exp()
-        clipped_T = ratio_T.clamp(1 - CLIP, 1 + CLIP)
-        # min(r_t·A_i, clip(r_t, 1−ε, 1+ε)·A_i)  [DSM Eq.3]
-        objective_T = torch.minimum(ratio_T * rollout.advantage, clipped_T * rollout.advantage)
-        if BETA > 0:
-            # KL(π ‖ π_ref) ≈ π_ref/π − log(π_ref/π) − 1  [DSM Eq.4]
-            log_ratio_T = rollout.ref_logp_T - logp_T
-            objective_T = objective_T - BETA * (log_ratio_T.exp() - log_ratio_T - 1)
-        objective = objective + objective_T.mean()  # 1/|o_i| · Σ_t
-    return -objective / len(group)
-
-
 @torch.no_grad()
-def score_group(model, reference, group):
-    """Keep log π_old, before any step changes π, and log π_ref."""
+def keep_logprobs(model, reference, group):
+    """log π_old, while π still is what wrote the answers, and log π_ref if there is a KL term."""
     for rollout, logp_T in zip(group, token_logprobs(model, group)):
         rollout.old_logp_T = logp_T
     if BETA > 0:
@@ -239,29 +215,48 @@ def score_group(model, reference, group):
             rollout.ref_logp_T = logp_T
 
 
+def grpo_loss(model, group):
+    """Minus the objective of the G answers to one prompt.
+
+    In the first of the µ steps π is π_old: every ratio is 1, no clip acts, and the loss is 0, since
+    advantages sum to 0. Its gradient, −mean(A·∇log π), is not 0: it tells good from bad answers.
+    """
+    objective = 0.0
+    for rollout, logp_T in zip(group, token_logprobs(model, group)):
+        # ρ_t = π(o_t) / π_old(o_t)
+        ratio_T = (logp_T - rollout.old_logp_T).exp()
+        clipped_T = ratio_T.clamp(1 - CLIP, 1 + CLIP)
+        # min(ρ_t·A_i, clip(ρ_t, 1−ε, 1+ε)·A_i)  [DSM Eq.3]
+        objective_T = torch.minimum(ratio_T * rollout.advantage, clipped_T * rollout.advantage)
+        if BETA > 0:
+            # − β·KL,  KL(π ‖ π_ref) ≈ π_ref/π − log(π_ref/π) − 1  [DSM Eq.4]
+            log_ratio_T = rollout.ref_logp_T - logp_T
+            objective_T = objective_T - BETA * (log_ratio_T.exp() - log_ratio_T - 1)
+        # 1/G · Σ_i 1/|o_i| · Σ_t  [DSM Eq.3]
+        objective = objective + objective_T.mean() / len(group)
+    return -objective
+
+
 def update(model, optimizer, groups):
-    """One optimizer step on the mean loss of the groups; one group at a time, to save memory."""
+    """One optimizer step on the groups' mean loss; one group at a time, so memory is one group's."""
     for group in groups:
         loss = grpo_loss(model, group) / len(groups)
-        loss.backward()
+        loss.backward()  # gradients add up
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
     optimizer.zero_grad()
 
 
 def train_step(model, reference, tokenizer, image_processor, optimizer, rng):
-    """[DSM Algorithm 1]: sample, grade, compare, step. Returns the rewards of all rollouts."""
+    """Ask, answer, grade, compare, learn [DSM Algorithm 1]. Returns the rewards of all answers."""
     scenes = [draw_scene(rng) for _ in range(PROMPTS)]
     prompts = [encode(tokenizer, image_processor, image, name) for image, name, _ in scenes]
-    answers = sample(model, prompts)
     groups = []
-    for prompt, (_, _, box) in zip(prompts, scenes):
-        group = []
-        for _ in range(GROUP):
-            tokens = answers.pop(0)
-            group.append(Rollout(prompt, tokens, grade(tokenizer.decode(tokens), box)))
+    for prompt, (_, _, box), answers in zip(prompts, scenes, sample(model, prompts)):
+        grades = [grade(tokenizer.decode(tokens), box) for tokens in answers]
+        group = [Rollout(prompt, *pair) for pair in zip(answers, grades)]
         set_advantages(group)
-        score_group(model, reference, group)
+        keep_logprobs(model, reference, group)
         groups.append(group)
     for _ in range(INNER_STEPS):
         update(model, optimizer, groups)
