@@ -35,6 +35,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration as Qwen
 GPU = torch.cuda.is_available()
 MODEL = "Qwen/Qwen2.5-VL-3B-Instruct" if GPU else "runs/coldstart/model"
 SIZE = 280 if GPU else 56  # side of a scene in pixels; the model reads 28×28 of them as one token
+NAMES = ("red circle", "red square", "green circle", "green square", "blue circle", "blue square")
 PROMPTS = 16  # scenes a step
 GROUP = 8  # G, answers a scene [PR1 §4.3: 8]
 MAX_TOKENS = 64 if GPU else 24  # longer answers are cut
@@ -43,7 +44,6 @@ LR = 1e-6 if GPU else 1e-4  # AdamW's learning rate [PR1 §4.3: 1e-6]
 INNER_STEPS = 1  # µ, optimizer steps on the same answers [PR1: 1]
 CLIP = 0.2  # ε, how far the ratio π/π_old may move a token's probability
 BETA = 0.0  # β, weight of the KL term; 0: no reference model is kept [PR1 §4.3: 0.04]
-NAMES = ("red circle", "red square", "green circle", "green square", "blue circle", "blue square")
 TEMPERATURE = 1.0  # of π, in sampling and in scoring [PR1 §4.3: 1.0]
 SEED = 0
 
@@ -238,7 +238,7 @@ def grpo_loss(model, group):
 
 
 def update(model, optimizer, groups):
-    """One optimizer step on the groups' mean loss; one group at a time, so memory is one group's."""
+    """One optimizer step on the mean loss of all groups. Memory holds one group at a time."""
     for group in groups:
         loss = grpo_loss(model, group) / len(groups)
         loss.backward()  # gradients add up
@@ -253,8 +253,10 @@ def train_step(model, reference, tokenizer, image_processor, optimizer, rng):
     prompts = [encode(tokenizer, image_processor, image, name) for image, name, _ in scenes]
     groups = []
     for prompt, (_, _, box), answers in zip(prompts, scenes, sample(model, prompts)):
-        grades = [grade(tokenizer.decode(tokens), box) for tokens in answers]
-        group = [Rollout(prompt, *pair) for pair in zip(answers, grades)]
+        group = []
+        for tokens in answers:
+            reward = grade(tokenizer.decode(tokens), box)
+            group.append(Rollout(prompt, tokens, reward))
         set_advantages(group)
         keep_logprobs(model, reference, group)
         groups.append(group)
