@@ -26,7 +26,7 @@ LR = 1e-3
 @pytest.fixture(autouse=True)
 def constants(monkeypatch):
     """The CPU's constants on any machine, and few answers."""
-    few = dict(GPU=False, SIZE=56, MAX_TOKENS=6, PROMPTS=2, GROUP=3, STEPS=2, TEMPERATURE=TEMPERATURE)
+    few = dict(GPU=False, SIZE=56, FORMAT=1.0, MAX_TOKENS=6, PROMPTS=2, GROUP=3, STEPS=2, TEMPERATURE=TEMPERATURE)
     for name, value in few.items():
         monkeypatch.setattr(naive_grpo, name, value)
 
