@@ -12,12 +12,15 @@ from conftest import ROOT
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+import fsdp
 import grpo_vl
 import naive_grpo
+import policy as packing
 import qwen_vl
 import rewards
+import tiny
 from naive_grpo import Rollout
-from sampler import Completion, Group
+from qwen_vl import Completion, Group
 
 TEMPERATURE = 0.8
 LR = 1e-3
@@ -38,8 +41,8 @@ def folder(request, tmp_path_factory):
 
 
 def write_model(path, *, tied, seed):
-    tokenizer = qwen_vl.tiny_tokenizer()
-    model = qwen_vl.tiny_model(tokenizer, tied=tied, seed=seed, layers=2)
+    tokenizer = tiny.tiny_tokenizer()
+    model = tiny.tiny_model(tokenizer, tied=tied, seed=seed, layers=2)
     for part in (model, tokenizer, Qwen2VLImageProcessorPil()):
         part.save_pretrained(path)
     return str(path)
@@ -75,12 +78,12 @@ def fast_side(folder, groups, *, beta, reference_folder, optimizer_class):
     """grpo_vl on the naive rollouts: (loss, gradients, weights after a step), as train_step does it.
 
     All that knows names of the fast side. Log-probs of π_old are the rollouts'; packing, scoring,
-    advantages, reference, loss and step are grpo_vl's own.
+    advantages, reference, weights, loss and step are grpo_vl's own.
     """
     def policy_of(source):
         model, tokenizer = qwen_vl.load(source)
         special = qwen_vl.SpecialIds.read(tokenizer, model.config)
-        return qwen_vl.Policy(model, special.banned_V), tokenizer, special
+        return packing.Policy(model, special.banned_V), tokenizer, special
 
     policy, tokenizer, special = policy_of(folder)
     reference = policy_of(reference_folder)[0] if beta else None
@@ -94,24 +97,25 @@ def fast_side(folder, groups, *, beta, reference_folder, optimizer_class):
         prompt = qwen_vl.encode_chat(tokenizer, special, text, [noise_image(*size)])
         assert prompt.ids == group[0].prompt["ids"]
         torch.testing.assert_close(prompt.pixels_ND, group[0].prompt["pixel_values"])
-        packable.append(Group(prompt, [Completion(r.tokens) for r in group], row=3 * len(packable)))
-    rollouts = [rollout for group in groups for rollout in group]
-    packs = [qwen_vl.prepare_attention(qwen_vl.pack_groups(part), torch.device("cpu"))
-             for part in qwen_vl.split_groups(packable, 60)]
+        completions = [Completion(r.tokens, r.old_logp_T.tolist(), reward=r.reward) for r in group]
+        packable.append(Group(prompt, completions, row=3 * len(packable)))
+    rollouts = [completion for group in packable for completion in group.completions]
+    device = torch.device("cpu")
+    packs = [packing.prepare_attention(packing.pack_groups(part), device)
+             for part in packing.split_groups(packable, 60)]
     assert len(packs) == 2
-    mask_BT = qwen_vl.pad_BT([[1] * len(r.tokens) for r in rollouts]).bool()
-    old_logp_BT = qwen_vl.pad_BT([r.old_logp_T.tolist() for r in rollouts])
-    ref_logp_BT = grpo_vl.reference_logps(run, packs, mask_BT.shape)
+    old_logp = grpo_vl.sampled_logps(rollouts, packs, device)
+    ref_logp = grpo_vl.reference_logps(run, packs)
     advantages_B = grpo_vl.group_advantages(torch.tensor(REWARDS)).flatten()
-    options = grpo_vl.loss_options(config, 0, len(rollouts), int(mask_BT.sum()))
+    ranks = fsdp.Processes(0, 1, device)
+    weight_B = grpo_vl.rollout_weights(config, 0, ranks, rollouts, len(rollouts))
 
     total, clipped = 0.0, 0.0
-    for pack in packs:
+    for pack, old_S, ref_S in zip(packs, old_logp, ref_logp):
         logp_S, _ = policy(pack, TEMPERATURE)
-        logp_BT = qwen_vl.scatter_BT(logp_S, pack, mask_BT.shape)
-        here_BT = qwen_vl.scatter_BT(torch.ones_like(logp_S), pack, mask_BT.shape).bool()
         loss, stats = grpo_vl.policy_loss(
-            logp_BT, old_logp_BT, advantages_B, here_BT, ref_logp_BT=ref_logp_BT, **options)
+            logp_S, old_S, advantages_B[pack.row_S], weight_B[pack.row_S], row_S=pack.row_S,
+            beta=beta, ref_logp_S=ref_S)
         loss.backward()
         total += loss.item()
         clipped += stats["clip_low"][0] + stats["clip_high"][0]
@@ -137,7 +141,7 @@ def distance(ours, theirs):
 
 @pytest.mark.parametrize("off_policy", [False, True])
 @pytest.mark.parametrize("beta", [0.0, 0.5])
-def test_grpo_vl_is_this_algorithm(folder, tmp_path, monkeypatch, beta, off_policy):
+def test_grpo_vl_is_this_algorithm(alone, folder, tmp_path, monkeypatch, beta, off_policy):
     monkeypatch.setattr(naive_grpo, "BETA", beta)
     other = write_model(tmp_path, tied=True, seed=1)
     model, tokenizer, image_processor = naive_grpo.load(folder)
