@@ -15,7 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-BATCH = 64  # rows of a parquet file held at a time
+BATCH = 8  # rows of a parquet file held at a time
+READING = dict(pre_buffer=False, buffer_size=1 << 20)  # nor more of the file than they need
 FAULTS = (ArithmeticError, AttributeError, LookupError, OSError, RecursionError, SyntaxError,
           TypeError, ValueError)  # what data and options can raise
 
@@ -173,13 +174,13 @@ def read_table(path):
 
 
 def read_parquet(path):
-    """Rows of a parquet file, its images left in it: no rank holds more than BATCH of them."""
+    """Rows of a parquet file, its images left in it: BATCH of them are held at a time."""
     try:
-        from pyarrow import parquet
+        from pyarrow import default_memory_pool, parquet
     except ImportError as error:
         raise ValueError(f"parquet needs pyarrow (pip install pyarrow): {error}") from error
     number = 0
-    with parquet.ParquetFile(path) as file:
+    with parquet.ParquetFile(path, **READING) as file:
         binary = [field.name for field in file.schema_arrow if "binary" in str(field.type)]
         for group in range(file.num_row_groups):
             before = number
@@ -190,6 +191,7 @@ def read_parquet(path):
                         row[name] = leave(row[name], place, (name,))
                     number += 1
                     yield f"{path}: row {number}", row
+    default_memory_pool().release_unused()
 
 
 def leave(value, place, keys):
@@ -219,7 +221,7 @@ class Stored:
         from pyarrow import parquet
 
         skip = self.row
-        with parquet.ParquetFile(self.path) as file:
+        with parquet.ParquetFile(self.path, **READING) as file:
             column = dict(row_groups=[self.group], columns=[self.keys[0]])
             for batch in file.iter_batches(BATCH, **column):
                 if skip < len(batch):
