@@ -8,11 +8,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import eval as eval_script
 import formulas
 import rewards
 from rewards import correct, parse_boxes, parse_points, prompt, reference, score
@@ -23,6 +25,9 @@ THINKING = "<think>Let me look.</think><answer>{}</answer>"
 
 def boxes(*items):
     return json.dumps([{"bbox_2d": list(box), "label": label} for *box, label in items])
+
+
+UNREADABLE = "<|object_ref_start|>a<|object_ref_end|><|box_start|>here<|box_end|>"
 
 
 def points(*items):
@@ -90,10 +95,30 @@ def test_reference_earns_the_full_reward(task, answer, full):
     said = reference(task, answer, "cat")
     assert score(task, said, answer, [100, 100]).total == full
     assert correct(task, said, answer, [100, 100]) == 1
-    thought = reference(task, answer, "cat", think=True)
     extra = task not in ("math", "choice")  # where the format weighs nothing
-    assert score(task, thought, answer, [100, 100], think=True).total == full + extra
-    assert correct(task, thought, answer, [100, 100], think=True) == 1
+    for think in (True, "before", "after"):
+        thought = reference(task, answer, "cat", think=think)
+        assert score(task, thought, answer, [100, 100], think=think).total == full + extra
+        assert correct(task, thought, answer, [100, 100], think=think) == 1
+
+
+def test_reference_says_what_it_sees():
+    said = reference("ocr", "word", "", think="after")
+    assert said == "<answer>word</answer><think>I see text.</think>"
+    said = reference("choice", "b", "Is it round?\nA. yes\nB. no", think=True)
+    assert said == "<think>I see a question with options.</think><answer>B</answer>"
+    said = reference("grounding", [0.4, 0, 9.6, 9], "cat", think=True)
+    assert said.startswith("<think>I see the cat.</think><answer>[{")
+
+
+def test_reference_shows_no_behaviour():
+    """Imitation must not teach what is counted as a behaviour later."""
+    for task, answer, _ in RIGHT:
+        question = "cat" if task in ("grounding", "counting") else "To find x, we need to check it."
+        for think in (True, "after"):
+            row = {"completion": reference(task, answer, question, think=think)}
+            counts = [eval_script.lexicon_count(name, row) for name in eval_script.BEHAVIOURS]
+            assert sum(counts) == 0, row
 
 
 # ---- grounding ----
@@ -114,6 +139,11 @@ def test_reference_earns_the_full_reward(task, answer, full):
         ("[0.0, 0.0, 10.0, 10.0]", 1, 0.5),
         ("[0, 0, 10, 10] or [0, 0, 10, 20]", 0, 0.5),  # the first one counts
         ('[{"label": "[9, 9, 9, 9]", "bbox_2d": [0, 0, 10, 10]', 0, 0.5),  # cut short
+        # a box that is there is found, whatever its key and nesting
+        ("[[0, 0, 10, 10]]", 0, 0.5),
+        ('[{"bbox": [0, 0, 10, 10]}]', 0, 0.5),
+        ('[{"bbox": [0, 0, 10, 10]', 0, 0.5),
+        ('{"cat": {"box": [0, 0, 10, 10]}}', 0, 0.5),
         (points((5, 5)), 0, 0),
         ("I see no cat.", 0, 0),
         ("", 0, 0),
@@ -173,6 +203,12 @@ def test_correct_grounding_is_above_one_half():
         ("[0, 0, 30, 40]", 0),  # a bare box is grounding's
         ("There are: " + points((0, 0), (30, 40)), 0),
         ('[{"point_2d": [0, 0]}, {"point_2d": [30]}]', 0),  # one bad item fails the gate
+        # other models' lists of points
+        ("[[0, 0], [30, 40]]", 1),
+        ('[{"x": 0, "y": 0}, {"x": 30, "y": 40}]', 1),
+        ('<points x1="0" y1="0" x2="30" y2="40" alt="x">x</points>', 1),
+        ('<point x="0" y="0" alt="x">x</point>', 1 / 2),
+        ('I see <point x="0" y="0" alt="x">x</point>', 0),
     ],
 )
 def test_counting(said, expected):
@@ -192,6 +228,23 @@ def test_counting_options():
     assert total("counting", "[]", []) == 1
     assert total("counting", "4", 5) == pytest.approx(0.8)  # the data has a number only
     assert total("counting", points((1, 1), (2, 2)), 4) == 0.5
+
+
+@pytest.mark.parametrize("said", ["2", "2.", "**2**", "$2$", '{"count": 2}', r"\boxed{2}"])
+def test_a_bare_number_is_read(said):
+    assert score("counting", said, 2) == rewards.Score(1, {"format": 1, "count": 1, "distance": 1})
+    assert total("counting", said, 4) == 0.5
+    assert total("counting", said, [[1, 1], [2, 2]]) == 0  # where the data has points, they count
+    assert correct("counting", said, [[1, 1], [2, 2]]) == 1
+
+
+@pytest.mark.parametrize("true", [0, []])
+@pytest.mark.parametrize("said", ["no idea", "", "[null]", "[{}]", "{}", UNREADABLE])
+def test_what_cannot_be_read_is_not_none(said, true):
+    assert score("counting", said, true).total == 0
+    assert correct("counting", said, true) == 0
+    assert score("counting", "[]", true).total == 1
+    assert correct("counting", "[]", true) == 1
 
 
 def test_correct_count():
@@ -258,6 +311,23 @@ def test_detection(said, expected, form, f1, same, iou, penalty):
     parts = {"format": form, "f1": f1, "class": same, "iou": iou, "penalty": penalty}
     assert result.parts == pytest.approx(parts)
     assert result.total == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("said", "expected", "form"),
+    [
+        # both right: 0.75 + 1 + 1 and 0.25 for the form, of which the rest is one invalid item
+        ("Here they are:\n```json\n" + json.dumps(OBJECTS) + "\n```", 2.75 + 0.25 * 2 / 3, 2 / 3),
+        (json.dumps(OBJECTS)[:-1] + ', {"bbox_2d": [1, 2', 2.75 + 0.25 * 2 / 3, 2 / 3),
+        # one of two: 0.75·2/3 + 1 + 1 − 0.5·1/2 and half of the form
+        (json.dumps(OBJECTS[0]), 2.25 + 0.125, 1 / 2),
+        (json.dumps(OBJECTS)[:-9], 2.25 + 0.125, 1 / 2),
+    ],
+)
+def test_whole_objects_count_in_anything(said, expected, form):
+    result = score("detection", said, OBJECTS)
+    assert result.total == pytest.approx(expected)
+    assert result.parts["format"] == pytest.approx(form)
 
 
 def test_detection_options():
@@ -400,7 +470,7 @@ def test_ocr(said, true, expected):
         ("<think>a</think><think>a</think><answer>b</answer>", 0),
         ("<think>a</think><answer>b</answer><answer>c</answer>", 0),
         ("<think><think>a</think></think><answer>b</answer>", 0),
-        ("<answer>b</answer><think>a</think>", 0),
+        ("<answer>b</answer><think>a</think>", 0),  # the other order
         ("<think><answer>b</answer></think>", 0),
         ("<think>a</think><answer>b", 0),
         ("b", 0),
@@ -410,18 +480,18 @@ def test_think_form(said, form):
     assert score("ocr", said, "q", think=True).parts["think"] == form
 
 
-@pytest.mark.parametrize(
-    ("task", "answer", "right"),
-    [
-        ("grounding", [0, 0, 10, 20], "[0, 0, 10, 20]"),
-        ("counting", [[1, 1]], points((1, 1))),
-        ("detection", OBJECTS, json.dumps(OBJECTS)),
-        ("ocr", "word", "word"),
-        ("math", "12", r"\boxed{12}"),
-        ("choice", "B", r"\boxed{B}"),
-    ],
-)
-@pytest.mark.parametrize("think", [False, True])
+RIGHT = [
+    ("grounding", [0, 0, 10, 20], "[0, 0, 10, 20]"),
+    ("counting", [[1, 1]], points((1, 1))),
+    ("detection", OBJECTS, json.dumps(OBJECTS)),
+    ("ocr", "word", "word"),
+    ("math", "12", r"\boxed{12}"),
+    ("choice", "B", r"\boxed{B}"),
+]
+
+
+@pytest.mark.parametrize(("task", "answer", "right"), RIGHT)
+@pytest.mark.parametrize("think", [False, "before", "after"])
 @pytest.mark.parametrize(
     "form", ["<think>{}</think>", "<think>{}", "<think><answer>{}</answer></think>"]
 )
@@ -430,6 +500,8 @@ def test_thinking_is_never_the_answer(task, answer, right, think, form):
     assert correct(task, form.format(right), answer, think=think) == 0
     followed = form.format(right) + "</think><answer>nothing</answer>"
     assert correct(task, followed, answer, think=think) < 0.5
+    preceded = "<answer>nothing</answer>" + form.format(right)
+    assert correct(task, preceded, answer, think=think) < 0.5
 
 
 def test_weight_of_thinking():
@@ -441,6 +513,30 @@ def test_weight_of_thinking():
     assert score("math", said, "7", think=True) == rewards.Score(1, {"correct": 1, "think": 1})
     assert score("math", said, "7", think=True, format_weight=1).total == 2
     assert score("math", said, "7", think=True, format_weight=1, truncated=True).total == 0
+
+
+@pytest.mark.parametrize(("task", "answer", "right"), RIGHT)
+def test_thinking_after_the_answer(task, answer, right):
+    after = f"<answer>{right}</answer><think>So it is.</think>"
+    before = f"<think>So it is.</think><answer>{right}</answer>"
+    for said, order, formed in ((after, "after", 1), (before, "before", 1), (before, True, 1),
+                                (before, "after", 0), (after, "before", 0), (after, True, 0)):
+        result = score(task, said, answer, think=order)
+        assert result.parts["think"] == formed
+        assert correct(task, said, answer, think=order) == 1
+    assert score(task, after, answer, think="after", truncated=True).parts["think"] == 0
+
+
+def test_prompts_ask_for_an_order():
+    assert prompt("ocr", think=True) == prompt("ocr", think="before")
+    assert prompt("ocr", think="before").endswith("final answer in <answer> </answer> tags.")
+    asked = prompt("ocr", think="after")
+    assert asked.startswith("OCR this image. ")
+    assert asked.index("<answer> </answer>") < asked.index("<think> </think>")
+    with pytest.raises(ValueError, match="think can be before or after, not 'during'"):
+        prompt("ocr", think="during")
+    with pytest.raises(ValueError, match="think can be before or after"):
+        score("ocr", "a", "a", think="during")
 
 
 # ---- maths ----
@@ -476,25 +572,22 @@ def test_undecided_maths_is_marked(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("said", "letters"),
+    ("said", "true", "right"),
     [
-        ("B", "B"), ("(B)", "B"), ("B.", "B"), ("**B**", "B"), ("$B$", "B"), ("B. 42 cm", "B"),
-        ("B\nbecause it is longer", "B"), ("Option B", "B"), ("The answer is B.", "B"),
-        ("the correct option is (B), as A is too small", "B"), ("**Answer:** B", "B"),
-        ("Answer: the option B", "B"), (r"\boxed{B}", "B"), (r"\boxed{\text{(B)}}", "B"),
-        (r"Answer: A? No, \boxed{B}", "B"), ("Answer: B, I think", "B"), ("Answer: I", "I"),
-        ("Answer: B. The answer is B.", "B"), ("Answer: A or B", "AB"),
-        ("Answer: A, B, C, D", "ABCD"),
-        (r"\boxed{A} \boxed{B}", "AB"), (r"\boxed{A, B}", "AB"), ("Answer: A\nAnswer: B", "AB"),
-        ("A. 1\nB. 2\nC. 3", "ABC"), ("the answer is not B", ""), ("A dog and a cat", ""),
-        ("It could be B", ""), ("the answer is a triangle", ""), ("", ""), ("AB", ""),
+        (r"\boxed{B}", "B", 1),
+        (r"\boxed{B}", "(b)", 1),
+        ("Answer: B", "A", 0),
+        ("Answer: A or B", "B", 0),
+        ("It could be B", "B", 0),
+        (r"\boxed{ \text{E} }", "E", 1),
+        (r"\boxed{\text{A circle}}", "A", 0),
+        ("I think", "I", 0),
+        ("答案：Q", "Q", 1),
     ],
-)  # fmt: skip
-def test_choice(said, letters):
-    assert rewards.chosen_letters(said) == set(letters)
-    for true in "AB":
-        assert score("choice", said, true).total == (letters == true)
-    assert score("choice", said, "B", truncated=True).total == 0
+)
+def test_choice(said, true, right):
+    assert score("choice", said, true) == rewards.Score(right, {"correct": right})
+    assert score("choice", said, true, truncated=True).total == 0
 
 
 # ---- attacks ----
@@ -654,7 +747,7 @@ TOP = {"grounding": 2, "counting": 1, "detection": 3, "ocr": 1, "math": 1, "choi
 @settings(max_examples=300, deadline=None, derandomize=True)
 @given(
     said=st.one_of(st.text(), st.lists(st.sampled_from(PIECES), max_size=25).map("".join)),
-    think=st.booleans(),
+    think=st.sampled_from([False, "before", "after"]),
     truncated=st.booleans(),
     size=st.sampled_from([None, [56, 84]]),
 )
@@ -665,22 +758,13 @@ def test_never_raises(said, think, truncated, size):
             patch.setattr(formulas, "equal_in_child", lambda *_: False)
             result = score(task, said, answer, size, think=think, truncated=truncated)
         assert task == "math" or 0 <= correct(task, said, answer, size, think=think) <= 1
-        assert 0 <= result.total <= TOP[task] + think
+        assert 0 <= result.total <= TOP[task] + bool(think)
         assert all(math.isfinite(part) for part in result.parts.values())
     assert all(len(box) == 4 for box in parse_boxes(said, size))
     assert all(len(point) == 2 for point in parse_points(said, size))
 
 
-# ---- pictures, mistakes of the caller, command line ----
-
-
-def test_what_pictures_draw():
-    assert parse_boxes("It is [1, 2, 3, 4] or (5,6),(7,8)") == [[1, 2, 3, 4], [5, 6, 7, 8]]
-    assert parse_boxes('[{"bbox_2d": [1, 2, 3, 4], "label": "a"}, {"bbox_2d": [5') == [[1, 2, 3, 4]]
-    assert parse_boxes("<think>[1, 2, 3, 4]</think>none") == []
-    assert parse_boxes(tokens((0, 0, 500, 1000)), (28, 56)) == [[0, 0, 14, 56]]
-    assert parse_points(points((1, 2)) + " and so on") == [[1, 2]]
-    assert parse_points(boxes((0, 0, 4, 8, "a"))) == [[2, 4]]
+# ---- mistakes of the caller ----
 
 
 @pytest.mark.parametrize(
@@ -700,6 +784,129 @@ def test_mistakes_are_named(args, options, sentence):
     with pytest.raises(ValueError) as error:
         score(*args, **options)
     assert sentence in str(error.value)
+
+
+# ---- rewards of one's own ----
+
+
+def sample(task="ocr", answer="word", image_size=(28, 56)):
+    return SimpleNamespace(task=task, answer=answer, image_size=image_size, question="q", id="s-7")
+
+
+def loaded(tmp_path, source):
+    path = tmp_path / "mine.py"
+    path.write_text(source, encoding="utf-8")
+    return rewards.load(f"{path}:mine")
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("def mine(task, completion, answer, image_size): return len(task + completion + answer)", 10),
+        ("def mine(task, completion, answer): return len(completion)", 3),
+        ("def mine(t, c, a, size=None): return len(t + c + a) + size[0]", 38),  # by place
+        ("def mine(t, c, /): return len(c)", 3),
+        ("def mine(*all): return len(all)", 4),
+        ("def mine(completion, answer): return len(completion) - len(answer)", -1),  # by name
+        ("def mine(answer, completion): return len(completion) - len(answer)", -1),
+        ("def mine(completion, scale=2.0): return scale * len(completion)", 6),
+        ("def mine(completion, *, truncated): return 5 if truncated else 0", 5),
+        ("def mine(t, c, *, truncated): return 5 if truncated else len(c)", 5),
+        ("def mine(sample): return len(sample.id + sample.question)", 4),
+        ("def mine(**all): return len(all['sample'].id) + all['bonus']", 7),
+        ("def mine(completion, bonus): return bonus", 4),
+        ("def mine(t, c, a, **rest): return rest['image_size'][1] + rest['bonus']", 60),
+        ("class Mine:\n    def __call__(self, completion): return 9\nmine = Mine()", 9),
+    ],
+)
+def test_a_reward_gets_what_its_signature_takes(tmp_path, source, expected):
+    reward = loaded(tmp_path, source)
+    options = {"bonus": 4}
+    result = rewards.call_reward(reward, sample(), "abc", truncated=True, options=options)
+    assert result == rewards.Score(expected, {})
+
+
+def test_a_reward_may_pass_everything_on_to_score(tmp_path):
+    source = (
+        "import rewards\n"
+        "def mine(task, completion, answer, image_size=None, **rest):\n"
+        "    return rewards.score(task, completion, answer, image_size, **rest)\n"
+    )
+    reward = loaded(tmp_path, source)
+    options = {"iou_power": 2, "think": True}
+    said = "<think>a</think><answer>[0, 0, 10, 10]</answer>"
+    right = sample("grounding", [0, 0, 10, 20])
+    result = rewards.call_reward(reward, right, said, options=options)
+    assert result == rewards.Score(2.25, {"format": 1, "iou": 0.5, "think": 1})  # 1 + 0.5² + 1
+    assert reward("grounding", "[0, 0, 10, 10]", [0, 0, 10, 20], iou_power=2).total == 1.25
+
+
+def test_an_option_goes_to_the_tasks_that_have_it():
+    options = {"iou_power": 2, "matching": "detr"}
+    box = sample("grounding", [0, 0, 10, 20])
+    assert rewards.call_reward(score, box, "[0, 0, 10, 10]", options=options).total == 1.25
+    count = sample("counting", [[0, 0]], (30, 40))
+    assert rewards.call_reward(score, count, points((3, 4)), options=options).total == 0.9
+    cat = sample("detection", OBJECTS)
+    swapped = boxes((20, 20, 30, 30, "dog"), (0, 0, 10, 10, "cat"))
+    assert rewards.call_reward(score, cat, swapped, options=options).total == 3
+    with pytest.raises(ValueError, match="no option 'power'"):
+        rewards.call_reward(score, cat, swapped, options={"power": 2})
+
+
+@pytest.mark.parametrize("value", ["'high'", "None", "float('nan')", "float('inf')"])
+def test_a_reward_must_be_a_finite_number(tmp_path, value):
+    reward = loaded(tmp_path, f"def mine(completion): return {value}")
+    with pytest.raises(ValueError, match="a reward must be"):
+        rewards.call_reward(reward, sample(), "abc")
+
+
+def test_options_are_checked_before_training(tmp_path):
+    rewards.check_options({})
+    rewards.check_options({"iou_power": 2, "matching": "detr", "penalty": 3, "components": ["iou"]})
+    rewards.check_options({"think": "after", "format_weight": 0.1, "exact": True})
+    wrong = [
+        ({"power": 2}, "no task has an option 'power'; there are \\['components', 'exact', 'iou_power'"),
+        ({"iou_power": 3}, "iou_power can be \\(1, 2\\), not 3"),
+        ({"matching": "best"}, "matching can be .*'optimal'.*'detr'.*not 'best'"),
+        ({"penalty": -1}, "penalty can be"),
+        ({"components": ["size"]}, "components can be"),
+        ({"think": "during"}, "think can be before or after"),
+        ({"format_weight": "much"}, "format_weight must be a number"),
+    ]
+    for options, sentence in wrong:
+        with pytest.raises(ValueError, match=sentence):
+            rewards.check_options(options)
+    named = loaded(tmp_path, "def mine(completion, bonus=1): return bonus")
+    rewards.check_options({"bonus": 2}, named)
+    with pytest.raises(ValueError, match="takes no option 'malus'; its own are"):
+        rewards.check_options({"malus": 2}, named)
+    rewards.check_options({"malus": 2}, loaded(tmp_path, "def mine(completion, **rest): return 1"))
+
+
+def test_a_task_is_a_row():
+    assert rewards.TASKS == ("grounding", "counting", "detection", "ocr", "math", "choice")
+    assert rewards.OPTIONS["grounding"] == {"iou_power": (1, 2)}
+    assert set(rewards.PROMPTS) == set(rewards.TASKS)
+    assert set(rewards.QUESTIONS) == {"detection", "ocr"}
+
+
+def test_a_new_task_is_one_row(monkeypatch):
+    def length(text, true, image_size, truncated, weight, power):
+        return (len(text) / true) ** power, {"length": len(text) / true}
+
+    row = rewards.Task(prompt="Say {} letters.", read=int, write=lambda true, _: true * "x",
+                       rule=length, right=lambda parts: parts["length"], seen="nothing",
+                       options={"power": (1, 2)})  # fmt: skip
+    monkeypatch.setitem(rewards.TABLE, "length", row)
+    assert prompt("length", "4") == "Say 4 letters."
+    assert reference("length", "4") == "xxxx"
+    assert score("length", "xx", "4", power=2) == rewards.Score(0.25, {"length": 0.5})
+    assert correct("length", "xx", "4") == 0.5
+    assert rewards.call_reward(score, sample("length", 4), "xx", options={"power": 2}).total == 0.25
+
+
+# ---- command line ----
 
 
 def run(*arguments, lines=""):
