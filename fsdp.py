@@ -6,7 +6,6 @@ need of a sharded policy · §5 what a rank holds
 import math
 import os
 import re
-import sys
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -47,28 +46,49 @@ class Processes:
 
 
 def start_processes(timeout: int) -> Processes:
-    """torchrun's ranks; without torchrun a world of one, which takes the same path."""
+    """torchrun's ranks; without torchrun a world of one, which takes the same path.
+
+    timeout: seconds after which a rank gives up waiting for the others.
+    """
     rank, world, local = (int(os.environ.get(n, 0)) for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(local)
-    how = {} if world else {"rank": 0, "world_size": 1, "store": dist.HashStore()}
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **how)
+    options = {}
+    if not world:
+        options = {"rank": 0, "world_size": 1, "store": dist.HashStore()}
+    backend = register_gloo()
+    if cuda:
+        backend = f"cpu:{backend},cuda:nccl"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **options)
     return Processes(rank, max(world, 1), torch.device(f"cuda:{local}" if cuda else "cpu"))
 
 
-def leave() -> None:
-    """The end of a script: of several ranks, none runs its destructors.
+def register_gloo() -> str:
+    """The name of gloo with one worker thread, for init_process_group.
 
-    There gloo's threads abort now and then, and torchrun takes the run for failed.
+    PyTorch starts two, and both write the name of the collective they have just finished into one
+    string without a lock (ProcessGroupGloo::runLoop): now and then into memory that the other has
+    freed, and malloc ends the process. results/gloo_race.md has the proof.
     """
-    if dist.get_world_size() == 1:
-        return dist.destroy_process_group()
+    name = "gloo_one_thread"
+    if not hasattr(dist.Backend, name.upper()):
+        dist.Backend.register_backend(name, gloo_one_thread, devices=["cpu"])
+    return name
+
+
+def gloo_one_thread(store, rank: int, world: int, timeout: timedelta):
+    options = dist.ProcessGroupGloo._Options()
+    options._threads = 1
+    options._timeout = timeout
+    options._devices = [dist.ProcessGroupGloo.create_default_device()]
+    return dist.ProcessGroupGloo(store, rank, world, options)
+
+
+def leave() -> None:
+    """The end of a script: ranks wait for each other, and end gloo's threads before they exit."""
     dist.barrier()
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os._exit(0)
+    dist.destroy_process_group()
 
 
 # §2 ──────────────────────────────── sharding by PyTorch's FSDP2 ─────────────────────────────

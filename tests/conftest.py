@@ -21,7 +21,7 @@ def worker(rank, store_file, commands, results):
     torch.set_num_threads(1)
 
     store = dist.FileStore(store_file, 2)
-    dist.init_process_group("gloo", rank=rank, world_size=2, store=store, timeout=timedelta(seconds=90))
+    dist.init_process_group(fsdp.register_gloo(), rank=rank, world_size=2, store=store, timeout=timedelta(seconds=90))
     ranks = fsdp.Processes(rank, 2, torch.device("cpu"))
     while command := commands.get():
         module, name, arguments = command
@@ -74,5 +74,5 @@ def alone():
     """This process as a world of one."""
 
     if not dist.is_initialized():
-        dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+        dist.init_process_group(fsdp.register_gloo(), rank=0, world_size=1, store=dist.HashStore())
     return fsdp.Processes(0, 1, torch.device("cpu"))

@@ -16,10 +16,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_plots import make_run, refused, shows_something, write
 
+import behaviours
 import data as datasets
 import eval as evaluation
+import grpo_vl
+import protocols
 import rewards
 import tiny
+import training
 
 ROOT = Path(__file__).parent.parent
 HERE = ROOT / "tests" / "fixtures" / "eval"
@@ -56,7 +60,7 @@ def test_grounding_by_hand(tmp_path, capsys):
 
 def test_the_true_box_may_be_wrapped_as_trainers_wrap_it():
     row = {"completion": "[0, 0, 10, 10]", "answer": "<answer>[0, 0, 10, 10]</answer>"}
-    close(evaluation.grounding(row), centre_acc=1, mean_iou=1)
+    close(protocols.grounding(row), centre_acc=1, mean_iou=1)
 
 
 def test_grounding_in_the_frame_of_box_tokens(tmp_path, capsys):
@@ -87,16 +91,16 @@ def test_ocr_by_hand(tmp_path, capsys):
     got = scored(capsys, "ocr", write(tmp_path / "p.jsonl", *rows))
     close(got, edit_distance=(3 / 14 + 1) / 2, precision=0.5, recall=0.375, f1=(6 / 7) / 2)
     # sets of words: a repeated word is one; white space is not folded: two differ in one of 3
-    assert evaluation.ocr({"completion": "a a b", "answer": "b a"})["f1"] == 1
-    assert evaluation.ocr({"completion": "a\nb", "answer": "a b"})["edit_distance"] == 1 / 3
+    assert protocols.ocr({"completion": "a a b", "answer": "b a"})["f1"] == 1
+    assert protocols.ocr({"completion": "a\nb", "answer": "a b"})["edit_distance"] == 1 / 3
     empty = {"edit_distance": 0, "f1": 1, "precision": 1, "recall": 1}
-    assert evaluation.ocr({"completion": "", "answer": ""}) == empty
+    assert protocols.ocr({"completion": "", "answer": ""}) == empty
 
 
 def test_ocr_reads_to_the_letter_as_released():
     """The ends are not stripped, special tokens go, and of tagged thinking only the answer is read."""
     def distance(said, true):
-        return evaluation.ocr({"completion": said, "answer": true})["edit_distance"]
+        return protocols.ocr({"completion": said, "answer": true})["edit_distance"]
 
     assert distance(" ab\n", "ab") == 2 / 4  # two characters too many, of four
     assert distance("ab", "ab\n") == 1 / 3
@@ -109,11 +113,11 @@ def test_ocr_of_chinese_is_cut_into_words_by_jieba(monkeypatch):
     row = {"completion": "今天很好", "answer": "今天天气很好"}
     monkeypatch.setitem(sys.modules, "jieba", None)
     with pytest.raises(ImportError, match="pip install jieba"):
-        evaluation.ocr(row)
+        protocols.ocr(row)
     cuts = {"今天很好": ["今天", "很", "好"], "今天天气很好": ["今天", "天气", "很", "好"]}
     monkeypatch.setitem(sys.modules, "jieba", SimpleNamespace(lcut=cuts.get))
     # two characters of six are missing; words 3 of 3 and 3 of 4
-    close(evaluation.ocr(row), edit_distance=2 / 6, precision=1, recall=0.75, f1=6 / 7)
+    close(protocols.ocr(row), edit_distance=2 / 6, precision=1, recall=0.75, f1=6 / 7)
 
 
 def test_math_over_k_samples_by_hand(tmp_path, capsys):
@@ -209,7 +213,7 @@ def test_detection_without_annotations_takes_the_answers(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("task, row, sentence", [
-    ("ocr", "{", "p.jsonl:2: Expecting"),
+    ("ocr", "{", "p.jsonl:2: this is not JSON (Expecting"),
     ("ocr", "[1]", 'p.jsonl:2: a row needs "id" or "image_id"'),
     ("ocr", {"completion": "a", "answer": "a"}, 'p.jsonl:2: a row needs "id"'),
     ("ocr", {"id": 1, "answer": "a"}, 'p.jsonl:2: a row needs "id"'),
@@ -218,7 +222,7 @@ def test_detection_without_annotations_takes_the_answers(tmp_path, capsys):
     ("ocr", {"id": 1, "completion": "a", "answer": 3}, "p.jsonl:2: the answer in ocr"),
     ("grounding", {"id": 1, "completion": "a", "answer": "a"}, "p.jsonl:2: "),
     ("grounding", {"id": 1, "completion": "a", "answer": [1, 2]}, "p.jsonl:2: a true box"),
-    ("counting", {"id": 1, "completion": "a", "answer": -1}, "p.jsonl:2: the true answer"),
+    ("counting", {"id": 1, "completion": "a", "answer": -1}, "p.jsonl:2: a true count"),
     ("detection", {"id": 1, "completion": "[]", "answer": 5}, "p.jsonl:2: "),
     ("detection", {"id": 0, "completion": "[]", "answer": []}, "answered before"),
 ])
@@ -278,15 +282,15 @@ def test_metrics_shows_the_papers_rows_on_stderr(tmp_path, capsys):
 
 
 def test_the_papers_row_stands_beside(capsys):
-    table = evaluation.beside_paper("detection", {"AP": 0.5, "AP50": None, "AP75": 0.123})
+    table = protocols.beside_paper("detection", {"AP": 0.5, "AP50": None, "AP75": 0.123})
     assert "measured here: 50.0 - 12.3" in table
     assert "Perception-R1 3B 31.9 46.7 33.4" in table and "Qwen2.5-VL-3B 16.1" in table
     one = dict.fromkeys(("acc@0.5", "acc@0.75", "acc@0.95", "acc_mean", "accuracy", "f1",
                          "edit_distance", "precision", "recall"), 1)
     for task, number in {"grounding": "89.1 79.5 35.0 67.9", "counting": "78.1", "ocr": "2.8 98.2",
                          "math": "OVR-7B 95.3", "choice": "OVR-7B 51.8"}.items():
-        assert number in evaluation.beside_paper(task, one)
-    table = evaluation.beside_paper("grounding", one)
+        assert number in protocols.beside_paper(task, one)
+    table = protocols.beside_paper("grounding", one)
     for split in ("RefCOCO testA   Qwen2-VL-2B 89.6 80.6 35.7 68.6   Perception-R1 2B 91.4 83.6 38.5 71.2",
                   "RefCOCO testB   Qwen2-VL-2B 82.0 70.1 26.9 59.7   Perception-R1 2B 84.5 72.4 28.8 61.9",
                   "RefCOCO+ testA  Qwen2-VL-2B 82.5 73.8 32.3 62.9   Perception-R1 2B 86.8 79.3 36.9 67.7",
@@ -308,9 +312,9 @@ def test_the_papers_row_stands_beside(capsys):
     ("To get 75, we need a number divisible by 5.", "backward chaining"),
 ])
 def test_the_lexicon_finds_each_behaviour(text, shown):
-    assert evaluation.lexicon_count(shown, {"completion": f"It is so. {text} Done."}) == 1
+    assert behaviours.lexicon_count(shown, {"completion": f"It is so. {text} Done."}) == 1
     plain = "The image shows a cat. Its area is 12. So the answer is 4."
-    assert evaluation.lexicon_count(shown, {"completion": plain}) == 0
+    assert behaviours.lexicon_count(shown, {"completion": plain}) == 0
 
 
 def test_rates_and_transfer_by_hand(tmp_path, capsys):
@@ -530,8 +534,8 @@ def test_run_answers_and_scores_on_two_ranks(runs, tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").open()]
     assert got["samples"] == len(rows) == 10 and len({row["id"] for row in rows}) == 5
     assert "Perception-R1 2B" in beside and "measured here" in beside
-    again = evaluation.read_predictions(tmp_path / "predictions.jsonl", answers=True)
-    close(got, **evaluation.score_predictions("grounding", again))
+    again = protocols.read_predictions(tmp_path / "predictions.jsonl", answers=True)
+    close(got, **protocols.score_predictions("grounding", again))
 
 
 def in_this_process(monkeypatch, alone):
@@ -561,8 +565,6 @@ def test_only_grounding_is_decoded_with_a_repetition_penalty(tmp_path, monkeypat
 
 
 def test_run_refuses_data_of_another_task_before_a_model_is_loaded(tmp_path, monkeypatch):
-    import training
-
     monkeypatch.setattr(training, "prepare", lambda *_: pytest.fail("a model was loaded"))
     row = {"task": "math", "question": "1+1", "answer": "2"}
     mixed = write(tmp_path / "mixed.jsonl", row, row | {"task": "choice", "answer": "B"})
@@ -572,7 +574,8 @@ def test_run_refuses_data_of_another_task_before_a_model_is_loaded(tmp_path, mon
         assert f"this row's task is {own}, but --task is {task}" in said
     assert "mixed.jsonl:1: " in said and not (tmp_path / "out").exists()
     assert "none.jsonl" in refused(*run, "ocr", "--data", tmp_path / "none.jsonl")
-    evaluation.check_data(SimpleNamespace(data=[str(mixed)], **LIMITS), "math")  # these two may mix
+    config = grpo_vl.Config(model="tiny", data=(str(mixed),), eval_data=(str(mixed),), eval_every=1)
+    evaluation.check_data(config, "math")  # these two may mix
 
 
 @pytest.fixture
@@ -620,9 +623,6 @@ def test_a_missing_package_is_said_before_anything_is_answered(tmp_path, monkeyp
     assert f"pip install {package}" in refused(*run)
 
 
-LIMITS = {"seed": 0, "min_pixels": 3136, "max_pixels": 10**6, "fields": "", "skip_bad": 0}
-
-
 @pytest.fixture
 def questions(monkeypatch, alone):
     """(system prompt, images) of each question that a run asks; no model answers."""
@@ -667,8 +667,8 @@ def test_a_blind_run_sees_grey_images_of_the_same_size(tmp_path, questions):
 
 def test_the_protocol_has_every_task():
     """Tokens, samples, penalty: [PR1 code] answers greedily, with 1.05 for grounding alone."""
-    table = evaluation.PROTOCOLS
-    assert set(table) == set(datasets.TASKS) == set(evaluation.PROMPTS)
+    table = protocols.PROTOCOLS
+    assert set(table) == set(datasets.TASKS) == set(protocols.PROMPTS)
     grounding = table["grounding"]
     assert (grounding.max_tokens, grounding.samples, grounding.penalty) == (512, 1, 1.05)
     assert [task for task in table if table[task].penalty != 1] == ["grounding"]
@@ -680,12 +680,12 @@ def test_curriculum_keeps_a_band_and_sorts_easy_to_hard(tmp_path, monkeypatch, a
     (tmp_path / "data.jsonl").write_text("".join(rows))
     right = {"s0": 4, "s1": 1, "s2": 0, "s3": 3}
 
-    def answers(run, per_question, max_tokens, limit):
-        assert (per_question, run.eval_data) == (4, run.data)
+    def answers(run, count, *, tries, max_tokens, greedy):
+        assert (count, tries, greedy, run.eval_data) == (0, 4, False, run.data)
         return [dict(id=key, task="math", completion=f"\\boxed{{{key[1] if i < n else 99}}}", answer=key[1],
                      image_size=None) for key, n in right.items() for i in range(4)]
 
-    monkeypatch.setattr(evaluation, "answer_all", answers)
+    monkeypatch.setattr(training, "answer_heldout", answers)
     in_this_process(monkeypatch, alone)
     evaluation.main(["curriculum", "--model", "tiny", "--data", str(tmp_path / "data.jsonl"), "--out",
                      str(tmp_path / "out"), "--low", "0.2", "--samples-per-question", "4"])
