@@ -271,10 +271,10 @@ def idle_children(process_id):
 
 
 # ---- §4 the comparison ---------------------------------------------------------------------------
-def equal(said: str, true: str, *, exact=False, seconds: float = SECONDS) -> bool | None:
-    """Whether two formulas are equal; None if that is undecided after `seconds` of processor time.
+def equal(said: str, true: str, *, exact=False, seconds: float | None = None) -> bool | None:
+    """Whether two formulas are equal; None if that is undecided when the processor time is up.
 
-    exact: only the same text is. seconds: of a child's processor, for one try; there are two.
+    exact: only the same text is. seconds: of a child's processor, for one of two tries (SECONDS).
     """
     if exact or not said or max(len(said), len(true)) > LONGEST:
         return said != "" and said == true
@@ -292,7 +292,7 @@ def equal(said: str, true: str, *, exact=False, seconds: float = SECONDS) -> boo
     hard = TOO_HARD.search(said) or TOO_HARD.search(true)
     if whole or other_case or based or hard:  # symbols would not help, or not end
         return plain == plain_true
-    return equal_in_child(said, true, seconds)
+    return equal_in_child(said, true, seconds or SECONDS)
 
 
 def main() -> None:

@@ -146,9 +146,11 @@ def shape_of(item):
     """A box or a point; None if it is neither."""
     if not isinstance(item, dict):
         return plain_numbers(item, 4) or plain_numbers(item, 2)
+    box = plain_numbers(item.get("bbox_2d"), 4)
+    point = plain_numbers(item.get("point_2d"), 2)
     corners = [item.get(name) for name in ("x1", "y1", "x2", "y2")]
-    keyed = plain_numbers(item.get("bbox_2d"), 4) or plain_numbers(item.get("point_2d"), 2)
-    return keyed or plain_numbers(corners, 4) or plain_numbers([item.get("x"), item.get("y")], 2)
+    place = [item.get(name) for name in ("x", "y")]
+    return box or point or plain_numbers(corners, 4) or plain_numbers(place, 2)
 
 
 def centre(shape):
@@ -200,7 +202,8 @@ STATED = re.compile(r"(?:(?i:answer|option|choice)[*_\"]*\s?(?i:is|:|=)|答案(?
                     r"|(?<!不)[选選][择擇]?(?![项項]):?)\s*(?=([^\n]{0,80}))")
 ALONE = re.compile(r"(?:^|(?<=\s))[(*\[$]*([A-Z])(?:[).:*$\]]+(?=\s|$)|[^\S\n]*$)", re.MULTILINE)
 # Not the I of "I think", nor the A of "A circle"; that of "A because …" is one.
-GOES_ON = "(?:and|or|as|because|since|is|but|for|so|given|due|based|if|which|with|from) "
+GOES_ON = ("(?:and|or|not|as|because|since|is|was|but|for|so|given|due|based|if|which|where|when"
+           "|with|from|in|on|at|of|to|by|the|this|it|we) ")  # no word that an article goes before
 LETTER = rf"(?:[B-HJ-Z]|I(?! [a-z])|A(?! (?!{GOES_ON})[a-z]))"
 LEADING = re.compile(rf"(?:(?:the|option|choice) )*({LETTER}(?: (?:or |and )?{LETTER})*)(?: |$)")
 SMALL = re.compile(r"[*$\[ ]{0,9}(?:\(([a-z])\)|([a-z])[).\]*$ ]{0,9}$)")  # (e), or e and no more

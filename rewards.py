@@ -40,24 +40,20 @@ import numpy as np
 
 import readers
 from formulas import boxed, check, equal, library
-from readers import COCO_IDS as COCO_IDS  # this and others: found here by the scripts above
-from readers import (
-    COCO_NAMES,
-    centre,
-    chosen_letters,
-    plain_numbers,
-    read_number,
-    read_objects,
-    read_shapes,
-    split_thinking,
-    think_order,
-)
+from readers import COCO_IDS as COCO_IDS  # "as" itself: part of rewards for other scripts
+from readers import COCO_NAMES as COCO_NAMES
+from readers import chosen_letters as chosen_letters
 from readers import parse_boxes as parse_boxes
 from readers import parse_points as parse_points
 from readers import read_json as read_json
 from readers import read_object as read_object
+from readers import read_objects as read_objects
+from readers import split_thinking as split_thinking
+from readers import think_order as think_order
 
 COMPONENTS = ("format", "f1", "class", "iou", "penalty")  # of detection
+
+
 @dataclass(frozen=True)
 class Score:
     """A completion's reward and, by name, the parts it was made of, unweighted."""
@@ -102,9 +98,7 @@ def prompt(task: str, question: str = "", *, think: bool | str = False) -> str:
     return row.prompt.format(question or row.question) + think_prompt(think)
 
 
-def reference(
-    task: str, answer: object, question: str = "", *, think: bool | str = False
-) -> str:
+def reference(task: str, answer: object, question: str = "", *, think: bool | str = False) -> str:
     """A completion that earns the full reward, coordinates in whole pixels, as Qwen writes them."""
     row = row_of(task)
     said = row.write(row.read(answer), question)
@@ -131,7 +125,7 @@ def read_truth(task: str, answer: object) -> object:
 
 # ---- §2 perception: each rule returns its reward and its parts -----------------------------------
 def grounding(text, true, image_size, truncated, weight, iou_power):
-    shapes, form = read_shapes(text, image_size)
+    shapes, form = readers.read_shapes(text, image_size)
     boxes = [shape for shape in shapes if len(shape) == 4]
     boxes = [box for box in boxes if box[0] <= box[2] and box[1] <= box[3]]
     one = len(boxes) == len(shapes) == 1
@@ -148,13 +142,13 @@ def overlaps(boxes_N4, true_M4):
     """-> IoU and GIoU of each pair, both [N, M]; 0 where there is no area."""
     low_N12, high_N12 = boxes_N4[:, None, :2], boxes_N4[:, None, 2:]
     low_1M2, high_1M2 = true_M4[None, :, :2], true_M4[None, :, 2:]
-    sides_NM2 = np.minimum(high_N12, high_1M2) - np.maximum(low_N12, low_1M2)
-    both_NM = sides_NM2.clip(0).prod(-1)
+    shared_NM2 = np.minimum(high_N12, high_1M2) - np.maximum(low_N12, low_1M2)
+    both_NM = shared_NM2.clip(0).prod(-1)
     area_N1 = (high_N12 - low_N12).prod(-1)
     area_1M = (high_1M2 - low_1M2).prod(-1)
     either_NM = area_N1 + area_1M - both_NM
-    sides_NM2 = np.maximum(high_N12, high_1M2) - np.minimum(low_N12, low_1M2)
-    hull_NM = sides_NM2.prod(-1)
+    spanned_NM2 = np.maximum(high_N12, high_1M2) - np.minimum(low_N12, low_1M2)
+    hull_NM = spanned_NM2.prod(-1)
     # IoU = |A ∩ B| / |A ∪ B|,  GIoU = IoU − |hull \ (A ∪ B)| / |hull|
     iou_NM = both_NM / np.where(either_NM > 0, either_NM, 1)
     outside_NM = (hull_NM - either_NM) / np.where(hull_NM > 0, hull_NM, 1)
@@ -171,12 +165,12 @@ def matched(cost_NM, matching):
 
 
 def counting(text, true, image_size, truncated, weight, matching):
-    shapes, form = read_shapes(text, image_size)
+    shapes, form = readers.read_shapes(text, image_size)
     bare = isinstance(true, int)  # the data has no points: then a bare number is an answer too
     formed = form in ("list", "tokens", "plain")
     said, wanted = len(shapes), true if bare else len(true)
     if not shapes and not formed:
-        said = read_number(text)
+        said = readers.read_number(text)
         formed = bare and said is not None
     gate = float(formed and not truncated)
     count = distance = 0.0  # what cannot be read is wrong, not "none"
@@ -192,11 +186,14 @@ def counting(text, true, image_size, truncated, weight, matching):
 
 def closeness(shapes, true, image_size, matching):
     """1 − mean distance of the matched points / the image's diagonal, at least 0."""
-    points_N2 = np.array([centre(shape) for shape in shapes])
-    offsets_NM2 = points_N2[:, None] - np.array(true)[None]
+    width, height = image_size or (1000, 1000)
+    points_N2 = np.array([readers.centre(shape) for shape in shapes])
+    true_M2 = np.array(true)
+    offsets_NM2 = points_N2[:, None] - true_M2[None]
     distance_NM = np.linalg.norm(offsets_NM2, axis=-1)
-    mean = distance_NM[matched(distance_NM, matching)].mean().item()
-    return max(0.0, 1 - mean / math.hypot(*(image_size or (1000, 1000))))
+    pairs = matched(distance_NM, matching)
+    mean = distance_NM[pairs].mean().item()
+    return max(0.0, 1 - mean / math.hypot(width, height))
 
 
 def detection(text, true, image_size, truncated, weight, matching, penalty, components):
@@ -372,7 +369,7 @@ def score(
         allowed = row.options[name]
         check(fits(name, value, allowed), f"{name} in {task} can be {allowed}, not {value!r}")
     check(isinstance(completion, str), f"a completion must be text, not {type(completion)}")
-    sized = image_size is None or (plain_numbers(image_size, 2) and min(image_size) > 0)
+    sized = image_size is None or (readers.plain_numbers(image_size, 2) and min(image_size) > 0)
     check(sized, f"image_size must be [W, H] in pixels, not {image_size!r:.200}")
     settings = {name: values[0] for name, values in row.options.items()} | options
     weight = row.format_weight if format_weight is None else format_weight
@@ -387,7 +384,7 @@ def score(
 def fits(name, value, allowed):
     """Whether an option can have this value."""
     if name == "penalty":
-        return plain_numbers([value], 1) is not None and value >= 0
+        return readers.plain_numbers([value], 1) is not None and value >= 0
     if name == "components":
         return isinstance(value, (list, tuple)) and set(value) <= set(COMPONENTS)
     return value in allowed
@@ -493,7 +490,7 @@ def check_options(options: dict, reward: Callable = score) -> None:
         if name == "think":
             think_order(value)
         elif name == "format_weight":
-            number = value is None or plain_numbers([value], 1)
+            number = value is None or readers.plain_numbers([value], 1)
             check(number, f"format_weight must be a number, not {value!r}")
         else:
             check(name in names, f"no task has an option {name!r}; there are {sorted(names)}")

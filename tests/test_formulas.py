@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -129,12 +130,19 @@ def test_what_is_cut_twice_is_undecided_and_the_child_replaced():
     assert equal(r"\frac{3}{6}", "0.5") is True
 
 
+def processor_seconds(child):
+    fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(") ")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # user and system
+
+
 def test_the_limit_is_set_anew_for_each_pair():
-    first, second = idle()
-    for _ in range(12):  # together above 0.3 s of processor time, each of them below
-        formulas.ask(first, "(x+1)^2", "x^2+2x+1", 0.3)
-    assert first.poll() is None
-    del second
+    child, _ = idle()
+    assert formulas.ask(child, "(x+1)^2", "x^2+2x+1", 5.0)  # ready, and warm
+    start, k = processor_seconds(child), 1
+    while processor_seconds(child) - start < 2.5:
+        k += 1
+        reply = formulas.ask(child, f"(x+{k})^3", f"x^3+{3 * k}x^2+{3 * k * k}x+{k**3}", 2.0)
+        assert reply == '{"equal": true}\n'
 
 
 def test_a_stopped_child_is_waited_for():

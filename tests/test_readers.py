@@ -302,7 +302,7 @@ def test_what_pictures_draw():
         # the article and the pronoun
         (r"\boxed{\text{A circle}}", ""), ("The answer is A circle", ""), ("I think", ""),
         ("Answer: I think so", ""), ("I think it is B", ""), (r"\boxed{I think}", ""),
-        ("The answer is A because it is round", "A"), ("Answer: A. circle", "A"),
+        ("The answer is A because it is round", "A"), ("Answer: A. circle", "A"), ("Answer: A in the figure", "A"), ("Answer: A, not B", "A"),
         (r"\boxed{\text{A: circle}}", "A"), ("Answer: A) circle", "A"), (r"\boxed{I}", "I"),
     ],
 )  # fmt: skip

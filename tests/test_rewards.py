@@ -686,19 +686,19 @@ def test_long_completions_take_bounded_time(name):
     true |= {"detection": [{"bbox_2d": [k, k, k + 9, k + 9], "label": "cat"} for k in range(50)]}
     true |= {"math": "5", "choice": "A"}
     for task, answer in true.items():
-        start = time.monotonic()
+        start = time.process_time()
         result = score(task, LONG[name], answer, [56, 56], think=True)
-        assert time.monotonic() - start < 2 * 2, task  # 2 s, doubled for a busy machine
+        assert time.process_time() - start < 2 * 2, task  # 2 s, doubled for a slow machine
         assert math.isfinite(result.total)
 
 
 def test_ordinary_completions_are_fast():
     long_list = boxes(*[(k, k, k + 20, k + 20, "cat") for k in range(100)])
     thought = "<think>" + "so it goes. " * 500 + "</think><answer>{}</answer>"
-    start = time.monotonic()
+    start = time.process_time()
     for _ in range(20):
         score("detection", thought.format(long_list), json.loads(long_list), [280, 280], think=True)
-    assert (time.monotonic() - start) / 20 < 0.1
+    assert (time.process_time() - start) / 20 < 0.1
 
 
 # ---- fuzz ----
