@@ -34,7 +34,7 @@ def words(error):
         return f"the field {error} is missing"
     if isinstance(error, json.JSONDecodeError):
         place = f"line {error.lineno} column {error.colno}".removeprefix("line 1 ")
-        return f"this is not JSON ({error.msg} at {place}): is it another format?"
+        return f"{error.msg} at {place}: this is not JSON, is it another format?"
     if isinstance(error, UnicodeDecodeError):
         return "this is not UTF-8 text: is it another format?"
     if isinstance(error, RecursionError):

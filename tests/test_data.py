@@ -36,7 +36,7 @@ def test_the_resized_block_lies_where_its_answer_says():
 
 
 @pytest.mark.parametrize("row, words", [
-    ('{"task": "math"', "this is not JSON (Expecting ',' delimiter at column 16)"),
+    ('{"task": "math"', "Expecting ',' delimiter at column 16: this is not JSON"),
     ("[1, 2]", "an object of named fields, not [1, 2]"),
     ("[" * 100_000, "nested too deeply"),
     ({"task": "poetry", "question": "q", "answer": "a"}, "'poetry' is none of"),

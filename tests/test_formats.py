@@ -359,7 +359,8 @@ def test_a_truth_that_nothing_can_match_is_a_fault(tmp_path, task, answer):
 def test_boxes_as_x_y_w_h_are_asked_about_and_read(tmp_path):
     row = {"task": "grounding", "image": "a.png", "question": "q", "answer": [60, 10, 30, 20]}
     assert "is it x, y, w, h? then ?box=xywh" in fault(tmp_path, row)
-    for answer in ([20, 10, 40, 30], "[20, 10, 40, 30]", "<answer>[20, 10, 40, 30]</answer>"):
+    said = "<think>At [1, 2]?</think><answer>[20, 10, 40, 30]</answer>"
+    for answer in ([20, 10, 40, 30], "[20, 10, 40, 30]", said):
         sample = one(write(tmp_path, row | {"answer": answer}) + "?box=xywh")
         assert sample.answer == pytest.approx(RED)
     items = [{"bbox_2d": [20, 10, 40, 30], "label": "block"}]
