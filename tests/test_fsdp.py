@@ -123,6 +123,17 @@ def shares(ranks):
     return kept, state, {name: tuple(p.shape) for name, p in policy.named_parameters() if p.is_meta}
 
 
+def one_unit(ranks, dtype):
+    """A unit of three numbers on two ranks that see different inputs: what each has afterwards."""
+    linear = nn.Linear(2, 1)
+    linear.weight.data, linear.bias.data = torch.tensor([[1 + 2**-10, 2.0]]), torch.tensor([3.0])
+    unit = fsdp.Unit(linear, ranks)
+    unit.full = torch.empty(4, dtype=dtype)  # as on a GPU, if bf16
+    y = linear(torch.tensor([[[256.0, 1.0]], [[1.0, 0.0]]], dtype=dtype)[ranks.rank])
+    y.sum().backward()
+    return unit.shard.tolist(), y.item(), unit.shard.grad.tolist(), unit.full.untyped_storage().size()
+
+
 def evaluated(ranks, sharding):
     """Log-probabilities without gradients, as of a reference model, twice."""
     policy, tokenizer, special = load(ranks, sharding)
@@ -160,6 +171,17 @@ def test_by_hand_and_by_pytorch_are_equal_bit_by_bit(pair, model, options):
         assert own.keys() == their.keys() and all(torch.equal(own[n], their[n]) for n in own)
     assert ours[1][2] == ours[1][3] == {}  # rank 1 keeps no whole weights
     assert ours[0][0][0] != ours[0][0][2]  # it learned
+
+
+@pytest.mark.parametrize("dtype, y", [(torch.float32, 4 + 2**-10), (torch.bfloat16, 4.0)])
+def test_a_unit_by_hand(pair, dtype, y):
+    one, two = pair.run("test_fsdp.one_unit", dtype=dtype)
+    # Weights 1 + 2⁻¹⁰, 2 and the bias 3 are padded to four. Inputs (256, 1) and (1, 0) are the weights' gradients,
+    # 1 and 1 the bias's; their means are 128.5, 0.5 and 1. In bf16 2⁻¹⁰ would go, and 256 + 1 make 256.
+    assert one[0] == [1 + 2**-10, 2.0] and two[0] == [3.0, 0.0]
+    assert two[1] == y  # 1·(1 + 2⁻¹⁰) + 0·2 + 3, computed in bf16 without the 2⁻¹⁰
+    assert one[2] == [128.5, 0.5] and two[2] == [1.0, 0.0]
+    assert one[3] == two[3] == 0
 
 
 @pytest.mark.parametrize("model", ["tiny", "tiny-untied"])
