@@ -5,10 +5,10 @@ decode: all rows of a group read the same prompt keys · §5 sample
 
 Decoding issues no collectives: ranks finish at different lengths, and a collective would hang.
 Plain twins (tests/test_sampler.py): tokens ↔ Hugging Face's `generate`, log-probabilities ↔ the
-policy's, padded shapes ↔ exact ones.
+policy's, padded shapes ↔ exact ones, a small budget ↔ a large one.
 
 Words: a *row* is one completion being sampled; a *batch* is what decodes together, P prompts with G
-rows each; the *cache* holds the keys and values of a batch: each prompt's once, each row's own.
+rows each. Where its keys and values lie is kv_cache.py's business.
 
 Shapes: P prompts, G rows a prompt, L prompt places, T own places, V vocabulary, D width, F width of
 the MLP, H query heads, K key/value heads, R = H/K queries that share a key head, d head width,
@@ -16,16 +16,18 @@ B rows in the order of the results, N image patches, I image tokens.
 """
 import hashlib
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from kv_cache import Batch, Cache
 from policy import replace_vision_forwards, rotate, vision_features
 from qwen_vl import Completion, Prompt, SpecialIds
 
 BLOCK = 64  # ids that `inverse_cdf` takes as one on its first level
+PREFILL = 16_384  # prompt tokens in one pass: what they need beside the cache has no other bound
 
 
 # §1 ───────────────────────────────────────── noise ──────────────────────────────────────────
@@ -73,11 +75,6 @@ def first_above(cdf_BN, threshold_B1, mass_BN) -> torch.Tensor:
     return torch.where(mass_BN.gather(1, index_B1) > 0, index_B1, heaviest_B1)
 
 
-def round_up(x: int, multiple: int) -> int:
-    """The smallest multiple that is at least x."""
-    return math.ceil(x / multiple) * multiple
-
-
 def product_fp32(a, b) -> torch.Tensor:
     """a @ b with its sums kept in fp32: attention's scores must not be rounded to bf16."""
     if not a.is_cuda or a.dtype == torch.float32:
@@ -115,25 +112,6 @@ LAYER_PARTS = {  # Hugging Face's parameters in each of a Layer's tensors
 
 
 @dataclass
-class Batch:
-    """Rows that decode together: all that a decoding step reads and writes.
-
-    At equal shapes, tensors lie at equal addresses: a captured graph knows addresses only.
-    """
-
-    shape: tuple[int, int, int, int]  # P, G, L, T
-    prompt: torch.Tensor  # keys and values of the prompts, [layers, 2, P, K, L, d]
-    own: torch.Tensor  # keys and values of the rows' own tokens, [layers, 2, P, K, G, T, d]
-    padding_P11L: torch.Tensor  # −∞ behind a prompt's end, else 0
-    next_P: torch.Tensor  # position of a row's first own token
-    place_1: torch.Tensor  # how many own tokens each row has cached
-    ids_PG: torch.Tensor  # each row's last token
-    row_PG: torch.Tensor  # where its tokens are collected: an index into B
-    alive_PG: torch.Tensor  # no stop id so far
-    captured: dict = field(default_factory=dict)  # places read: (graph, the hidden states it fills)
-
-
-@dataclass
 class Rows:
     """What has been sampled so far, in the order of the results."""
 
@@ -161,9 +139,10 @@ def gathered(policy):
 class Sampler:
     """Owns the weight copy; `refresh` fills it, `generate` samples from it.
 
-    model: a Qwen2.5-VL whose shapes count; kv_gb: GiB for keys and values; graphs: shapes padded to
-    blocks, on CUDA replayed as captured graphs; keep_features: leave images' features in prompts
-    (frozen tower). `interrupted()` is asked every round; True abandons the rollout.
+    model: a Qwen2.5-VL whose shapes count; kv_gb: GiB for keys and values, never exceeded but by a
+    single row that needs more; graphs: few, padded shapes, on CUDA replayed as captured graphs;
+    keep_features: leave images' features in prompts (frozen tower). `interrupted()` is asked every
+    round; True abandons the rollout.
     """
 
     def __init__(self, model, special: SpecialIds, *, device="cpu", dtype=torch.float32, kv_gb=8.0,
@@ -171,7 +150,6 @@ class Sampler:
         self.special = special
         self.device = torch.device(device)
         self.dtype = dtype
-        self.kv_bytes = kv_gb * 2**30
         self.graphs = graphs
         self.keep_features = keep_features
         self.interrupted = lambda: False
@@ -184,11 +162,10 @@ class Sampler:
         self.head_width = text.hidden_size // self.heads
         self.eps = text.rms_norm_eps
 
-        self.batches = {}  # by shape, each with its graphs
-        self.cache = torch.empty(0, device=device, dtype=dtype)
-        self.captures = graphs and self.device.type == "cuda"
-        if self.captures:
-            self.graph_pool = torch.cuda.graph_pool_handle()
+        self.cache = Cache(
+            layers=text.num_hidden_layers, kv_heads=self.kv_heads, head_width=self.head_width,
+            kv_gb=kv_gb, device=self.device, dtype=dtype, graphs=graphs)
+        if self.cache.captures:
             self.capture_stream = torch.cuda.Stream()
         self.allocate_weights(model)
 
@@ -266,11 +243,12 @@ class Sampler:
         """Rounded to x's dtype before the weight, as in Hugging Face's norm."""
         return weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)
 
-    def prefill(self, prompts: list[Prompt], batch: Batch) -> torch.Tensor:
+    def prefill(self, prompts: list[Prompt], cache: list[torch.Tensor]) -> torch.Tensor:
         """Vision tower and decoder once per prompt, right-padded to the longest.
 
-        Fills `batch.prompt` and returns the last hidden state of each prompt, [P, D]. Padding lies
-        behind: causal attention never sees it, decoding masks it. Plain twin: the policy's forward.
+        Fills `cache`, [2, P, K, ≥ L, d] a layer, and returns the last hidden state of each prompt,
+        [P, D]. Padding lies behind: causal attention never sees it, decoding masks it.
+        Plain twin: the policy's forward.
         """
         lengths = [len(prompt.ids) for prompt in prompts]
         longest = max(lengths)
@@ -291,7 +269,7 @@ class Sampler:
 
         def attend(index, q_PLHd, k_PLKd, v_PLKd):
             q, k, v = (x.transpose(1, 2) for x in (q_PLHd, k_PLKd, v_PLKd))
-            keys, values = batch.prompt[index]
+            keys, values = cache[index]
             keys[:, :, :longest] = k
             values[:, :, :longest] = v
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
@@ -312,6 +290,30 @@ class Sampler:
         for prompt, part_ID in zip(seeing, parts):
             prompt.features_ID = part_ID if self.keep_features else None
         return features_ID
+
+    def start_batch(self, prompts: list[Prompt], shape, max_tokens: int):
+        """(a batch of this shape, hidden states [P, G, D] after its prompts)."""
+        count, group, prompt_places, _ = shape
+        self.cache.reserve(shape, max_tokens)
+        batch = self.cache.batch_of(shape)
+        for cached in (*batch.prompt, *batch.own):
+            cached.zero_()  # masked places count 0 times what lies there, and 0 · NaN is NaN
+
+        at_once = max(1, PREFILL // prompt_places)
+        hidden = []
+        for first in range(0, count, at_once):
+            end = first + at_once
+            cache = [cached[:, first:end] for cached in batch.prompt]
+            hidden.append(self.prefill(prompts[first:end], cache))
+        hidden_PD = torch.cat(hidden)
+
+        lengths_P = torch.tensor([len(prompt.ids) for prompt in prompts], device=self.device)
+        behind_PL = torch.arange(prompt_places, device=self.device) >= lengths_P[:, None]
+        batch.padding_P11L.zero_().masked_fill_(behind_PL[:, None, None], -math.inf)
+        batch.next_P.copy_(torch.tensor([prompt.next_position for prompt in prompts]))
+        batch.row_PG.copy_(torch.arange(count * group).view(count, group))
+        batch.alive_PG.fill_(True)
+        return batch, hidden_PD[:, None].expand(-1, group, -1)
 
     # §4 ─────────────────────────────────────── decode ───────────────────────────────────────
     def decode(self, batch: Batch, places: int) -> torch.Tensor:
@@ -363,15 +365,13 @@ class Sampler:
         batch.place_1.fill_(t)
         if not self.graphs:
             return self.decode(batch, t + 1)
-        block = max(128, (1 << t.bit_length()) // 4)  # few shapes, and few places read in vain
-        places = min(round_up(t + 1, block), batch.shape[3])
-        if not self.captures:
+        places = batch.shape[3]
+        if not self.cache.captures:
             return self.decode(batch, places)
-        if places not in batch.captured:
-            batch.captured[places] = self.capture(batch, places)
-        graph, hidden_PGD = batch.captured[places]
-        graph.replay()
-        return hidden_PGD
+        if batch.graph is None:
+            batch.graph, batch.hidden_PGD = self.capture(batch, places)
+        batch.graph.replay()
+        return batch.hidden_PGD
 
     def capture(self, batch: Batch, places: int) -> tuple:
         """(a graph of `decode`, the hidden states that each replay fills).
@@ -385,88 +385,9 @@ class Sampler:
             self.decode(batch, places)
         current.wait_stream(self.capture_stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.graph_pool, stream=self.capture_stream):
+        with torch.cuda.graph(graph, pool=self.cache.graph_pool, stream=self.capture_stream):
             hidden_PGD = self.decode(batch, places)
         return graph, hidden_PGD
-
-    def release_cache(self) -> None:
-        """Give the cache back, and with it all graphs: they know its addresses only.
-
-        PyTorch refuses a pool whose graphs have all died, so the next ones get a new pool.
-        """
-        if self.captures:
-            torch.cuda.synchronize()  # a graph may still be running
-        self.batches.clear()
-        self.cache = self.cache.new_empty(0)
-        if self.captures:
-            self.graph_pool = torch.cuda.graph_pool_handle()
-
-    def batch_of(self, shape: tuple[int, int, int, int]) -> Batch:
-        """The batch of this shape (P, G, L, T), its keys and values views of the cache.
-
-        With graphs it is kept for the next time. Zeros first, as 0 · NaN is NaN.
-        """
-        if shape in self.batches:
-            return self.batches[shape]
-        prompts, group, prompt_places, own_places = shape
-        heads, width = self.kv_heads, self.head_width
-        prompt_shape = (len(self.layers), 2, prompts, heads, prompt_places, width)
-        own_shape = (len(self.layers), 2, prompts, heads, group, own_places, width)
-        prompt_size, own_size = math.prod(prompt_shape), math.prod(own_shape)
-        size = prompt_size + own_size
-        if size > len(self.cache):
-            self.release_cache()
-            self.cache = torch.zeros(size, device=self.device, dtype=self.dtype)
-        ids_PG = torch.zeros(prompts, group, dtype=torch.long, device=self.device)
-        batch = Batch(
-            shape=shape,
-            prompt=self.cache[:prompt_size].view(prompt_shape),
-            own=self.cache[prompt_size:size].view(own_shape),
-            padding_P11L=torch.zeros(prompts, 1, 1, prompt_places, device=self.device),
-            next_P=ids_PG.new_zeros(prompts),
-            place_1=ids_PG.new_zeros(1),
-            ids_PG=ids_PG,
-            row_PG=ids_PG.clone(),
-            alive_PG=ids_PG.bool())
-        if self.graphs:
-            self.batches[shape] = batch
-        return batch
-
-    def start_batch(self, prompts: list[Prompt], group: int, length: int):
-        """(a batch with `length` own places a row, hidden states [P, G, D] after the prompts)."""
-        lengths_P = torch.tensor([len(prompt.ids) for prompt in prompts], device=self.device)
-        prompt_places = max(len(prompt.ids) for prompt in prompts)
-        if self.graphs:
-            prompt_places = round_up(prompt_places, 128)
-        batch = self.batch_of((len(prompts), group, prompt_places, length))
-        hidden_PD = self.prefill(prompts, batch)
-        behind_PL = torch.arange(prompt_places, device=self.device) >= lengths_P[:, None]
-        batch.padding_P11L.zero_().masked_fill_(behind_PL[:, None, None], -math.inf)
-        batch.next_P.copy_(torch.tensor([prompt.next_position for prompt in prompts]))
-        batch.row_PG.copy_(torch.arange(len(prompts) * group).view(-1, group))
-        batch.alive_PG.fill_(True)
-        return batch, hidden_PD[:, None].expand(-1, group, -1)
-
-    def compact(self, batch: Batch, t: int) -> Batch:
-        """The batch after t tokens without finished groups, in the fewest columns that do."""
-        living_P = batch.alive_PG.sum(1)
-        keep_P = living_P.nonzero().squeeze(1)
-        order_PG = batch.alive_PG[keep_P].int().argsort(dim=1, descending=True, stable=True)
-        keep_PG = order_PG[:, : int(living_P.max())]
-        rows = keep_P[:, None], keep_PG
-        # Read all of the old batch before writing: the smaller one lies in the same cache.
-        of_prompts = {name: getattr(batch, name)[keep_P] for name in ("next_P", "padding_P11L")}
-        of_rows = {name: getattr(batch, name)[rows] for name in ("ids_PG", "row_PG", "alive_PG")}
-        prompt = batch.prompt[:, :, keep_P]
-        cached = batch.own[..., :t, :].transpose(3, 4)  # [layers, 2, P, G, K, t, d]
-        own = cached[:, :, keep_P[:, None], keep_PG].transpose(3, 4)
-
-        smaller = self.batch_of((*keep_PG.shape, *batch.shape[2:]))
-        for name, values in (of_prompts | of_rows).items():
-            getattr(smaller, name).copy_(values)
-        smaller.prompt.copy_(prompt)
-        smaller.own[..., :t, :] = own
-        return smaller
 
     # §5 ─────────────────────────────────────── sample ───────────────────────────────────────
     @torch.no_grad()
@@ -475,24 +396,29 @@ class Sampler:
         """A list of G Completions for each prompt.
 
         noise: [G, ≥ max_tokens] a prompt, from `keyed_uniforms`; None decodes greedily, G = 1.
-        Prompts run in batches that fit the key/value budget.
+        Prompts run in batches that fit the key/value budget, a large group in several.
         """
-        if not prompts:
-            return []
         group = len(noise[0]) if noise else 1
-        token_bytes = 2 * len(self.layers) * self.kv_heads * self.head_width * self.dtype.itemsize
-        longest = max(len(prompt.ids) for prompt in prompts)
-        prompt_bytes = token_bytes * (longest + group * max_tokens)
-        count = max(1, int(self.kv_bytes // prompt_bytes))
-        groups = []
-        for first in range(0, len(prompts), count):
-            end = first + count
-            part = prompts[first:end]
-            uniform_BT = torch.cat(noise[first:end]).to(self.device) if noise else None
-            rows = self.new_rows(part, group, max_tokens, uniform_BT, repetition_penalty)
-            self.run_batch(part, group, rows, temperature, repetition_penalty)
-            done = rows.completions(self.special.stops)
-            groups += [done[i : i + group] for i in range(0, len(done), group)]
+        groups = [[] for _ in prompts]
+        first = 0
+        while first < len(prompts):
+            done = len(groups[first])  # rows of this prompt, if its group is cut
+            ahead = prompts[first:] if done == 0 else prompts[first : first + 1]
+            lengths = [len(prompt.ids) for prompt in ahead]
+            shape = self.cache.first_shape(lengths, group - done, max_tokens)
+            part = ahead[: shape[0]]
+            uniform_BT = None
+            if noise:
+                uniforms = [u[done : done + shape[1]] for u in noise[first : first + len(part)]]
+                uniform_BT = torch.cat(uniforms).to(self.device)
+            rows = self.new_rows(part, shape[1], max_tokens, uniform_BT, repetition_penalty)
+            self.run_batch(part, shape, rows, temperature, repetition_penalty)
+            completions = rows.completions(self.special.stops)
+            for index in range(len(part)):
+                of_prompt = completions[index * shape[1] : (index + 1) * shape[1]]
+                groups[first + index] += of_prompt
+            if len(groups[first]) == group:
+                first += len(part)
         return groups
 
     def new_rows(self, prompts, group, max_tokens, uniform_BT, penalty) -> Rows:
@@ -509,22 +435,26 @@ class Sampler:
             uniform_BT=uniform_BT,
             seen_BV=seen_BV)
 
-    def run_batch(self, prompts, group, rows: Rows, temperature: float, penalty: float) -> None:
+    def run_batch(self, prompts, shape, rows: Rows, temperature: float, penalty: float) -> None:
         """Rounds of one token a row, until all rows have stopped."""
         max_tokens = rows.tokens_BT.shape[1]
-        batch, hidden_PGD = self.start_batch(prompts, group, max_tokens)
-        for t in range(max_tokens):
+        batch, hidden_PGD = self.start_batch(prompts, shape, max_tokens)
+        parked = []
+        t = 0
+        while True:
             self.sample_tokens(batch, rows, hidden_PGD, t, temperature, penalty)
-            living = batch.alive_PG.sum(1).tolist()  # of each group; the one wait for the device
+            living = batch.alive_PG.sum(1).tolist()  # of each prompt; the one wait for the device
             if self.interrupted():
                 raise Interrupted
             if not any(living) or t + 1 == max_tokens:
-                break
-            living_groups = sum(count > 0 for count in living)
-            fewest = living_groups * max(living)  # places after compaction
-            if 2 * fewest <= batch.alive_PG.numel():
-                batch = self.compact(batch, t)
+                if not parked:
+                    return
+                batch = parked.pop()
+                living = batch.alive_PG.sum(1).tolist()
+                t = batch.shape[3]
+            batch = self.cache.make_room(batch, living, t, max_tokens, parked)
             hidden_PGD = self.next_hidden(batch, t)
+            t += 1
 
     def sample_tokens(self, batch, rows: Rows, hidden_PGD, t, temperature, penalty) -> None:
         """Each living row's token t, noted in `rows` and set as the next input of the batch."""
