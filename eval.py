@@ -4,7 +4,7 @@ r"""Scores models, saved answers and runs: benchmarks, behaviours, curves, pictu
   python eval.py run --model DIR --task grounding --data refcoco-vlmr1:refcoco_val.json --out DIR
   python eval.py metrics --task detection --predictions FILE.jsonl --annotations instances.json
   python eval.py behaviours --predictions step-0.jsonl step-500.jsonl --plot behaviours.png
-  python eval.py plot RUN [RUN…]           training curves; `show RUN`: its samples on a sheet
+  python eval.py plot RUN [RUN…] [--seeds]  training curves; `show RUN`: its samples on a sheet
   python eval.py curriculum --model DIR --data SPEC --out DIR   easy to hard, by the pass rate
   python eval.py average CHECKPOINT CHECKPOINT --out DIR  [OVR §4.1] ends with such a mean
 
@@ -108,7 +108,7 @@ def check_data(config, task: str) -> None:
     mixture = training.open_heldout(config)
     for source in mixture.sources:
         if isinstance(source, datasets.DrawnSource):
-            with datasets.blame(source.world):
+            with datasets.blame("--data synthetic"):
                 protocols.check_task(source.world.task, task)
             continue
         for where, sample, *_ in source.samples:

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import formats
 import pictures
-import rewards
+import readers
 from formulas import library
 
 PANELS = {  # title: pattern of names in metrics.jsonl
@@ -313,7 +313,7 @@ def marked(image, task: str, text: str, answer, image_size) -> Image.Image:
     picture = image.resize(size, Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS)
     if task not in pictures.PLACED:
         return picture
-    said = rewards.parse_boxes(text, image_size) or rewards.parse_points(text, image_size)
+    said = readers.parse_boxes(text, image_size) or readers.parse_points(text, image_size)
     frame = image_size or image.size
     said = pictures.scale(said, frame, size)
     true = pictures.scale(answer, frame, size)

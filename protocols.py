@@ -3,10 +3,10 @@ r"""What are saved answers worth? The papers' metrics, protocols and own rows, w
 A row of predictions is {"id" or "image_id", "completion", "answer", "image_size": [W, H]}, with
 "truncated" if it was cut; boxes lie in image_size. Metrics are parts of 1.
 [PR1] 2504.07954 · [OVR] 2507.05255 · [ORZ] Open-Reasoner-Zero, 2503.24290.
-Unlike [PR1 code]: IoU's denominator lacks 1e-10, so an exact 0.5 is a hit; a malformed detection
-loses itself, not its list. OCR: of thinking and tags only the answer is read, its ends stripped; a
-wordless page, where [PR1 code] stops, has 0, or 1 if nothing is said; no BLEU, no METEOR; the
-prompt's "<image>", which is literal in [PR1 code], is where the image stands.
+Unlike [PR1 code]: IoU's denominator lacks 1e-10, so an exact 0.5 is a hit; of a malformed or cut
+list of detections what is whole counts. OCR: of tagged thinking only the answer is read, its ends
+stripped; a wordless page, where that code stops, has 0, or 1 if nothing is said; no BLEU, no
+METEOR; the prompt's "<image>", which is literal there, is where the image stands.
 """
 import contextlib
 import json
@@ -19,6 +19,7 @@ from statistics import fmean
 import data as datasets
 import formats
 import pictures
+import readers
 import rewards
 from formulas import library
 
@@ -76,7 +77,7 @@ def grounding(row) -> dict:
     accuracies = {f"acc@{t}": float(iou >= t) for t in (0.5, 0.75, 0.95)}
     mean = fmean(accuracies.values())  # the paper's "Avg"
     inside = False
-    boxes = rewards.parse_boxes(text, size)
+    boxes = readers.parse_boxes(text, size)
     if boxes:
         inside = contains_centre(answer, boxes[0])
     others = {"acc_mean": mean, "centre_acc": float(inside), "mean_iou": iou}
@@ -122,7 +123,7 @@ def ocr(row) -> dict:
 def said_text(completion: str) -> str:
     """What is said, to the letter but for special tokens; of <think> and <answer>, the answer."""
     if "<think>" in completion or "<answer>" in completion:
-        completion = rewards.split_thinking(completion)[0]
+        completion = readers.split_thinking(completion)[0]
     return re.sub(r"<\|[a-z_]+\|>", "", completion)
 
 
@@ -171,7 +172,8 @@ def average_precision(rows, annotations: str = "") -> dict:
             image = images.pop(str(row.get("image_id", row["id"])), None)
             if image is None:
                 raise ValueError("its image is not there, or was answered before")
-            for box, label in said_objects(row["completion"]):
+            objects, _ = readers.read_objects(row["completion"])
+            for box, label in objects:
                 if annotations and row.get("image_size"):
                     frame = image["width"], image["height"]
                     box = pictures.scale(box, row["image_size"], frame)
@@ -195,14 +197,6 @@ def merge_categories(truth: dict) -> tuple[dict, dict]:
         annotations.append(item | {"category_id": merged[number]})
     categories = [{"id": number, "name": name} for name, number in numbers.items()]
     return truth | {"categories": categories, "annotations": annotations}, numbers
-
-
-def said_objects(completion: str) -> list:
-    """The (box, label) pairs of an answer; a malformed one is left out."""
-    items = rewards.read_json(rewards.split_thinking(completion)[0])
-    if not isinstance(items, list):
-        return []
-    return [*filter(None, map(rewards.read_object, items))]
 
 
 def coco_stats(truth: dict, said: list[dict]) -> list:

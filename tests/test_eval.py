@@ -164,6 +164,17 @@ def test_detection_of_annotations_without_area_and_crowd(tmp_path, capsys):
     close(got, AP=(51 / 101 + 0.3 * 51 / 101 / 2) / 2)
 
 
+@pytest.mark.parametrize("said", [
+    'I see a cat.\n```json\n[{"bbox_2d": [0, 0, 10, 10], "label": "cat"}]\n```',  # a sentence before the fence
+    '{"bbox_2d": [0, 0, 10, 10], "label": "cat"}',  # a lone object
+    '[{"bbox_2d": [0, 0, 10, 10], "label": "cat"}, {"bbox_2d": [20, 2',  # cut by the length limit
+    '[{"bbox_2d": [0, 0, 10], "label": "cat"}, {"bbox_2d": [0, 0, 10, 10], "label": "cat"}]',
+])
+def test_what_is_whole_in_an_answer_counts(tmp_path, capsys, said):
+    row = {"id": 1, "completion": said, "answer": [{"bbox_2d": [0, 0, 10, 10], "label": "cat"}]}
+    close(scored(capsys, "detection", write(tmp_path / "p.jsonl", row)), AP=1, AR1=1)
+
+
 def test_the_twelve_numbers_of_coco(tmp_path, capsys):
     """One class, four boxes of 10x10, 50x50, 50x50 and 100x100 px; the first and the last are said."""
     true = [[0, 0, 10, 10], [20, 0, 70, 50], [80, 0, 130, 50], [0, 60, 100, 160]]
