@@ -11,10 +11,12 @@ TORCHRUN := OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node=$(RANKS)
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	# Qwen2.5's true vocabulary lies in this wheel; one test reads it from there, nothing is installed
-	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps \
-		--dest .venv/vocabulary dashscope==2.0.2
 	touch $@
+
+# Qwen2.5's true vocabulary lies in this wheel; one test reads it from there, nothing is installed
+.venv/vocabulary: .venv/installed
+	$(BIN)/python -m pip download --quiet --disable-pip-version-check --no-deps \
+		--dest $@ dashscope==2.0.2
 
 demo: .venv/installed
 	rm -rf $(RUNS)
@@ -25,8 +27,8 @@ demo: .venv/installed
 	@echo "== 3/3 evaluation on held-out scenes"
 	$(BIN)/python eval.py demo $(RUNS)/coldstart $(RUNS)/grpo --out $(RUNS)
 
-test: .venv/installed
-	$(BIN)/python -m pytest tests
+test: .venv/installed .venv/vocabulary
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests
 
 clean:
 	rm -rf .venv runs .pytest_cache .ruff_cache .hypothesis

@@ -69,7 +69,7 @@ def register_gloo() -> str:
 
     PyTorch starts two, and both write the name of the collective they have just finished into one
     string without a lock (ProcessGroupGloo::runLoop): now and then into memory that the other has
-    freed, and malloc ends the process. results/gloo_race.md has the proof.
+    freed, and malloc ends the process. results/gloo_race.txt has the proof.
     """
     name = "gloo_one_thread"
     if not hasattr(dist.Backend, name.upper()):

@@ -189,6 +189,7 @@ def score_groups(run: Run, step: int, groups: list[Group]) -> None:
             score = rewards.call_reward(
                 run.reward, group.sample, completion.text, truncated=completion.truncated,
                 options=options)
+            run.example = group.sample.answer, completion.text
             completion.parts = score.parts
             completion.reward = shaped_reward(config, completion, score.total, limit)
 
@@ -516,7 +517,17 @@ def train(run: Run) -> bool:
             progress.abandon(error)
         else:
             progress.add(metrics)
+            warn_if_nothing_is_earned(run, progress)
     return progress.finish()
+
+
+def warn_if_nothing_is_earned(run: Run, progress: training.Progress) -> None:
+    """After ten steps without any reward, one truth and one completion side by side."""
+    history = progress.log.history if progress.log else []
+    if len(history) == 10 and not any(row["reward"] for row in history):
+        truth, completion = run.example
+        say("every reward so far is 0: look at samples/, is it the truth's form or the model's?\n"
+            f"  truth:      {truth!r:.200}\n  completion: {completion!r:.200}")
 
 
 def ensure_cold_start(config: Config, ranks: fsdp.Processes) -> str | None:

@@ -167,6 +167,7 @@ class Run:
     reward: Any  # rewards.score, or a function of the user's
     cursor: int = 0  # draws consumed so far
     drawn: list = field(default_factory=list)  # ids of the batch at hand, for reports
+    example: tuple = ("", "")  # a true answer and the last completion, for reports
 
 
 def prepare(config, processes: Processes, source: str, *, freeze_vision=False, beta=0.0, reward=""):

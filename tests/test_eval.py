@@ -224,7 +224,7 @@ def test_detection_without_annotations_takes_the_answers(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("task, row, sentence", [
-    ("ocr", "{", "p.jsonl:2: this is not JSON (Expecting"),
+    ("ocr", "{", "p.jsonl:2: Expecting"),
     ("ocr", "[1]", 'p.jsonl:2: a row needs "id" or "image_id"'),
     ("ocr", {"completion": "a", "answer": "a"}, 'p.jsonl:2: a row needs "id"'),
     ("ocr", {"id": 1, "answer": "a"}, 'p.jsonl:2: a row needs "id"'),

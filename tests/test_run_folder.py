@@ -171,3 +171,14 @@ def test_weights_are_restored(alone, tmp_path):
     run_folder.resume(other.config, other.policy, other.optimizer)
     one, two = ranks.full_weights(run.policy), ranks.full_weights(other.policy)
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_ten_steps_without_any_reward_show_a_truth_and_a_completion(alone, tmp_path, capsys):
+    """The answer's form or the model's: a warning at step 10, and none where something is earned."""
+    for reward, warned in ((lambda *a, **k: 0.0, True), (ranks.by_length, False)):
+        run = ranks.make_run(alone, reward=reward, lr=1e-4, steps=11, prompts=1, group=2, max_tokens=4,
+                             out=str(tmp_path / str(warned)))
+        grpo_vl.train(run)
+        said = capsys.readouterr().err
+        assert ("every reward so far is 0: look at samples/" in said) == warned
+        assert ("truth:      [" in said) == warned  # a box
