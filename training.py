@@ -173,6 +173,9 @@ class Run:
 def prepare(config, processes: Processes, source: str, *, freeze_vision=False, beta=0.0, reward=""):
     """Load, shard, and build all that a run needs; `source` is the checkpoint to begin with."""
     data = datasets.open_data(config.data, split="train", **data_options(config))
+    if data.heldout_count:
+        say(f"{len(data)} samples to train on, {data.heldout_count} held out (--heldout "
+            f"{config.heldout}: the same ones in every run over this data)")
     eval_data = open_heldout(config)
     policy, tokenizer, special = fsdp.load_policy(
         source, processes, config, freeze_vision=freeze_vision, sharding=config.sharding)

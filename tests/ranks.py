@@ -142,3 +142,10 @@ def train_and_save(ranks, folder):
     states = [run.optimizer.state[p] for p in run.policy.parameters()]
     moments = [(s["exp_avg"].full_tensor(), s["exp_avg_sq"].full_tensor(), s["step"]) for s in states]
     return full_weights(run.policy), moments
+
+
+def gloo_threads(ranks):
+    """How many of gloo's worker threads live here, after a step."""
+    steps(ranks, count=1)
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    return names.count("pt_gloo_runloop")

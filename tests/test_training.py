@@ -1,5 +1,6 @@
 """The training step: ranks, micro-batches, variants, checkpoints; on the tiny stand-in."""
 import json
+import math
 import re
 
 import pytest
@@ -365,3 +366,120 @@ def test_clip_defaults_follow_the_ratio():
     assert (grpo_vl.Config().clip_low, grpo_vl.Config().clip_high) == (0.2, 0.2)
     gspo = grpo_vl.Config(ratio="sequence", clip_high=0.01)
     assert (gspo.clip_low, gspo.clip_high) == (3e-4, 0.01)
+
+
+# ── what a user is told ──
+def test_a_soft_penalty_that_reaches_every_answer_is_refused():
+    with pytest.raises(ValueError, match="--overlong-buffer is 128 and --max-tokens 100: every answer would be"):
+        grpo_vl.Config(overlong="soft", max_tokens=100)
+    assert grpo_vl.Config(overlong="soft", max_tokens=200).overlong_buffer == 128
+
+
+@pytest.mark.parametrize("changes, said", [
+    (dict(clip_high=0.28), "--clip-high: no effect at --inner-steps 1"), (dict(clip_low=0.1), "--clip-low: no effect"),
+    (dict(ratio="sequence"), "--ratio: no effect at --inner-steps 1"), (dict(kl="k2"), "--kl: no effect at --beta 0"),
+    (dict(overlong_buffer=64), "--overlong-buffer: acts with --overlong soft only"),
+    (dict(scale="none", std="population"), "--std: no effect at --scale none"),
+    (dict(eval_samples=9), "--eval-samples: no effect at --eval-every 0"),
+    (dict(blind=True), "--blind: no effect at --eval-every 0"),
+])
+def test_options_that_act_only_with_others_say_so(changes, said):
+    (sentence,) = grpo_vl.without_effect(grpo_vl.Config(**changes))
+    assert said in sentence
+
+
+@pytest.mark.parametrize("changes", [
+    {}, dict(clip_high=0.28, ratio="sequence", inner_steps=4), dict(kl="k2", beta=0.1), dict(std="population"),
+    dict(overlong="soft", overlong_buffer=64), dict(eval_every=5, eval_samples=9, blind=True),
+])
+def test_options_that_act_are_not_complained_of(changes):
+    assert grpo_vl.without_effect(grpo_vl.Config(**changes)) == []
+
+
+def test_kl_in_the_reward_is_logged_beside_the_rules_own_reward(alone):
+    metrics, _ = ranks.steps(alone, count=2, beta=0.5, kl="k1", lr=0.1)
+    lengths = metrics[1]["length"]  # β · mean sequence KL lies between the two rewards
+    difference = metrics[1]["reward"] - metrics[1]["reward_minus_kl"]
+    assert difference == pytest.approx(0.5 * metrics[1]["kl"] * lengths, rel=1e-4) and abs(difference) > 1e-4
+    plain, _ = ranks.steps(alone, count=1)
+    assert metrics[0]["reward"] == pytest.approx(plain[0]["reward"], abs=1e-6) and "reward_minus_kl" not in plain[0]
+
+
+def test_undecided_rewards_have_no_weight_and_are_counted(alone):
+    """A fourth of the completions cannot be decided: they are in no mean, and the others learn."""
+    def undecided(task, completion, answer, image_size=None, *, truncated=False, **options):
+        unclear = len(completion) % 4 == 0
+        parts = {"undecided": 1.0} if unclear else {}
+        return rewards.Score(0.0 if unclear else ranks.by_length(task, completion, answer), parts)
+
+    run = ranks.make_run(alone, reward=undecided)
+    groups, rewards_of = grpo_vl.collect_groups(run, 0)
+    unclear = [math.isnan(reward) for group in groups for reward in group.rewards]
+    rollouts = [completion for group in groups for completion in group.completions]
+    assert 0 < sum(unclear) < len(unclear)
+    assert unclear == [len(completion.text) % 4 == 0 for completion in rollouts]
+    weight_B = grpo_vl.rollout_weights(run.config, 0, alone, rollouts, len(rollouts))
+    assert [weight == 0 for weight in weight_B.tolist()] == unclear
+    run.cursor = 0
+    metrics = grpo_vl.train_step(run, 0)
+    assert metrics["undecided"] == pytest.approx(sum(unclear) / len(unclear))
+    known = [reward for rewards_G in rewards_of.values() for reward in rewards_G if not math.isnan(reward)]
+    assert metrics["reward"] == pytest.approx(sum(known) / len(known)) and metrics["grad_norm"] > 0
+
+
+def test_a_presets_option_goes_to_the_tasks_that_have_it(alone):
+    """The tiny preset squares the IoU; counting has no such option and trains all the same."""
+    options = grpo_vl.PRESETS["tiny"]["reward_options"]
+    assert json.loads(options) == {"iou_power": 2}
+    run = ranks.make_run(alone, reward=rewards.score, reward_options=options, data=("synthetic:counting?size=56x56",))
+    assert "reward/count" in grpo_vl.train_step(run, 0)
+
+
+def test_an_option_that_no_task_has_is_refused_before_training(tmp_path):
+    with pytest.raises(SystemExit, match=r"--reward-options .*no task has an option 'iou_pwer'"):
+        grpo_vl.main(["--model", "tiny", "--out", str(tmp_path / "run"), "--reward-options", '{"iou_pwer": 2}'])
+    assert not (tmp_path / "run").exists()
+
+
+def test_think_takes_a_form_or_none():
+    parse = lambda *words: training.parse_config(grpo_vl.Config, [*words], grpo_vl.PRESETS, "", False)  # noqa: E731
+    assert parse().think == "no" and parse("--think").think == "before" and parse("--think", "after").think == "after"
+    config = parse("--think", "--seed", "3")
+    assert (config.think, config.seed) == ("before", 3)
+
+
+@pytest.mark.parametrize("think, form", [("before", r"\s*<think>.*</answer>"), ("after", r"\s*<answer>.*</think>")])
+def test_both_orders_of_thinking_are_asked_for_and_scored(alone, think, form):
+    run = ranks.make_run(alone, think=think, reward=rewards.score, max_tokens=4)
+    prompt = training.make_prompt(run, run.data[0])
+    text = run.tokenizer.decode(prompt.ids)
+    assert (text.index("<think>") < text.index("<answer>")) == (think == "before")
+    sample = run.data[0]
+    said = rewards.reference(sample.task, sample.answer, sample.question, think=think)
+    assert re.fullmatch(form, said, re.S)
+    done = [Completion(run.tokenizer.encode(said, add_special_tokens=False), [])]
+    grpo_vl.score_groups(run, 0, [Group(None, done, sample=sample)])
+    assert done[0].reward == pytest.approx(3, abs=0.2) and done[0].parts["think"] == 1  # format, IoU, form
+
+
+def test_check_prints_what_the_data_holds_and_the_first_prompt(tmp_path, capsys):
+    rows = [{"task": "math", "question": f"What is {n} + 1?", "answer": str(n + 1)} for n in (1, 22)]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    grpo_vl.main(["--model", "tiny", "--data", f"{tmp_path}/sums.jsonl", "--check"])
+    said = capsys.readouterr().out
+    assert "2 samples of math" in said and "longest prompt:" in said and "(sums-2)" in said
+    assert "<|im_start|>user\nWhat is 1 + 1?\nPut the final answer in \\boxed{}.<|im_end|>" in said
+
+
+def test_blind_evaluation_sees_grey_images(alone):
+    run = ranks.make_run(alone, eval_every=1, blind=True)
+    seen, encode = [], training.make_prompt
+    rows = training.answer_heldout(
+        run, 2, tries=1, max_tokens=2, greedy=True, prompt_of=lambda run, s: seen.append(s) or encode(run, s))
+    assert len(rows) == 2
+    assert all(image.getcolors() == [(56 * 56, (128, 128, 128))] for sample in seen for image in sample.images)
+
+
+def test_gloo_has_one_worker_thread(pair):
+    """Two of them write one string without a lock, and now and then end the process."""
+    assert pair.run("ranks.gloo_threads") == [1, 1]
