@@ -55,7 +55,10 @@ def metrics(task: Task, predictions: Path, annotations: Annotations = "") -> Non
     rows = protocols.read_predictions(predictions, task=task, answers=not annotations)
     result = protocols.score_predictions(task, rows, annotations)
     print(protocols.beside_paper(task, result), file=sys.stderr)
-    print(json.dumps({"task": task, "samples": len(rows)} | result))
+    about = {"task": task, "samples": len(rows)}
+    if any(row.get("blind") for row in rows):
+        about["blind"] = True
+    print(json.dumps(about | result))
 
 
 def behaviours(predictions: list[Path], judge: str = "", judge_model: str = "", plot: str = ""):
@@ -135,6 +138,8 @@ def run(model: str, task: Task, data: Data, out: Out, samples: Samples = 0, thin
         model=model, data=tuple(data), eval_data=tuple(data), eval_every=1, think=think,
         system_prompt=system_prompt, blind=blind, max_pixels=16384 * 28 * 28)
     check_packages(task)
+    if annotations:
+        protocols.read_annotations(annotations)
     check_data(config, task)
     qwen_vl.check_model(model)
     processes = fsdp.start_processes(config.timeout)
@@ -143,6 +148,7 @@ def run(model: str, task: Task, data: Data, out: Out, samples: Samples = 0, thin
     rows = training.answer_heldout(
         run, samples, tries=tries, max_tokens=max_tokens or protocol.max_tokens, greedy=tries == 1,
         penalty=protocol.penalty, prompt_of=protocol_prompt)
+    rows = [row | {"blind": blind} for row in rows]
     if processes.rank == 0:
         file = Path(out) / "predictions.jsonl"
         write_rows(file, rows)
@@ -211,10 +217,11 @@ def demo(cold_start: Path, grpo: Path, /, out: Out = "", data: Data = (), sample
     for model in models.values():
         if not model.is_dir():
             raise ValueError(f"there is no {model}: finish the run {model.parent} first")
-    saved = json.loads((grpo / "config.json").read_text())
-    eval_data = [*data] or saved["eval_data"]  # empty: the held-out share of the run's data
-    heldout = {"eval_samples": samples or 10**9, "eval_every": 1, "eval_data": eval_data}
-    config = grpo_vl.Config(**saved | heldout)
+    with datasets.blame(grpo / "config.json"):
+        saved = json.loads((grpo / "config.json").read_text())
+        eval_data = [*data] or saved["eval_data"]  # empty: the held-out share of the run's data
+        heldout = {"eval_samples": samples or 10**9, "eval_every": 1, "eval_data": eval_data}
+        config = grpo_vl.Config(**saved | heldout)
     processes = fsdp.start_processes(config.timeout)
     rows, table = {}, {}
     for name, model in models.items():

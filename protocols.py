@@ -157,14 +157,9 @@ def pass_at(k: int, right: list[int]) -> float:
 
 def average_precision(rows, annotations: str = "") -> dict:
     """[PR1 §4.3] COCO's twelve numbers: all scores are 1.0, so boxes keep their order."""
-    if annotations:
-        truth = json.loads(Path(annotations).read_bytes())
-    else:
-        truth = truth_of_rows(rows)
-    if not isinstance(truth, dict) or not {"images", "annotations", "categories"} <= truth.keys():
-        raise ValueError(f"{annotations}: images, annotations and categories are expected")
+    truth = read_annotations(annotations) if annotations else truth_of_rows(rows)
     with datasets.blame(annotations):
-        truth, numbers = merge_categories(truth)
+        truth, numbers = formats.merge_categories(truth)
     images = {str(image["id"]): image for image in truth["images"]}
     said = []
     for row in rows:
@@ -183,20 +178,13 @@ def average_precision(rows, annotations: str = "") -> dict:
     return dict(zip(COCO_STATS, stats, strict=True), images_without_prediction=len(images))
 
 
-def merge_categories(truth: dict) -> tuple[dict, dict]:
-    """(the truth with one category a name, {name: its id}): an answer says names, never ids."""
-    numbers, merged = {}, {}
-    for category in truth["categories"]:
-        first = numbers.setdefault(category["name"], category["id"])
-        merged[category["id"]] = first
-    annotations = []
-    for item in truth["annotations"]:
-        number = item["category_id"]
-        if number not in merged:
-            raise ValueError(f"an annotation is of category {number}, which is not in categories")
-        annotations.append(item | {"category_id": merged[number]})
-    categories = [{"id": number, "name": name} for name, number in numbers.items()]
-    return truth | {"categories": categories, "annotations": annotations}, numbers
+def read_annotations(path: str) -> dict:
+    """Errors: ValueError if the file is not COCO's."""
+    with datasets.blame(path, ValueError):
+        truth = json.loads(Path(path).read_bytes())
+    if not isinstance(truth, dict) or not {"images", "annotations", "categories"} <= truth.keys():
+        raise ValueError(f"{path}: images, annotations and categories are expected")
+    return truth
 
 
 def coco_stats(truth: dict, said: list[dict]) -> list:

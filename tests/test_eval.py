@@ -535,6 +535,10 @@ def test_demo_compares_two_models(runs, tmp_path):
 
 def test_demo_needs_models(tmp_path, runs):
     assert "finish the run" in refused("demo", tmp_path, runs[1])
+    old = tmp_path / "old"
+    (old / "model").mkdir(parents=True)
+    (old / "config.json").write_text('{"colour": "red"}')
+    assert "old/config.json: 'eval_data'" in refused("demo", runs[0], old)
 
 
 def test_run_answers_and_scores_on_two_ranks(runs, tmp_path):
@@ -585,6 +589,7 @@ def test_run_refuses_data_of_another_task_before_a_model_is_loaded(tmp_path, mon
         assert f"this row's task is {own}, but --task is {task}" in said
     assert "mixed.jsonl:1: " in said and not (tmp_path / "out").exists()
     assert "none.jsonl" in refused(*run, "ocr", "--data", tmp_path / "none.jsonl")
+    assert "none.json" in refused(*run, "detection", "--data", mixed, "--annotations", "none.json")
     config = grpo_vl.Config(model="tiny", data=(str(mixed),), eval_data=(str(mixed),), eval_every=1)
     evaluation.check_data(config, "math")  # these two may mix
 
@@ -667,8 +672,9 @@ def test_run_takes_a_system_prompt(tmp_path, questions, option, system):
     assert [asked for asked, _ in questions] == [system] * 2
 
 
-def test_a_blind_run_sees_grey_images_of_the_same_size(tmp_path, questions):
+def test_a_blind_run_sees_grey_images_of_the_same_size(tmp_path, questions, capsys):
     evaluation.main([*RUN, "--out", str(tmp_path), "--blind"])
+    assert json.loads(capsys.readouterr().out)["blind"] is True
     for _, (image,) in questions:
         assert image.size == (84, 56) and image.getcolors() == [(84 * 56, (128, 128, 128))]
     rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").open()]
