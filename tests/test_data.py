@@ -321,3 +321,10 @@ def test_the_command_line_lists_formats_and_checks(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         data.main(["check", write(tmp_path, {"task": "math", "question": "q"})])
     assert "answer is missing" in end.value.code
+
+
+def test_check_looks_at_what_is_held_out_too(tmp_path):
+    path = write(tmp_path, *pictures_of(tmp_path, 12))
+    for number in range(12):
+        (tmp_path / f"{number}.png").write_bytes(b"no")
+    assert len(check([path], heldout=0.3, split="train")) == 24
