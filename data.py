@@ -508,7 +508,8 @@ def options_of(kind, names):
     for line in inspect.getsource(kind).splitlines():
         found = re.fullmatch(r"    (\w+): .*? = (.+?)(?:  # (.*))?", line)
         if found and found[1] in names:
-            lines += told(found[1], f"{found[3] or ''} [{found[2]}]".strip())
+            default = re.sub(r"field\(default=(\w+).*", r"\1", found[2])
+            lines += told(found[1], f"{found[3] or ''} [{default}]".strip())
     return lines
 
 

@@ -11,6 +11,15 @@ from rows import read_rows
 
 IMAGE_MARK = "<image>"  # in a question: an image goes here
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+SENTENCES = {  # around a name, as published; and what else tells a sentence
+    "grounding": ((r".*\bsentence describes:?\s*(.+)",  # VLM-R1
+                   r"output the bounding box of the (.+) in the image\.?"),  # [PR1 T8]
+                  r"\bbounding box|\bcoordinates?\b"),
+    "counting": ((r"(?:how many|what number of) (.+?) are there(?: in (?:the|this) "
+                  r"(?:image|picture|photo))?\s*\?",  # MMR1, R1-V
+                  r"output all the bounding boxes of the (.+?)\.?"),  # [PR1 T8]
+                 r"^(how many|what number of|(what is )?the number of)\b|\bbounding box"),
+}
 
 
 # §1 ─────────────────────────────────── a row's fields ───────────────────────────────────────
@@ -66,18 +75,14 @@ def name_of(task, question):
 
     ValueError for a sentence of which that cannot be said: our prompt around it would be nonsense.
     """
-    if task == "grounding":
-        told = re.fullmatch(r"(?s).*\bsentence describes:?\s*(.+)", question)
-        if told is None and re.search(r"(?i)\bbounding box|\bcoordinates?\b", question):
-            raise ValueError(f"grounding asks for a name, not for a sentence: {question!r:.80}")
-        return told[1].strip() if told else question
-    if task == "counting" and re.match(r"(?i)(how many|(what|the) number of)\b", question):
-        told = re.fullmatch(r"(?i)(?:how many|what number of) (.+?) are there"
-                            r"(?: in (?:the|this) (?:image|picture|photo))?\s*\?", question)
-        if told is None:
-            raise ValueError(f"counting asks for a name, not {question!r:.80}: put the name in "
-                             "its field, or ask the question as it stands with ?task=math")
-        return told[1]
+    known, suspect = SENTENCES.get(task, ((), None))
+    for sentence in known:
+        told = re.fullmatch(f"(?is){sentence}", question)
+        if told:
+            return told[1].strip()
+    if suspect and re.search(f"(?i){suspect}", question):
+        raise ValueError(f"{task} asks for a name, not {question!r:.80}: put the name in its "
+                         "field, or ask the question as it stands with ?task=math")
     return question
 
 

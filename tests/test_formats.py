@@ -251,7 +251,13 @@ def test_a_sentence_around_a_name_gives_the_name(tmp_path):
               "region this sentence describes: red block"}, {"from": "gpt", "value": "[20, 10, 60, 40]"}]
     sample = one("chat:" + write(tmp_path, {"image": "a.png", "conversations": turns}) + "?task=grounding")
     assert sample.question == "red block" and sample.answer == pytest.approx(RED)
-    assert formats.name_of("counting", "How many red dogs are there in the image?") == "red dogs"
+    for task, question, name in (
+            ("counting", "How many red dogs are there in the image?", "red dogs"),
+            ("counting", "Output all the bounding boxes of the red dogs", "red dogs"),
+            ("grounding", "Output the bounding box of the man in red in the image.", "man in red"),
+            ("grounding", "where many boxes are?", "where many boxes are?"),
+            ("math", "How many dogs on the left are awake?", "How many dogs on the left are awake?")):
+        assert formats.name_of(task, question) == name
     for task, question in (("counting", "How many dogs on the left are awake?"),
                            ("grounding", "Give the bounding box of the dog.")):
         with pytest.raises(ValueError, match="asks for a name"):
