@@ -84,21 +84,23 @@ def find_files(target):
 
 def files_of_part(folder, part):
     """The files with rows of one split in a folder, in order; DataError if there are several."""
+    held, found = set(), {}
     for kind in ("parquet", "jsonl", "tsv", "csv", "json"):
-        files = sorted(folder.rglob(f"*.{kind}"))
-        if files:
+        for file in sorted(folder.rglob(f"*.{kind}")):
+            name = part_of(file.relative_to(folder))
+            held.add(name)
+            if not part or f"/{name}".endswith(f"/{part}"):
+                found.setdefault(name, []).append(file)
+        if found:
             break
-    else:
+    if not held:
         raise DataError(f"{folder} has no .parquet, .jsonl, .tsv, .csv or .json file: a folder of "
                         "images needs a metadata.jsonl with a file_name and an answer a row")
-    parts = [part_of(file.relative_to(folder)) for file in files]
-    wanted = {name for name in parts if name == part or f"/{name}".endswith(f"/{part}")}
-    if not part:
-        wanted = set(parts)
-    if len(wanted) != 1:
-        held = ", ".join(sorted({name or "files of no split" for name in wanted or parts}))
-        raise DataError(f"{folder} holds {held}: choose one with @NAME, or files with PATTERN*")
-    return [file for file, name in zip(files, parts) if name in wanted]
+    if len(found) != 1:
+        names = ", ".join(sorted(name or "files of no split" for name in found or held))
+        raise DataError(f"{folder} holds {names}: choose one with @NAME, or files with PATTERN*")
+    _, files = found.popitem()
+    return files
 
 
 def part_of(path):

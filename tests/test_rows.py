@@ -94,23 +94,24 @@ def hub_cache(folder):
 
 
 def test_a_data_set_of_the_hub_from_its_cache(tmp_path, monkeypatch):
-    constants = pytest.importorskip("huggingface_constants")
+    from huggingface_hub import constants
+
     snapshot = hub_cache(tmp_path)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     for spec in ("hf:hiyouga/geometry3k@train", "geometry3k:hf:hiyouga/geometry3k@train:0.5"):
-        sample = one(spec)
+        sample = open_data([spec], **SMALL).at(0)
         assert (sample.id, sample.question, sample.answer) == ("geometry3k-1", "<image>train", "48")
         assert sample.image_size == (112, 56)
     with pytest.raises(DataError, match="holds test, train: choose one with @NAME"):
-        one("hf:hiyouga/geometry3k")
+        open_data(["hf:hiyouga/geometry3k"])
     (snapshot / "c.png").symlink_to("../../blobs/c.png")  # images beside the rows are links too
     (snapshot.parent.parent / "blobs" / "c.png").write_bytes(PNG)
     (snapshot.parent.parent / "blobs" / "val").write_text(json.dumps(ROW | {"image": "c.png"}))
     (snapshot / "val.jsonl").symlink_to("../../blobs/val")
-    assert one("jsonl:hf:hiyouga/geometry3k@val").images
+    assert open_data(["jsonl:hf:hiyouga/geometry3k@val"], **SMALL).at(0).images
     with pytest.raises(DataError, match="the hub's hiyouga/other cannot be had: is this its name"):
-        one("hf:hiyouga/other@train")
+        open_data(["hf:hiyouga/other@train"])
 
 
 # ---- rows ----
