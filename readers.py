@@ -250,7 +250,7 @@ def placed(answer):
     if not isinstance(answer, str):
         return answer
     value = read_json(boxed(answer))
-    check(value is not None, f"this true answer must be JSON, but it is {answer!r:.200}")
+    check(value is not None, f"it must be JSON, but is {answer!r:.200}")
     return value
 
 
@@ -275,9 +275,9 @@ def true_box(answer):
     if isinstance(value, dict):
         value = value.get("bbox_2d")
     box = true_numbers(value, 4)
-    check(box, f"a true box must be [x1, y1, x2, y2], not {value!r:.200}")
+    check(box, f"a box must be [x1, y1, x2, y2], not {value!r:.200}")
     upright = box[0] < box[2] and box[1] < box[3]
-    check(upright, f"the true box {box} has x2 ≤ x1 or y2 ≤ y1: is it x, y, w, h? then ?box=xywh")
+    check(upright, f"the box {box} has x2 ≤ x1 or y2 ≤ y1: is it x, y, w, h? then ?box=xywh")
     return box
 
 
@@ -287,7 +287,7 @@ def true_points(answer):
         return [true_point(item) for item in value]
     number = true_numbers([value], 1)
     whole = number and number[0] >= 0 and number[0] % 1 == 0
-    form = "a true count must be a whole number from 0 or a list of [x, y]"
+    form = "it must be a whole number from 0 or a list of [x, y]"
     check(whole, f"{form}, not {value!r:.200}")
     return int(number[0])
 
@@ -297,7 +297,7 @@ def true_point(value):
     if isinstance(value, dict):
         point = value.get("point_2d") or [value.get("x"), value.get("y")]
     point = true_numbers(point, 2)
-    check(point, f"a true point must be [x, y], not {value!r:.200}")
+    check(point, f"a point must be [x, y], not {value!r:.200}")
     return point
 
 
@@ -307,7 +307,7 @@ def true_objects(answer):
         names = dict(zip(COCO_IDS, COCO_NAMES, strict=True))
         pairs = zip(value["target_box"], value["target_id"], strict=True)
         value = [{"bbox_2d": box, "label": names.get(number)} for box, number in pairs]
-    form = 'true objects must be a list of {"bbox_2d", "label"}'
+    form = 'it must be a list of {"bbox_2d", "label"}'
     check(isinstance(value, (list, tuple)), f"{form}, not {value!r:.200}")
     objects = []
     for item in value:
@@ -315,28 +315,28 @@ def true_objects(answer):
         check(whole, f"{form}, not {item!r:.200}")
         label = item["label"]
         named = isinstance(label, (str, int, float)) and str(label).strip() != ""
-        check(named, f"a true label must be text, not {label!r:.200}")
+        check(named, f"a label must be text, not {label!r:.200}")
         objects.append({"bbox_2d": true_box(item["bbox_2d"]), "label": str(label)})
     return objects
 
 
 def true_text(answer):
     answer = unwrapped(answer)
-    check(answer is not None, "the true answer is missing")
+    check(answer is not None, "it is missing")
     plain = isinstance(answer, (str, int, float)) and not isinstance(answer, bool)
-    check(plain, f"the true answer must be text or a number, not {answer!r:.200}")
-    check(str(answer).strip(), "the true answer is empty: every completion would earn 0")
+    check(plain, f"it must be text or a number, not {answer!r:.200}")
+    check(str(answer).strip(), "it is empty: every completion would earn 0")
     return str(answer)
 
 
 def true_formula(answer):
     formula = boxed(true_text(answer))
-    check(formula, f"the true answer {answer!r:.200} is empty: every completion would earn 0")
+    check(formula, f"{answer!r:.200} is empty: every completion would earn 0")
     return formula
 
 
 def true_letter(answer):
     letter = re.sub(r"\\[a-z]+|[{}\s().:]", "", true_formula(answer))
     one = re.fullmatch("[A-Za-z]", letter)
-    check(one, f"the true answer of a choice must be one letter, not {answer!r:.200}")
+    check(one, f"it must be one letter, not {answer!r:.200}")
     return letter.upper()

@@ -101,7 +101,7 @@ def prompt(task: str, question: str = "", *, think: bool | str = False) -> str:
 def reference(task: str, answer: object, question: str = "", *, think: bool | str = False) -> str:
     """A completion that earns the full reward, coordinates in whole pixels, as Qwen writes them."""
     row = row_of(task)
-    said = row.write(row.read(answer), question)
+    said = row.write(read_truth(task, answer), question)
     text = said if isinstance(said, str) else json.dumps(said, ensure_ascii=False)
     thought = f"<think>I see {row.seen.format(question or 'object')}.</think>"
     order = think_order(think)
@@ -120,7 +120,11 @@ def read_truth(task: str, answer: object) -> object:
     Read too: JSON as text, <answer>…</answer>, \boxed{…} and $…$ around it, points as {"x", "y"},
     [PR1 code] {"target_id", "target_box"}, "(B)" and "b.". ValueError says what does not fit.
     """
-    return row_of(task).read(answer)
+    row = row_of(task)
+    try:
+        return row.read(answer)
+    except ValueError as error:
+        raise ValueError(f"the true answer in {task}: {error}") from None
 
 
 # ---- §2 perception: each rule returns its reward and its parts -----------------------------------
@@ -363,7 +367,7 @@ def score(
     sample: not used; other rewards (--reward) are handed it, and may pass on what they got.
     """
     row = row_of(task)
-    true = row.read(answer)
+    true = read_truth(task, answer)
     for name, value in options.items():
         check(name in row.options, f"{task} has no option {name!r}; its own are {[*row.options]}")
         allowed = row.options[name]

@@ -5,7 +5,7 @@ r"""Siege of rewards.py: mutated completions over all tasks and options, by hand
 
 An item fails if it raises, takes 60 s, or has a total or a part out of its range. The first
 --symbolic items are maths that the real children compare (--seconds of processor time, twice, in
-which they may be idle: 600 s by the clock are allowed); the others start no process. What failed
+which they may be idle: 600 s by the clock are allowed); the others need a child seldom. What failed
 goes to stderr with its index (exit status 1). Stdout is a JSON line; median_ms, worst_ms (with the
 index and head of that completion) and share_over_100_ms leave the symbolic items out.
 """

@@ -73,9 +73,9 @@ def test_true_answers(task, answer, expected):
     assert read_truth(task, found) == found
 
 
-NOT_A_BOX = "a true box must be [x1, y1, x2, y2]"
-NOT_A_COUNT = "a true count must be a whole number from 0 or a list of [x, y]"
-NOT_OBJECTS = 'true objects must be a list of {"bbox_2d", "label"}'
+NOT_A_BOX = "a box must be [x1, y1, x2, y2]"
+NOT_A_COUNT = "it must be a whole number from 0 or a list of [x, y]"
+NOT_OBJECTS = 'it must be a list of {"bbox_2d", "label"}'
 SIZED = "is it x, y, w, h? then ?box=xywh"
 NO_MATCH = "is empty: every completion would earn 0"
 
@@ -91,7 +91,7 @@ NO_MATCH = "is empty: every completion would earn 0"
         ("grounding", [1, 2, 3, 10**400], NOT_A_BOX),
         ("grounding", None, NOT_A_BOX),
         ("grounding", "12", NOT_A_BOX),
-        ("grounding", "the cat", "must be JSON, but it is 'the cat'"),
+        ("grounding", "the cat", "the true answer in grounding: it must be JSON, but is 'the cat'"),
         ("grounding", [5, 5, 5, 9], SIZED),
         ("grounding", [5, 5, 9, 5], SIZED),
         ("grounding", [100, 20, 30, 40], SIZED),  # x2 < x1
@@ -103,31 +103,31 @@ NO_MATCH = "is empty: every completion would earn 0"
         ("counting", {}, NOT_A_COUNT),
         ("counting", None, NOT_A_COUNT),
         ("counting", float("inf"), NOT_A_COUNT),
-        ("counting", [[1]], "a true point must be [x, y], not [1]"),
-        ("counting", [{"x": 1}], "a true point must be [x, y]"),
+        ("counting", [[1]], "a point must be [x, y], not [1]"),
+        ("counting", [{"x": 1}], "a point must be [x, y]"),
         ("counting", "two", "must be JSON"),
         ("counting", "", "must be JSON"),
         ("detection", None, NOT_OBJECTS),
         ("detection", ["cat"], NOT_OBJECTS),
         ("detection", [{"label": "cat"}], NOT_OBJECTS),
         ("detection", [{"bbox_2d": [1, 2, 3, 4]}], NOT_OBJECTS),
-        ("detection", [CAT | {"label": ""}], "a true label must be text, not ''"),
-        ("detection", [CAT | {"label": " "}], "a true label must be text, not ' '"),
-        ("detection", [CAT | {"label": None}], "a true label must be text, not None"),
+        ("detection", [CAT | {"label": ""}], "a label must be text, not ''"),
+        ("detection", [CAT | {"label": " "}], "a label must be text, not ' '"),
+        ("detection", [CAT | {"label": None}], "a label must be text, not None"),
         ("detection", [CAT | {"bbox_2d": [1, 2, 1, 4]}], SIZED),
         ("detection", {"target_id": [12], "target_box": [[1, 2, 3, 4]]}, "must be text, not None"),
         ("detection", {"target_id": [1], "target_box": []}, "zip() argument 2 is longer"),
         ("ocr", "", NO_MATCH),
         ("ocr", " \n", NO_MATCH),
-        ("ocr", ["a"], "the true answer must be text or a number, not ['a']"),
-        ("ocr", None, "the true answer is missing"),
+        ("ocr", ["a"], "it must be text or a number, not ['a']"),
+        ("ocr", None, "the true answer in ocr: it is missing"),
         ("math", "$ $", NO_MATCH),
         ("math", "\\boxed{}", NO_MATCH),
-        ("math", {"a": 1}, "the true answer must be text or a number"),
-        ("math", True, "the true answer must be text or a number"),
+        ("math", {"a": 1}, "it must be text or a number"),
+        ("math", True, "it must be text or a number"),
         ("choice", "", NO_MATCH),
-        ("choice", "AB", "the true answer of a choice must be one letter, not 'AB'"),
-        ("choice", "3", "the true answer of a choice must be one letter"),
+        ("choice", "AB", "it must be one letter, not 'AB'"),
+        ("choice", "3", "it must be one letter"),
     ],
 )
 def test_refused_true_answers(task, answer, sentence):
