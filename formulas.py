@@ -78,8 +78,8 @@ COMMANDS = """×times ·cdot ⋅cdot ≤le ≥ge ≠ne ±pm ∞infty ∅emptyset
 αalpha βbeta γgamma δdelta θtheta λlambda μmu πpi ρrho σsigma φphi ωomega ΔDelta ΩOmega"""
 SIGNS |= {command[0]: f"\\{command[1:]} " for command in COMMANDS.split()}
 TIDY = (  # several ways to write the same; the order counts
-    (r"\\(?:left|right)(?![a-zA-Z])|\\!|\\?\$|(?<=[0-9])\\,(?=[0-9]{3})", ""),
-    (r"\\[,;: ]|~|\\q?quad(?![a-zA-Z])", " "),
+    (r"\\(?:left|right)(?![a-zA-Z])|(?<!\\)\\!|\\?\$|(?<=[0-9])\\,(?=[0-9]{3})", ""),
+    (r"(?<!\\)\\[,;: ]|~|\\q?quad(?![a-zA-Z])", " "),  # after \\ a row of a matrix begins
     (r"\\[dt]frac", r"\\frac"),
     (r"\\(?:text|mathrm|mbox|textrm|textbf|mathbf|textit)(?=\{)", r"\\text"),
     (r"\^\s*\{?\\circ(?![a-zA-Z])\}?|\\degree(?![a-zA-Z])", "°"),
@@ -120,11 +120,10 @@ def hundredth(match):
 
 def spelt(formula: str) -> str:
     """A tidy formula without what two spellings of the same text differ in."""
-    word = r"(?<![a-zA-Z\\])[A-Z](?:[a-z]{2,}|[A-Z]{3,})(?![a-zA-Z])"  # not R, not AB
-    formula = re.sub(word, lambda match: match[0].lower(), formula)
     for pattern, spelling in SAME_TEXT:
         formula = re.sub(pattern, spelling, formula)
-    return formula
+    words = re.fullmatch("[A-Za-z,.'-]{4,}|[A-Za-z][a-z]{1,2}", formula)  # not R, not AB
+    return formula.lower() if words else formula
 
 
 # ---- §2 units ------------------------------------------------------------------------------------
@@ -200,6 +199,7 @@ def parsed(formula):
     letters = reader.ConversionConfig(lowercase_symbols=False)
     parser.latex2sympy = functools.partial(reader.latex2sympy, conversion_config=letters)
     formula = DECIMAL.sub(decimal_fraction, formula).replace("°", r"^{\circ}")
+    formula = re.sub(r"(?<=[0-9])i(?![a-zA-Z])", " i", formula)  # 2i, as i, is not real
     repairs = parser.NormalizationConfig(malformed_operators=True, nits=True)  # units: §2
     how = [parser.LatexExtractionConfig(normalization_config=repairs)]
     return parser.parse(f"${formula}$", extraction_config=how, parsing_timeout=None)
@@ -288,7 +288,8 @@ def equal(said: str, true: str, *, exact=False, seconds: float | None = None) ->
     plain, plain_true = spelt(said), spelt(true)
     whole = re.fullmatch(r"-?[1-9][0-9]*=-?[1-9][0-9]*", f"{plain}={plain_true}")
     other_case = plain.lower() == plain_true.lower()  # A_1 and a_1
-    based = re.search("[0-9]_", said + " " + true)  # 31_8: symbols know no bases
+    # 31_8 and \angle ABC: symbols know neither bases nor the order of letters in a name.
+    based = re.search(r"[0-9]_|^\\(?:angle|triangle)(?![^=]*=)", f"{said}\n{true}", re.MULTILINE)
     hard = TOO_HARD.search(said) or TOO_HARD.search(true)
     if whole or other_case or based or hard:  # symbols would not help, or not end
         return plain == plain_true

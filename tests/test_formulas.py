@@ -37,7 +37,10 @@ EQUAL = [  # (truth, said)
     # spellings of the same
     ("1234", "1,234"), ("1234", "1{,}234"), ("31_8", "31_{8}"), (r"\sqrt{3}", "sqrt(3)"),
     (r"\text{east}", "East"), ("EAST", r"\text{east}"), ("6\\%", "0.06"), ("12.5\\%", "1/8"),
-    ("12000000", "12 million"), (r"6\%", "6 percent"),
+    ("12000000", "12 million"), (r"6\%", "6 percent"), (r"\text{no solution}", "No solution"),
+    ("Yes", r"\text{yes}"), ("2 + 2i", "2(1+i)"), (r"\angle ABC", "∠ABC"), ("2(x+1)", "2x + 2"),
+    (r"\begin{pmatrix} -1/3 \\ 2/3 \end{pmatrix}",
+     r"\begin{pmatrix} -\frac{1}{3} \\ \frac{2}{3} \end{pmatrix}"),
 ]  # fmt: skip
 DIFFERENT = [
     ("12", "13"), ("(1,2)", "(2,1)"), ("y", "x"), ("5", "5 or 6"), ("5", "1,2,3,4,5"),
@@ -50,6 +53,8 @@ DIFFERENT = [
     ("3.0000001", "3.0000002"), ("0.33", "0.3"), ("0.33", "0.34"), ("0.33", "-0.33"), ("0.1", "0"),
     ("0.3", "0.24"), ("0.3", "0.35"),  # 0.35 rounds to 0.4
     # bases, letters, percents, repeats, units
+    (r"\angle ABC", r"\angle ACB"), (r"\text{A and B}", r"\text{A and C}"), ("2i", "2"),
+    (r"\begin{pmatrix}1\\ 2\end{pmatrix}", r"\begin{pmatrix}1\\ 3\end{pmatrix}"),
     ("31_8", "31_9"), ("31_8", "31"), ("R", "r"), ("AB", "ab"), ("A_1", "a_1"), ("V_1", "V_2"),
     ("6", r"6\%"), (r"6\%", "6"), ("12", "12 million"), ("12", r"12\text{ million}"),
     ("7", "7,7"), ("7,7", "7"), ("7,8", "7,7,8"), (r"\{1,2\}", r"\{1,1\}"), ("7", "7 or 7"),
