@@ -160,6 +160,7 @@ def average_precision(rows, annotations: str = "") -> dict:
     truth = read_annotations(annotations) if annotations else truth_of_rows(rows)
     with datasets.blame(annotations):
         truth, numbers = formats.merge_categories(truth)
+        check_categories(truth, set(numbers.values()))
     images = {str(image["id"]): image for image in truth["images"]}
     said = []
     for row in rows:
@@ -185,6 +186,14 @@ def read_annotations(path: str) -> dict:
     if not isinstance(truth, dict) or not {"images", "annotations", "categories"} <= truth.keys():
         raise ValueError(f"{path}: images, annotations and categories are expected")
     return truth
+
+
+def check_categories(truth: dict, known: set) -> None:
+    """Errors: ValueError if an annotation is of no category."""
+    for item in truth["annotations"]:
+        if item["category_id"] not in known:
+            raise ValueError(f"an annotation is of category {item['category_id']}, which is not "
+                             "in categories")
 
 
 def coco_stats(truth: dict, said: list[dict]) -> list:

@@ -492,7 +492,7 @@ def prompt_lines(config) -> list[str]:
         return [f"prompts are not shown: {error}"]
     mix = datasets.open_data(config.data, split="all", **data_options(config) | {"heldout": 0.0})
     longest, where = 0, ""
-    for index in range(min(len(mix), 10_000)):
+    for index in datasets.looked_at(mix):
         sample = mix.at(index)
         length = len(tokenizer.encode(chat_text(config, sample)))
         length += sum(qwen_vl.image_tokens(image.size) - 1 for image in sample.images)

@@ -232,8 +232,8 @@ def test_detection_without_annotations_takes_the_answers(tmp_path, capsys):
     ("ocr", {"id": 1, "completion": "a"}, 'an "answer"'),
     ("ocr", {"id": 1, "completion": "a", "answer": 3}, "p.jsonl:2: the answer in ocr"),
     ("grounding", {"id": 1, "completion": "a", "answer": "a"}, "p.jsonl:2: "),
-    ("grounding", {"id": 1, "completion": "a", "answer": [1, 2]}, "p.jsonl:2: a true box"),
-    ("counting", {"id": 1, "completion": "a", "answer": -1}, "p.jsonl:2: a true count"),
+    ("grounding", {"id": 1, "completion": "a", "answer": [1, 2]}, "p.jsonl:2: the true answer in grounding: a box"),
+    ("counting", {"id": 1, "completion": "a", "answer": -1}, "p.jsonl:2: the true answer in counting"),
     ("detection", {"id": 1, "completion": "[]", "answer": 5}, "p.jsonl:2: "),
     ("detection", {"id": 0, "completion": "[]", "answer": []}, "answered before"),
 ])
@@ -538,7 +538,7 @@ def test_demo_needs_models(tmp_path, runs):
     old = tmp_path / "old"
     (old / "model").mkdir(parents=True)
     (old / "config.json").write_text('{"colour": "red"}')
-    assert "old/config.json: 'eval_data'" in refused("demo", runs[0], old)
+    assert "old/config.json: the field 'eval_data'" in refused("demo", runs[0], old)
 
 
 def test_run_answers_and_scores_on_two_ranks(runs, tmp_path):
