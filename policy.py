@@ -348,29 +348,32 @@ def patch_embedding(self, pixels_ND):
 
 
 def vision_features(vision, pixels_ND: torch.Tensor, grids_I3: torch.Tensor) -> torch.Tensor:
-    """Image features [image tokens, D] of pixels on the tower's device, grids on the host.
+    """Image features [image tokens, D] of pixels on the tower's device, grids on the host."""
+    layout = {}
+    for name, value in vision_layout(vision, grids_I3).items():
+        layout[name] = value.to(pixels_ND.device) if torch.is_tensor(value) else value
+    return vision(pixels_ND, grid_thw=grids_I3, **layout).pooler_output
 
-    Windows and positions follow from the grids alone: computed here, once a pass. The tower would
-    otherwise ask the device for them, and each block for its longest window.
+
+def vision_layout(vision, grids_I3: torch.Tensor) -> dict:
+    """Windows and positions follow from the grids alone: computed on the host, once a pass.
+
+    Hugging Face's forward takes them as keyword arguments; it would otherwise ask the device for
+    them, and each block for its longest window.
     """
-    from transformers.vision_utils import (
-        get_vision_cu_seqlens,
-        get_vision_position_ids,
-        get_vision_window_index,
-    )
+    from transformers import vision_utils
 
-    window_index, cu_windows = get_vision_window_index(
-        grids_I3, vision.spatial_merge_size, vision.window_size, vision.patch_size)
-    cu_images = get_vision_cu_seqlens(grids_I3)
-    known = {
-        "position_ids": get_vision_position_ids(grids_I3, vision.spatial_merge_size),
+    merge = vision.spatial_merge_size
+    window_index, cu_windows = vision_utils.get_vision_window_index(
+        grids_I3, merge, vision.window_size, vision.patch_size)
+    cu_images = vision_utils.get_vision_cu_seqlens(grids_I3)
+    return {
+        "position_ids": vision_utils.get_vision_position_ids(grids_I3, merge),
         "window_index": window_index,
         "cu_window_seqlens": cu_windows,
-        "cu_seqlens": cu_images}
-    known = {name: values.to(pixels_ND.device) for name, values in known.items()}
-    known["max_seqlen"] = int(cu_images.diff().max())
-    known["max_window_seqlen"] = int(cu_windows.diff().max())
-    return vision(pixels_ND, grid_thw=grids_I3, **known).pooler_output
+        "max_window_seqlen": int(cu_windows.diff().max()),
+        "cu_seqlens": cu_images,
+        "max_seqlen": int(cu_images.diff().max())}
 
 
 def vision_attention(self, hidden_states, cu_seqlens, position_embeddings, max_seqlen, **_):
