@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 PLACES = 128  # own places that a row begins with
+ROWS = 512  # that begin together: each also holds logits of the whole vocabulary
 GRAPHS = 64  # shapes whose captured graphs are kept, those used last
 
 
@@ -119,7 +120,8 @@ class Cache:
             if self.graphs:
                 prompt_places = round_up_places(prompt_places)
             shape = (count, group, prompt_places, own_places)
-            if self.size(shape) <= self.budget or count * group == 1:
+            fits = self.size(shape) <= self.budget and count * group <= ROWS
+            if fits or count * group == 1:
                 return shape
             if count > 1:
                 count = math.ceil(count / 2)

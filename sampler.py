@@ -79,8 +79,11 @@ def product_fp32(a, b) -> torch.Tensor:
     """a @ b with its sums kept in fp32: attention's scores must not be rounded to bf16."""
     if not a.is_cuda or a.dtype == torch.float32:
         return (a @ b).float()
-    out = torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out_dtype=torch.float32)
-    return out.unflatten(0, a.shape[:-2])
+    batch = a.shape[:-2]
+    a = a.flatten(0, -3)
+    b = b.flatten(0, -3)
+    out = torch.bmm(a, b, out_dtype=torch.float32)
+    return out.unflatten(0, batch)
 
 
 class Interrupted(Exception):
@@ -231,17 +234,22 @@ class Sampler:
             qkv = F.linear(normed, layer.qkv, layer.qkv_bias)
             qkv = qkv.unflatten(-1, (-1, self.head_width))
             q, k, v = qkv.split(heads, dim=-2)
-            out = attend(index, rotate(q, cos, sin), rotate(k, cos, sin), v)
-            x = x + F.linear(out.flatten(-2), layer.out)
+            q = rotate(q, cos, sin)
+            k = rotate(k, cos, sin)
+            out = attend(index, q, k, v).flatten(-2)
+            x = x + F.linear(out, layer.out)
 
             normed = self.rms(x, layer.norm_mlp)
-            gate, up = F.linear(normed, layer.gate_up).chunk(2, dim=-1)
-            x = x + F.linear(F.silu(gate) * up, layer.down)
+            both = F.linear(normed, layer.gate_up)
+            gate, up = both.chunk(2, dim=-1)
+            inner = F.silu(gate) * up
+            x = x + F.linear(inner, layer.down)
         return x
 
     def rms(self, x, weight):
         """Rounded to x's dtype before the weight, as in Hugging Face's norm."""
-        return weight * F.rms_norm(x, x.shape[-1:], eps=self.eps)
+        width = x.shape[-1:]
+        return weight * F.rms_norm(x, width, eps=self.eps)
 
     def prefill(self, prompts: list[Prompt], cache: list[torch.Tensor]) -> torch.Tensor:
         """Vision tower and decoder once per prompt, right-padded to the longest.
@@ -327,8 +335,11 @@ class Sampler:
         position_P = batch.next_P + batch.place_1
         position_3P1 = position_P.expand(3, -1)[:, :, None]
         cos_P1d, sin_P1d = self.rotary(x_PGD, position_3P1)
-        later_T = torch.arange(places, device=self.device) > batch.place_1
-        mask_T = torch.zeros(places, device=self.device).masked_fill(later_T, -math.inf)
+        cos_P11d = cos_P1d[:, :, None]
+        sin_P11d = sin_P1d[:, :, None]
+        place_T = torch.arange(places, device=self.device)
+        mask_T = torch.zeros(places, device=self.device)
+        mask_T = mask_T.masked_fill(place_T > batch.place_1, -math.inf)
 
         def attend(index, q_PGHd, k_PGKd, v_PGKd):
             keys_PKGTd, values_PKGTd = batch.own[index]
@@ -339,7 +350,7 @@ class Sampler:
             prompt = batch.prompt[index]
             return self.shared_attention(q_PGHd, prompt, own, batch.padding_P11L, mask_T)
 
-        return self.run_layers(x_PGD, cos_P1d[:, :, None], sin_P1d[:, :, None], attend)
+        return self.run_layers(x_PGD, cos_P11d, sin_P11d, attend)
 
     def shared_attention(self, q_PGHd, prompt, own, padding_P11L, mask_T) -> torch.Tensor:
         """Each row attends to [its group's prompt | its own tokens]: one softmax over both.
@@ -349,15 +360,22 @@ class Sampler:
         keys_PKLd, values_PKLd = prompt
         keys_PKGTd, values_PKGTd = own
         q_PKGRd = q_PGHd.unflatten(2, (self.kv_heads, -1)).transpose(1, 2)
-        to_prompt = product_fp32(q_PKGRd.flatten(2, 3), keys_PKLd.mT) + padding_P11L
-        to_own = product_fp32(q_PKGRd, keys_PKGTd.mT) + mask_T
-        scores = torch.cat([to_prompt, to_own.flatten(2, 3)], dim=-1)  # [P, K, G·R, L + T]
-        weights = (scores * self.head_width**-0.5).softmax(-1).to(q_PGHd.dtype)
+        to_prompt = product_fp32(q_PKGRd.flatten(2, 3), keys_PKLd.mT)
+        to_prompt = to_prompt + padding_P11L
+        to_own = product_fp32(q_PKGRd, keys_PKGTd.mT)
+        to_own = (to_own + mask_T).flatten(2, 3)
 
-        sizes = [keys_PKLd.shape[2], keys_PKGTd.shape[3]]
+        # softmax(q·kᵀ/√d)
+        scores = torch.cat([to_prompt, to_own], dim=-1)  # [P, K, G·R, L + T]
+        scores = scores * self.head_width**-0.5
+        weights = scores.softmax(-1).to(q_PGHd.dtype)
+
+        sizes = [to_prompt.shape[-1], to_own.shape[-1]]
         of_prompt, of_own = weights.split(sizes, dim=-1)
-        out_PKGRd = (of_prompt @ values_PKLd).view_as(q_PKGRd)
-        out_PKGRd = out_PKGRd + of_own.unflatten(2, q_PKGRd.shape[2:4]) @ values_PKGTd
+        of_own = of_own.unflatten(2, q_PKGRd.shape[2:4])
+        from_prompt = (of_prompt @ values_PKLd).view_as(q_PKGRd)
+        from_own = of_own @ values_PKGTd
+        out_PKGRd = from_prompt + from_own
         return out_PKGRd.transpose(1, 2).flatten(2, 3)
 
     def next_hidden(self, batch: Batch, t: int) -> torch.Tensor:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from references import image_inputs, make_world, noise_image, packed_logps, prepared
+from references import CPU, image_inputs, make_world, noise_image, packed_logps, prepared
 
 import kv_cache
 import policy as packing
@@ -354,6 +354,14 @@ def test_few_shapes_are_captured_and_the_oldest_dropped(stopping, monkeypatch):
     assert {shape[0] for shape in shapes} <= {4, 2, 1} and {shape[1] for shape in shapes} <= {6, 4, 2, 1}
     assert {shape[3] for shape in shapes} <= {4, 8, 12, 16, 24, 32, 48, 50}
     assert len({shape[2] for shape in shapes}) == 1
+
+
+def test_a_batch_begins_with_at_most_so_many_rows():
+    cache = kv_cache.Cache(layers=1, kv_heads=1, head_width=1, kv_gb=1.0, device=CPU, dtype=torch.float32, graphs=False)
+    # 1024 rows of logits would be 600 MB of fp32 several times over: 32 prompts of 16 rows, one of 512, or a part
+    assert cache.first_shape([7] * 64, 16, 40) == (32, 16, 7, 40)
+    assert cache.first_shape([7, 9], 500, 40) == (1, 500, 7, 40)
+    assert cache.first_shape([7], 700, 40) == (1, 350, 7, 40)
 
 
 def test_places_grow_in_few_sizes():
