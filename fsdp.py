@@ -420,9 +420,11 @@ def held_by_a_rank(config, model: nn.Module, gpus: int, max_tokens: int) -> dict
 
 def cache(config, text, prompts: int, max_tokens: int) -> int:
     """Bytes of keys and values as the sampler reserves them: at least one prompt's."""
-    width = text.num_key_value_heads * text.hidden_size // text.num_attention_heads
+    head = text.hidden_size // text.num_attention_heads
+    keys = text.num_hidden_layers * text.num_key_value_heads * head
+    token = 2 * 2 * keys  # and as many values, 2 bytes each
     tokens = config.max_prompt + config.group * max_tokens
-    one_prompt = 2 * 2 * text.num_hidden_layers * width * tokens  # keys and values, 2 bytes each
+    one_prompt = tokens * token
     at_once = max(1, int(config.kv_gb * 2**30 // one_prompt))
     return min(prompts, at_once) * one_prompt
 
