@@ -4,11 +4,14 @@
   torchrun --nproc_per_node=8 grpo_vl.py        GPUs: Qwen2.5-VL-3B counts shapes in drawn scenes
   torchrun --nproc_per_node=8 grpo_vl.py --data my.jsonl --model Qwen/Qwen2.5-VL-7B-Instruct
 
-§1 config · §2 group sampling · §3 rewards → advantages · §4 loss · §5 train_step · §6 metrics ·
-§7 main. Its slow twin, one file and no flags, is naive_grpo.py: a test holds the two together.
+§1 config · §2 group sampling · §3 rewards → advantages · §4 loss · §5 train_step · §6 main
+Its slow twin, one file and no flags, is naive_grpo.py: a test holds the two together.
 [PR1] Perception-R1, arXiv 2504.07954 · [OVR] Open-Vision-Reasoner, 2507.05255 · [DSM] DeepSeekMath,
-2402.03300 · [DAPO] 2503.14476 · [DRG] Dr. GRPO, 2503.20783 · [GSPO] 2507.18071 · [RLOO] 2402.14740.
-Shapes: P prompts, G completions a prompt, B = P·G rollouts, S scored tokens of a micro-batch.
+2402.03300 · [DAPO] 2503.14476 · [DRG] Dr. GRPO, 2503.20783 · [GSPO] 2507.18071 · [RLOO] 2402.14740
+[ORZ] Open-Reasoner-Zero, 2503.24290.
+Shapes: P prompts, G completions a prompt, B = P·G rollouts, S tokens of a micro-batch whose log π
+is trained: those of the completions. A draw is the number of a sample in the run's endless order
+of data; a group is a prompt with its G completions (qwen_vl.Group).
 
 DEVIATION D1: OVR trains with PPO and a critic (γ = λ = 1, so A_t = R − V(s_t)). Here the mean of
 the group stands in V's place, as in GRPO, and no critic is trained.
@@ -19,6 +22,7 @@ import json
 import math
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -52,7 +56,8 @@ class Config(training.Options):
     reward_options: str = "{}"  # JSON for the reward, e.g. {"iou_power": 2}
     overlong: Literal["zero", "keep", "mask", "soft"] = "zero"  # truncated ones [OVR: zero]
     overlong_buffer: int = 128  # soft: tokens over which the penalty grows [DAPO §3.4]
-    scale: Literal["group", "batch", "none"] = "group"  # std of [OVR: batch; DRG: none]
+    # advantages over the std of their group, of the whole batch [OVR], or as they are [DRG]
+    scale: Literal["group", "batch", "none"] = "group"
     std: Literal["sample", "population"] = "sample"  # over G−1 or G [PR1 code: sample]
     baseline: Literal["mean", "leave_one_out"] = "mean"  # of all or of the others [RLOO]
     dynamic_sampling: int = 0  # rounds to replace groups of equal rewards [DAPO §3.2]
@@ -63,7 +68,7 @@ class Config(training.Options):
     beta: float = 0.0  # KL weight; 0: no reference model [PR1 §4.3: 0.04; OVR §3.2: 0]
     kl: Literal["k1", "k2", "k3"] = "k3"  # k2, k3: in the loss; k1: in the reward [PR1: k3]
     inner_steps: int = 1  # µ, optimizer steps on a batch [PR1, OVR: 1]
-    tis: float = 0.0  # cap of the weight π_old/π_sampler; 0: off
+    tis: float = 0.0  # truncated importance sampling: cap of π_old/π_sampler; 0: off
     freeze_vision: bool = False  # train neither vision tower nor merger [PR1: trains all]
     pictures_every: int = 50  # steps between saved rollouts and pictures; 0: never
     plan: str = ""  # 8x80: print what each of 8 GPUs of 80 GiB would hold, and stop
@@ -80,7 +85,7 @@ class Config(training.Options):
                              f"{self.max_tokens}: every answer would be punished; lower the buffer")
 
 
-PR1 = dict(  # what its tasks share and no default has yet  [PR1 §4.3, code]
+PR1 = dict(  # what its tasks share, where it differs from the defaults  [PR1 §4.3, code]
     model="Qwen/Qwen2.5-VL-3B-Instruct", prompts=14, beta=0.04, schedule="linear", seed=42)
 PRESETS = {  # of grpo_vl.py: differences from its defaults
     "tiny": dict(  # what a machine without a GPU trains in minutes; no paper's values
@@ -105,7 +110,7 @@ def without_effect(config: Config) -> list[str]:
     asked = training.given(config, "ratio")
     asked += ["--clip-low"] if config.clip_low not in (0.2, 3e-4) else []
     asked += ["--clip-high"] if config.clip_high not in (0.2, 4e-4) else []
-    if asked and config.inner_steps == 1:
+    if asked and config.inner_steps == 1:  # ∇ of a sequence's ratio is then the tokens' mean ∇ too
         found.append(f"{', '.join(asked)}: no effect at --inner-steps 1, where every ratio is 1")
     if config.beta == 0:
         found += [f"{flag}: no effect at --beta 0" for flag in training.given(config, "kl")]
@@ -134,7 +139,11 @@ def longest(config: Config, step: int) -> int:
 
 # §2 ────────────────────────────────────── group sampling ────────────────────────────────────
 def sample_groups(run: Run, step: int, attempt: int = 0) -> list[Group]:
-    """This rank's next groups, G scored completions each. Noise is keyed by sample and attempt."""
+    """This rank's share of the next --prompts groups, G completions each, with their rewards.
+
+    Sampling is by uniform numbers drawn beforehand, keyed by seed, step, sample and attempt: so an
+    answer is the same on any rank, in any batch and after a resume.
+    """
     config, limit = run.config, longest(run.config, step)
     groups = draw_groups(run, config.prompts)
     noise = []
@@ -152,15 +161,16 @@ def sample_groups(run: Run, step: int, attempt: int = 0) -> list[Group]:
 
 
 def collect_groups(run: Run, step: int) -> tuple[list[Group], dict[int, list[float]]]:
-    """This rank's scored groups, and {draw: its G rewards} of all ranks in global order.
+    """This rank's groups with rewards, and {draw: its G rewards} of all ranks, in order of draws.
 
     Dynamic sampling [DAPO §3.2] replaces groups of equal rewards, in a bounded number of rounds.
     """
     config, groups, rewards_of = run.config, [], {}
     for attempt in range(config.dynamic_sampling + 1):
-        new = training.together(run, lambda: sample_groups(run, step, attempt))  # noqa: B023
+        # `together`: a signal or a bad sample on one rank stops all of them, and none hangs.
+        new = training.together(run, partial(sample_groups, run, step, attempt))
         if config.dynamic_sampling:
-            new = [group for group in new if spread(group.rewards) > 1e-6]
+            new = [group for group in new if run_folder.spread(group.rewards) > 1e-6]
         groups += new
         for part in run.processes.gather({group.draw: group.rewards for group in new}):
             rewards_of |= part
@@ -168,12 +178,6 @@ def collect_groups(run: Run, step: int) -> tuple[list[Group], dict[int, list[flo
             break
     rewards_of = dict(sorted(rewards_of.items())[: config.prompts])
     return [group for group in groups if group.draw in rewards_of], rewards_of
-
-
-def spread(rewards_G: list[float]) -> float:
-    """Largest difference of a group's rewards; undecided ones (NaN) do not count."""
-    known = [reward for reward in rewards_G if not math.isnan(reward)]
-    return max(known, default=0.0) - min(known, default=0.0)
 
 
 # §3 ──────────────────────────────── rewards → advantages ────────────────────────────────────
@@ -196,7 +200,7 @@ def score_groups(run: Run, step: int, groups: list[Group]) -> None:
 
 def shaped_reward(config: Config, completion, reward: float, limit: int) -> float:
     """The rule's reward, less what --overlong takes for a long answer; NaN if it is undecided."""
-    if completion.parts.get("undecided"):  # no baseline may know what could not be decided
+    if completion.parts.get("undecided"):  # right or wrong could not be told: it joins no mean
         return math.nan
     if config.overlong == "zero" and completion.truncated:
         return 0.0
@@ -209,8 +213,9 @@ def shaped_reward(config: Config, completion, reward: float, limit: int) -> floa
 def group_advantages(rewards_PG, *, scale="group", std="sample", baseline="mean", eps=1e-4):
     """How much better than its group: advantages_PG, fp32, from the global batch's rewards_PG.
 
-    Equal rewards give zeros; G = 1: `mean` gives 0, `leave_one_out` the reward itself. NaN is a
-    reward that could not be decided: it has advantage 0 and counts in no mean and no std.
+    Equal rewards give zeros; G = 1: `mean` gives 0, `leave_one_out` the reward itself. NaN stands
+    for a reward that could not be told (a formula too hard to compare in time): it has advantage 0
+    and counts in no mean and no std.
     """
     if scale not in ("group", "batch", "none"):
         raise ValueError(f"scale={scale!r}: choose group, batch or none")
@@ -247,11 +252,12 @@ def std_of(rewards: torch.Tensor, kind: str) -> torch.Tensor | None:
 
 # §4 ─────────────────────────────────────────── loss ─────────────────────────────────────────
 def token_weights(lengths_B, *, loss: str, max_tokens: int, norm: float | None = None):
-    """weight_B, float64: what a token of rollout i counts, in which alone the losses differ.
+    """weight_B, float64: how much each token of rollout i counts. The losses differ in this alone.
 
-    lengths_B: trained tokens of each rollout, 0 if it is masked: no weight, but counted in B.
-    norm: B of the global batch (grpo, dr_grpo) or its Σ|o| (dapo), so that micro-batches and ranks
-    add up to one gradient; without it the batch at hand counts.
+    lengths_B: trained tokens of each rollout. A masked rollout has 0: its tokens weigh nothing, and
+    it counts in B (grpo, dr_grpo) but not in Σ|o| (dapo).
+    norm: that B or Σ|o| of the global batch, so that micro-batches and ranks add up to one
+    gradient; without it the batch at hand counts.
     """
     lengths_B = lengths_B.double()
     trained_B = (lengths_B > 0).double()
@@ -271,8 +277,9 @@ def policy_loss(logp_S, old_logp_S, advantage_S, weight_S, *, row_S=None, ratio=
 
     loss = Σ weight·ℓ over tokens of weight above 0; the others may hold anything. stats: name →
     tensor [sum, count] over the same tokens. row_S: the rollout of a token, for ratio="sequence".
-    On policy every ratio is 1 and no clip active: the loss −mean(A) is about 0, but its gradient
-    −mean(A·∇log π) is not. Slow twin: naive_grpo.py, a loop over tokens.
+    On policy every ratio is 1 and no clip active: with `grpo` weights the loss −mean(A) is about 0,
+    but its gradient −mean(A·∇log π) is not. Slow twin: grpo_loss in naive_grpo.py, a loop over
+    rollouts, and a loop over tokens in tests/test_loss.py.
     """
     check_loss_inputs(logp_S, old_logp_S, advantage_S, weight_S, ratio, row_S, beta, ref_logp_S,
                       tis_cap, sampler_logp_S)
@@ -290,7 +297,9 @@ def policy_loss(logp_S, old_logp_S, advantage_S, weight_S, *, row_S=None, ratio=
         "clip_low": (ratio_S < 1 - clip_low) & (advantage_S < 0),
         "clip_high": (ratio_S > 1 + clip_high) & (advantage_S > 0)}
 
-    if tis_cap:  # · min(π_old/π_sampler, C), constant: rollouts came from slightly other numbers
+    # Sampling computes π_old with other kernels (bf16, cached keys): π_sampler ≈ π_old. Truncated
+    # importance sampling makes up for the difference: · min(π_old/π_sampler, C), a constant.
+    if tis_cap:
         log_weight_S = torch.where(trained_S, old_logp_S - sampler_logp_S, 0.0).detach()
         loss_S = loss_S * log_weight_S.exp().clamp(max=tis_cap)
     if beta:  # + β·KL(π ‖ π_ref)
@@ -335,8 +344,10 @@ def kl_estimate(log_ratio: torch.Tensor, kind: str) -> torch.Tensor:
     raise ValueError(f"kl={kind!r} in the loss: choose k2 or k3, k1's gradient has mean zero")
 
 
-def sum_and_count(values_S, counted_S) -> torch.Tensor:
-    """[sum, count] of the values that count, in float64, on the values' device."""
+def sum_and_count(values_S, counted_S=None) -> torch.Tensor:
+    """[sum, count] of the values that count (all, unless told), in float64, on their device."""
+    if counted_S is None:
+        counted_S = torch.ones_like(values_S, dtype=torch.bool)
     total = torch.where(counted_S, values_S, 0).sum(dtype=torch.float64)
     return torch.stack([total, counted_S.sum().double()])
 
@@ -345,24 +356,22 @@ def sum_and_count(values_S, counted_S) -> torch.Tensor:
 def train_step(run: Run, step: int) -> dict:
     """One batch of GRPO [DSM Algorithm 1]. Returns the step's metrics, the same on every rank."""
     config, ranks = run.config, run.processes
-    clock, sums = [time.perf_counter()], {}
+    clock, sums, total_loss = [time.perf_counter()], {}, torch.zeros((), device=ranks.device)
 
     # 1. Sample G completions o_1 … o_G of each prompt from π_θ and score them.
     groups, rewards_of = collect_groups(run, step)
     rollouts = [completion for group in groups for completion in group.completions]
     clock.append(time.perf_counter())
 
-    # 2. Pack them, the prompt once: [prompt | o_1 | … | o_G]. S: sampled tokens of a micro-batch.
+    # 2. Pack this rank's, the prompt once: [prompt | o_1 | … | o_G]. row_S: a token's rollout.
     packs = policy.pack_for_ranks(groups, config.micro_tokens, run.special, ranks)
     sampler_logp = sampled_logps(rollouts, packs, ranks.device)
 
-    # 3. log π_ref of every token, if β > 0. With k1 the KL joins the reward.
+    # 3. log π_ref, if β > 0. k1 goes into the reward: r ← r − β·Σ_t (log π_sampler − log π_ref).
     ref_logp = reference_logps(run, packs)
     rewards_PG = as_PG(rewards_of, config.group)
-    penalised_PG = rewards_PG
-    if config.beta and config.kl == "k1":
-        kl_of, sums["kl"] = sequence_kl(run, groups, packs, sampler_logp, ref_logp)
-        penalised_PG = rewards_PG - config.beta * as_PG(dict(sorted(kl_of.items())), config.group)
+    kl_PG = sequence_kl(run, groups, packs, sampler_logp, ref_logp, sums)
+    penalised_PG = rewards_PG - config.beta * kl_PG
 
     # 4. Advantages A_i from the rewards of the whole global batch; this rank's rows of them.
     advantages_PG = group_advantages(
@@ -378,7 +387,7 @@ def train_step(run: Run, step: int) -> dict:
     for inner in range(config.inner_steps):
         for k, pack in enumerate(packs):
             logp_S, entropy_S = run.policy(pack, config.temperature)
-            if inner == 0:
+            if inner == 0:  # no weight has changed yet
                 old_logp[k] = logp_S.detach()
             loss, stats = policy_loss(
                 logp_S, old_logp[k], advantages_B[pack.row_S], weight_B[pack.row_S],
@@ -387,21 +396,24 @@ def train_step(run: Run, step: int) -> dict:
                 kl=config.kl, ref_logp_S=ref_logp[k], sampler_logp_S=sampler_logp[k],
                 tis_cap=config.tis)
             (loss * ranks.world).backward()  # FSDP averages over ranks; the weights count them all
-            add_sums(sums, stats, loss=loss.detach(), entropy=entropy_S)
-        grad_norm = optimizer_step(run, step)
+            add_sums(sums, stats | {"entropy": sum_and_count(entropy_S)})
+            total_loss += loss.detach()
+        grad_norm = optimizer_step(run, step)  # clips the gradient's norm, then AdamW
     clock.append(time.perf_counter())
 
     # 7. The sampler's copy of the weights follows; its log-probs should equal the trainer's.
     run.sampler.refresh(fsdp.full_parameters(run.policy))
-    for pack, old_S, sampled_S in zip(packs, old_logp, sampler_logp):
-        gap_S = (old_S - sampled_S).abs()
-        add_sums(sums, {"sampler_gap": sum_and_count(gap_S, weight_B[pack.row_S] > 0)})
+    add_sums(sums, {"sampler_gap": sampler_gap(packs, old_logp, sampler_logp, weight_B)})
     clock.append(time.perf_counter())
 
     if ranks.rank == 0 and config.pictures_every and step % config.pictures_every == 0:
         run_folder.save_rollouts(Path(config.out), step, groups)
-    metrics = step_metrics(run, step, rollouts, rewards_PG, penalised_PG, sums, clock)
-    return metrics | {"grad_norm": grad_norm}
+    metrics = run_folder.step_metrics(ranks, rollouts, rewards_PG, sums, clock)
+    metrics["loss"] = sum(ranks.gather(total_loss.item())) / config.inner_steps
+    if config.kl == "k1" and config.beta:
+        metrics["reward_minus_kl"] = penalised_PG.nanmean().item()
+    return {"step": step, "grad_norm": grad_norm, "lr": learning_rate(config, step),
+            "cursor": run.cursor} | metrics
 
 
 def as_PG(values_of: dict[int, list[float]], group: int) -> torch.Tensor:
@@ -423,16 +435,30 @@ def reference_logps(run: Run, packs: list[policy.Pack]) -> list[torch.Tensor | N
         return [run.reference(pack, run.config.temperature)[0] for pack in packs]
 
 
-def sequence_kl(run: Run, groups: list[Group], packs, sampler_logp, ref_logp):
-    """{draw: Σ_t (log π − log π_ref) of its G rollouts} of all ranks; [sum, count] over tokens."""
+def sequence_kl(run: Run, groups: list[Group], packs, sampler_logp, ref_logp, sums: dict):
+    """Σ_t (log π_sampler − log π_ref) of each rollout of all ranks, [P, G]; 0.0 unless KL is k1.
+
+    Adds the difference a token to `sums`.
+    """
+    if run.config.kl != "k1" or run.reference is None:
+        return 0.0
     kl_B = torch.zeros(len(groups) * run.config.group, device=run.processes.device)
     for pack, logp_S, ref_S in zip(packs, sampler_logp, ref_logp):
         kl_B.index_add_(0, pack.row_S, logp_S - ref_S)
-    tokens = sum(len(logp_S) for logp_S in sampler_logp)
-    own = dict(zip([group.draw for group in groups], kl_B.view(-1, run.config.group).tolist()))
-    kl_of = {draw: kl_G for part in run.processes.gather(own) for draw, kl_G in part.items()}
-    total = torch.stack([kl_B.sum().double(), kl_B.new_tensor(tokens).double()])
-    return kl_of, total
+        add_sums(sums, {"kl": sum_and_count(logp_S - ref_S)})
+    kl_PG = kl_B.view(-1, run.config.group).tolist()
+    kl_of = {}
+    for part in run.processes.gather({g.draw: kl_G for g, kl_G in zip(groups, kl_PG)}):
+        kl_of |= part
+    return as_PG(dict(sorted(kl_of.items())), run.config.group)  # in order of draws, as rewards
+
+
+def sampler_gap(packs, old_logp, sampler_logp, weight_B) -> torch.Tensor:
+    """[sum, count] of |log π_old − log π_sampler| over the tokens that are trained on."""
+    total = torch.zeros(2, dtype=torch.float64, device=weight_B.device)
+    for pack, old_S, sampled_S in zip(packs, old_logp, sampler_logp):
+        total += sum_and_count((old_S - sampled_S).abs(), weight_B[pack.row_S] > 0)
+    return total
 
 
 def rollout_weights(config: Config, step: int, ranks, rollouts: list, sequences: int):
@@ -451,62 +477,13 @@ def rollout_weights(config: Config, step: int, ranks, rollouts: list, sequences:
     return weight_B.float().to(ranks.device)
 
 
-def add_sums(sums: dict, stats: dict, loss=None, entropy=None) -> None:
+def add_sums(sums: dict, stats: dict) -> None:
     """Add [sum, count] tensors to the running ones, on their device: no wait for a GPU."""
-    if loss is not None:
-        stats = stats | {"loss": torch.stack([loss.double(), torch.zeros_like(loss).double()])}
-    if entropy is not None:
-        stats = stats | {"entropy": sum_and_count(entropy, torch.ones_like(entropy).bool())}
     for name, pair in stats.items():
         sums[name] = sums.get(name, 0) + pair
 
 
-# §6 ──────────────────────────────────────── metrics ─────────────────────────────────────────
-def step_metrics(run: Run, step: int, rollouts, rewards_PG, penalised_PG, sums, clock) -> dict:
-    """One flat object for metrics.jsonl, over all ranks. README explains each name."""
-    config = run.config
-    own = {name: pair.tolist() for name, pair in sums.items()}
-    for completion in rollouts:
-        values = {f"reward/{name}": value for name, value in completion.parts.items()}
-        values |= {"length": len(completion.tokens), "truncated": completion.truncated}
-        for name, value in values.items():
-            total, count = own.get(name, (0, 0))
-            own[name] = total + value, count + 1
-    totals: dict[str, list[float]] = {}
-    for part in run.processes.gather(own):
-        for name, (total, count) in part.items():
-            before, counted = totals.get(name, (0, 0))
-            totals[name] = before + total, counted + count
-    loss, _ = totals.pop("loss", (0.0, 0))
-    metrics = {"step": step, **reward_metrics(rewards_PG)}
-    if config.beta and config.kl == "k1":
-        metrics["reward_minus_kl"] = penalised_PG.nanmean().item()
-    metrics["loss"] = loss / config.inner_steps
-    metrics |= {name: total / max(count, 1) for name, (total, count) in totals.items()}
-    metrics |= {"lr": learning_rate(config, step), "cursor": run.cursor}
-    for name, before, after in zip(("sample", "train", "refresh"), clock, clock[1:]):
-        metrics[f"seconds/{name}"] = after - before
-    return metrics
-
-
-def reward_metrics(rewards_PG: torch.Tensor) -> dict:
-    """Mean reward, spread within groups, and how many groups teach nothing."""
-    stds, zero_variance = [], 0
-    for rewards_G in rewards_PG:
-        known_G = rewards_G[~rewards_G.isnan()]
-        stds.append(known_G.std(correction=0).item() if len(known_G) else 0.0)
-        zero_variance += spread(known_G.tolist()) < 1e-6
-    undecided = rewards_PG.isnan().float().mean().item() if len(rewards_PG) else 0.0
-    known = rewards_PG[~rewards_PG.isnan()]
-    groups = len(rewards_PG)  # dynamic sampling may find none
-    return {
-        "reward": known.mean().item() if len(known) else 0.0, "groups": groups,
-        "reward_std": sum(stds) / max(groups, 1),
-        "zero_variance": zero_variance / groups if groups else 1.0} | (
-            {"undecided": undecided} if undecided else {})
-
-
-# §7 ────────────────────────────────────────── main ──────────────────────────────────────────
+# §6 ────────────────────────────────────────── main ──────────────────────────────────────────
 def train(run: Run) -> bool:
     """All steps that are left; whether the run is finished (False: it was told to stop)."""
     progress = training.Progress(run, run.config.max_tokens)

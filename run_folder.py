@@ -202,6 +202,57 @@ def write_whole(path: Path, text: str) -> None:
 
 
 # §3 ────────────────────────────────────── metrics ───────────────────────────────────────────
+def step_metrics(ranks, rollouts: list, rewards_PG: torch.Tensor, sums: dict, clock: list) -> dict:
+    """What a step of GRPO says of itself, over all ranks. README explains each name.
+
+    rollouts: this rank's completions; rewards_PG: of all ranks, NaN where undecided; sums: name →
+    this rank's [sum, count]; clock: seconds before sampling and after each of the step's parts.
+    """
+    own = {name: pair.tolist() for name, pair in sums.items()}
+    for completion in rollouts:
+        values = {f"reward/{name}": value for name, value in completion.parts.items()}
+        values |= {"length": len(completion.tokens), "truncated": completion.truncated}
+        for name, value in values.items():
+            total, count = own.get(name, (0, 0))
+            own[name] = total + value, count + 1
+    totals: dict[str, tuple] = {}
+    for part in ranks.gather(own):
+        for name, (total, count) in part.items():
+            before, counted = totals.get(name, (0, 0))
+            totals[name] = before + total, counted + count
+    metrics = reward_metrics(rewards_PG)
+    for name, (total, count) in totals.items():
+        metrics[name] = total / max(count, 1)
+    for name, before, after in zip(("sample", "train", "refresh"), clock, clock[1:]):
+        metrics[f"seconds/{name}"] = after - before
+    return metrics
+
+
+def reward_metrics(rewards_PG: torch.Tensor) -> dict:
+    """Mean reward, spread within groups, and how many groups teach nothing."""
+    groups = len(rewards_PG)  # dynamic sampling may find none
+    if groups == 0:
+        return {"reward": 0.0, "groups": 0, "reward_std": 0.0, "zero_variance": 1.0}
+    stds, equal = [], 0
+    for rewards_G in rewards_PG:
+        known_G = rewards_G[~rewards_G.isnan()]
+        stds.append(known_G.std(correction=0).item() if len(known_G) else 0.0)
+        equal += spread(known_G.tolist()) < 1e-6
+    known = rewards_PG[~rewards_PG.isnan()].tolist()
+    metrics = {
+        "reward": mean(known) if known else 0.0, "groups": groups, "reward_std": mean(stds),
+        "zero_variance": equal / groups}
+    if len(known) < rewards_PG.numel():
+        metrics["undecided"] = 1 - len(known) / rewards_PG.numel()
+    return metrics
+
+
+def spread(rewards_G: list[float]) -> float:
+    """Largest difference of a group's rewards; undecided ones (NaN) do not count."""
+    known = [reward for reward in rewards_G if not math.isnan(reward)]
+    return max(known, default=0.0) - min(known, default=0.0)
+
+
 SYMPTOMS = (  # metric; sick by its mean over ten steps, and over the first ten; what to try
     ("zero_variance", lambda now, first: now > 0.8,
      "most groups have equal rewards: try --dynamic-sampling 3 or other prompts"),

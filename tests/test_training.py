@@ -8,7 +8,6 @@ import ranks
 import torch
 from conftest import ROOT
 
-import fsdp
 import grpo_vl
 import policy
 import qwen_vl
@@ -310,56 +309,6 @@ def test_wrong_config_files_stop_with_a_sentence(content, said, tmp_path, capsys
     with pytest.raises(SystemExit):
         training.parse_config(grpo_vl.Config, ["--config", str(tmp_path / "config.json")], grpo_vl.PRESETS, "", False)
     assert said in capsys.readouterr().err
-
-
-TRUE_SHAPES = {  # Qwen2.5-VL's config.json: hidden, layers, heads, key/value heads, intermediate, rows, tied
-    "3b": (2048, 36, 16, 2, 11008, 151936, True), "7b": (3584, 28, 28, 4, 18944, 152064, False),
-}
-
-
-def true_model(shape):
-    """The true architecture without memory for its weights."""
-    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-
-    hidden, layers, heads, kv_heads, inner, rows, tied = TRUE_SHAPES[shape]
-    config = Qwen2_5_VLConfig(
-        text_config=dict(hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=heads,
-                         num_key_value_heads=kv_heads, intermediate_size=inner, vocab_size=rows, tie_word_embeddings=tied),
-        vision_config=dict(hidden_size=1280, out_hidden_size=hidden, intermediate_size=3420), tie_word_embeddings=tied)
-    with torch.device("meta"):
-        return Qwen2_5_VLForConditionalGeneration(config)
-
-
-def planned(monkeypatch, capsys, shape, **options):
-    """What eval.py plan prints for a run with these options and this true shape."""
-    monkeypatch.setattr(qwen_vl, "load", lambda name, weights: (true_model(shape), None))
-    config = grpo_vl.Config(**options)
-    fsdp.plan(config, config.max_tokens)
-    return capsys.readouterr().out
-
-
-@pytest.mark.parametrize("shape, parameters, sampling_copy", [
-    # the published checkpoints' sizes: 3,754,622,976 and 8,292,166,656 weights, two bytes each in the copy
-    ("3b", "3,754,622,976", 6.99), ("7b", "8,292,166,656", 15.45),
-])
-def test_the_memory_plan_by_hand(shape, parameters, sampling_copy, monkeypatch, capsys):
-    lines = planned(monkeypatch, capsys, shape, plan="8x80").splitlines()
-    assert lines[0] == f"{parameters} parameters on 8 GPUs"
-    held = {line[:26].strip(): float(line[26:34]) for line in lines[1:-1]}
-    assert held["sampling copy, bf16"] == pytest.approx(sampling_copy, abs=0.01)
-    # fp32 weights, gradients, and twice that for AdamW, over 8 GPUs: 2, 2 and 4 bytes a weight · 2/8
-    for name, factor in (("weights", 1), ("gradients", 1), ("AdamW", 2)):
-        assert held[f"{name}, fp32, sharded"] == pytest.approx(sampling_copy * 2 / 8 * factor, abs=0.02)
-    # 5 copies of 1024 · 151,936 rows · 4 bytes: 5 · 0.58 GiB
-    assert held["logits of a chunk"] == pytest.approx(2.90, abs=0.01)
-    assert lines[-1] == "fits"
-
-
-def test_the_memory_plan_says_what_to_change(monkeypatch, capsys):
-    plan = planned(monkeypatch, capsys, "7b", beta=0.04, plan="1x80")
-    # 8.29 G weights · (4 + 4 + 8) bytes = 124 GiB alone; the reference's 2 bytes are 15.45
-    assert "does not fit: lower --micro-tokens" in plan
-    assert re.search(r"reference, bf16, sharded +15.45", plan) and "30.89" in plan  # and each fp32 row by itself
 
 
 def test_clip_defaults_follow_the_ratio():
