@@ -172,7 +172,8 @@ def load_checkpoint(path: Path, policy, optimizer) -> dict:
 
 
 def resume(config, policy, optimizer) -> dict:
-    """{"step", "cursor", …}: steps done and draws consumed, of the newest checkpoint in --out.
+    """{"step", "cursor", "unlogged"}: steps done and draws consumed, of the newest checkpoint in
+    --out; and the metrics of its last step, where the run ended before they were logged.
 
     What a killed run logged after that checkpoint is done again, so it leaves metrics.jsonl.
     """
@@ -185,13 +186,20 @@ def resume(config, policy, optimizer) -> dict:
     if state["ranks"] != ranks:
         say(f"{found[-1]} was saved by {state['ranks']} ranks, here are {ranks}: weights and "
             "optimizer are the same, but sums run in another order")
+    lines = whole_lines(folder / "metrics.jsonl")[: state["step"]]
+    if len(lines) == state["step"]:
+        state["unlogged"] = None
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        log = folder / "metrics.jsonl"
-        lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-        write_whole(log, "".join(lines[: state["step"]]))
+        write_whole(folder / "metrics.jsonl", "".join(lines))
         write_whole(folder / "config.json", json.dumps(asdict(config), indent=2))
     return state
+
+
+def whole_lines(path: Path) -> list[str]:
+    """The lines of a file, if there is one, without a last one that a kill has cut."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [line for line in lines if line.endswith("\n")]
 
 
 def write_whole(path: Path, text: str) -> None:

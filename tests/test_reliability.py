@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -161,8 +162,9 @@ def test_a_checkpoint_of_another_architecture_is_refused(alone, tmp_path):
 def test_a_folder_with_checkpoints_is_not_begun_anew(alone, tmp_path):
     run = make_run(alone, optimizer="adamw", out=str(tmp_path), resume="never")
     run_folder.save_checkpoint(tmp_path, run.policy, run.optimizer, {"step": 1, "cursor": 4}, 2)
+    (tmp_path / "config.json").write_text(json.dumps(asdict(run.config)))
     with pytest.raises(SystemExit, match=r"--resume never, but .*checkpoint-1 exists"):
-        run_folder.resume(run.config, run.policy, run.optimizer)
+        run_folder.claim(run.config)
 
 
 def test_disk_full_while_saving_keeps_the_last_checkpoint(alone, tmp_path):
@@ -187,6 +189,19 @@ def test_what_was_logged_after_the_checkpoint_is_done_again(alone, tmp_path):
     (tmp_path / "metrics.jsonl").write_text("\n".join(rows) + '\n{"step": 4, "rew')  # killed in the middle of a line
     assert run_folder.resume(run.config, run.policy, run.optimizer)["step"] == 2
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 0}\n{"step": 1}\n'
+
+
+@pytest.mark.parametrize("log, unlogged", [('{"step": 0}\n{"step": 1}\n', False), ('{"step": 0}\n', True),
+                                           ('{"step": 0}\n{"step": 1, "rew', True)])
+def test_a_step_saved_before_its_evaluation_is_logged_once(alone, tmp_path, log, unlogged):
+    """Killed after the checkpoint: before, in the middle of, or after the step's line in metrics.jsonl."""
+    run = make_run(alone, optimizer="adamw", out=str(tmp_path), steps=3, lr=1e-4)
+    state = {"step": 2, "cursor": 8, "unlogged": {"step": 1, "reward": 0.5, "grad_norm": 1.0}}
+    run_folder.save_checkpoint(tmp_path, run.policy, run.optimizer, state, 2)
+    (tmp_path / "metrics.jsonl").write_text(log)
+    assert grpo_vl.train(run)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2] and ("reward" in rows[1]) == unlogged
 
 
 # ── numbers gone bad ──
@@ -382,7 +397,7 @@ def test_check_of_a_file_that_is_not_there_is_one_fault(tmp_path):
 def test_bad_rows_stop_a_run_unless_allowed(alone, tmp_path):
     spec = bad_data(tmp_path)
     how = training.data_options(grpo_vl.Config(**SMALL))
-    with pytest.raises(datasets.DataError, match=f"1 bad rows; .*\n{spec}:3: answer 'none' does not fit grounding"):
+    with pytest.raises(datasets.DataError, match=f"1 bad rows; .*\n{spec}:3: the true answer in grounding: it must be JSON"):
         datasets.open_data([spec], **how)
     mix = datasets.open_data([spec], **how | {"skip_bad": 2})
     ids = {mix[draw].id for draw in range(40)}  # the broken image is noticed when it is drawn, and left out

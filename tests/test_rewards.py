@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import eval as eval_script
+import behaviours
 import formulas
 import rewards
 from rewards import correct, parse_boxes, parse_points, prompt, reference, score
@@ -117,7 +117,7 @@ def test_reference_shows_no_behaviour():
         question = "cat" if task in ("grounding", "counting") else "To find x, we need to check it."
         for think in (True, "after"):
             row = {"completion": reference(task, answer, question, think=think)}
-            counts = [eval_script.lexicon_count(name, row) for name in eval_script.BEHAVIOURS]
+            counts = [behaviours.lexicon_count(name, row) for name in behaviours.BEHAVIOURS]
             assert sum(counts) == 0, row
 
 
