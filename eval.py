@@ -11,6 +11,7 @@ r"""Scores models, saved answers and runs: benchmarks, behaviours, curves, pictu
 Metrics are one JSON object on stdout; the papers' rows go to stderr. [PR1] arXiv 2504.07954 · [OVR]
 2507.05255.
 """
+import hashlib
 import json
 import os
 import shutil
@@ -135,8 +136,8 @@ def run(model: str, task: Task, data: Data, out: Out, samples: Samples = 0, thin
     protocol = protocols.PROTOCOLS[task]
     tries = samples_per_question or protocol.samples
     config = grpo_vl.Config(
-        model=model, data=tuple(data), eval_data=tuple(data), eval_every=1, think=think,
-        system_prompt=system_prompt, blind=blind, max_pixels=16384 * 28 * 28)
+        model=model, data=tuple(data), eval_data=tuple(data), heldout=0.0, eval_every=1,
+        think=think, system_prompt=system_prompt, blind=blind, max_pixels=16384 * 28 * 28)
     check_packages(task)
     if annotations:
         protocols.read_annotations(annotations)
@@ -199,10 +200,11 @@ def curriculum_rows(samples, rates: dict, folder: Path) -> list[dict]:
     """The samples as rows of a data file, easy to hard; their images are written to images/."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     rows = []
-    for number, sample in enumerate(samples):
+    for sample in samples:
         names = []
-        for i, image in enumerate(sample.images):
-            names.append(f"images/{number}-{i}.png")
+        for image in sample.images:  # named by what is on it: samples are held out by image
+            digest = hashlib.sha256(image.tobytes()).hexdigest()[:16]
+            names.append(f"images/{digest}.png")
             image.save(folder / names[-1])
         rate = rates[sample.id]
         row = dict(id=sample.id, task=sample.task, question=sample.question, images=names)
@@ -227,7 +229,7 @@ def demo(cold_start: Path, grpo: Path, /, out: Out = "", data: Data = (), sample
     for name, model in models.items():
         run = training.prepare(config, processes, str(model))
         run.sampler.refresh(fsdp.full_parameters(run.policy))
-        rows[name], accuracy = training.evaluate(run, config.max_tokens)
+        rows[name], accuracy = training.evaluate(run, grpo_vl.longest(config, config.steps))
         table[name] = {mode.removeprefix("eval/"): value for mode, value in accuracy.items()}
     table["samples"] = len(rows["after"]) // 2  # each greedy and sampled
     table["data"] = eval_data or saved["data"]

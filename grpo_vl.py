@@ -38,7 +38,7 @@ import training
 from qwen_vl import Group
 from run_folder import say
 from sampler import keyed_uniforms
-from tiny import WORLD
+from tiny import TINY, WORLD
 from training import Run, draw_groups, learning_rate, optimizer_step
 
 
@@ -75,11 +75,8 @@ class Config(training.Options):
 
     def __post_init__(self):
         super().__post_init__()
-        sequence = self.ratio == "sequence"
-        if self.clip_low is None:
-            object.__setattr__(self, "clip_low", 3e-4 if sequence else 0.2)
-        if self.clip_high is None:
-            object.__setattr__(self, "clip_high", 4e-4 if sequence else 0.2)
+        if self.cold_start and Path(self.cold_start) == Path(self.out):
+            raise ValueError(f"--cold-start and --out are both {self.out}: give them two folders")
         if self.overlong == "soft" and self.overlong_buffer >= self.max_tokens:
             raise ValueError(f"--overlong-buffer is {self.overlong_buffer} and --max-tokens "
                              f"{self.max_tokens}: every answer would be punished; lower the buffer")
@@ -104,12 +101,20 @@ PRESETS = {  # of grpo_vl.py: differences from its defaults
         max_tokens=24 * 1024, max_tokens_at=("300:32768", "700:49152"), eval_every=10)}
 
 
+def clip_range(config: Config) -> tuple[float, float]:
+    """ε below and above 1: as given, else the papers' of the ratio."""
+    low, high = (3e-4, 4e-4) if config.ratio == "sequence" else (0.2, 0.2)
+    if config.clip_low is not None:
+        low = config.clip_low
+    if config.clip_high is not None:
+        high = config.clip_high
+    return low, high
+
+
 def without_effect(config: Config) -> list[str]:
     """Sentences about options that were given but act only together with others."""
     found = []
-    asked = training.given(config, "ratio")
-    asked += ["--clip-low"] if config.clip_low not in (0.2, 3e-4) else []
-    asked += ["--clip-high"] if config.clip_high not in (0.2, 4e-4) else []
+    asked = training.given(config, "ratio", "clip_low", "clip_high")
     if asked and config.inner_steps == 1:  # ∇ of a sequence's ratio is then the tokens' mean ∇ too
         found.append(f"{', '.join(asked)}: no effect at --inner-steps 1, where every ratio is 1")
     if config.beta == 0:
@@ -194,7 +199,7 @@ def score_groups(run: Run, step: int, groups: list[Group]) -> None:
                 run.reward, group.sample, completion.text, truncated=completion.truncated,
                 options=options)
             run.example = group.sample.answer, completion.text
-            completion.parts = score.parts
+            completion.parts = {name: float(part) for name, part in score.parts.items()}
             completion.reward = shaped_reward(config, completion, score.total, limit)
 
 
@@ -383,7 +388,7 @@ def train_step(run: Run, step: int) -> dict:
     weight_B = rollout_weights(config, step, ranks, rollouts, rewards_PG.numel())
 
     # 6. µ optimizer steps; the first pass's own log-probs are π_old.
-    old_logp = [None] * len(packs)
+    (clip_low, clip_high), old_logp = clip_range(config), [None] * len(packs)
     for inner in range(config.inner_steps):
         for k, pack in enumerate(packs):
             logp_S, entropy_S = run.policy(pack, config.temperature)
@@ -391,8 +396,8 @@ def train_step(run: Run, step: int) -> dict:
                 old_logp[k] = logp_S.detach()
             loss, stats = policy_loss(
                 logp_S, old_logp[k], advantages_B[pack.row_S], weight_B[pack.row_S],
-                row_S=pack.row_S, ratio=config.ratio, clip_low=config.clip_low,
-                clip_high=config.clip_high, beta=0.0 if config.kl == "k1" else config.beta,
+                row_S=pack.row_S, ratio=config.ratio, clip_low=clip_low,
+                clip_high=clip_high, beta=0.0 if config.kl == "k1" else config.beta,
                 kl=config.kl, ref_logp_S=ref_logp[k], sampler_logp_S=sampler_logp[k],
                 tis_cap=config.tis)
             (loss * ranks.world).backward()  # FSDP averages over ranks; the weights count them all
@@ -484,9 +489,12 @@ def add_sums(sums: dict, stats: dict) -> None:
 
 
 # §6 ────────────────────────────────────────── main ──────────────────────────────────────────
-def train(run: Run) -> bool:
-    """All steps that are left; whether the run is finished (False: it was told to stop)."""
-    progress = training.Progress(run, run.config.max_tokens)
+def train(run: Run, stopped=None) -> bool:
+    """All steps that are left; whether the run is finished (False: it was told to stop).
+
+    stopped: as `training.watch_signals` returned it.
+    """
+    progress = training.Progress(run, partial(longest, run.config), stopped=stopped)
     for step in progress.steps():
         try:
             metrics = train_step(run, step)
@@ -507,17 +515,26 @@ def warn_if_nothing_is_earned(run: Run, progress: training.Progress) -> None:
             f"  truth:      {truth!r:.200}\n  completion: {completion!r:.200}")
 
 
-def ensure_cold_start(config: Config, ranks: fsdp.Processes) -> str | None:
-    """The checkpoint to begin with; a missing cold start is run first. None: it was stopped."""
+def ensure_cold_start(config: Config, ranks: fsdp.Processes, stopped) -> str | None:
+    """The checkpoint to begin with. The stand-in's is made if it is missing; None: it was stopped.
+
+    Errors: SystemExit if a real model's cold start is missing, or another run lies in its place.
+    """
     if not config.cold_start:
         return config.model
     folder = Path(config.cold_start)
-    model = sft_coldstart.find_model(folder)
+    model = ranks.gather(sft_coldstart.find_model(folder))[0]  # rank 0's look at the file system
+    if model is None and config.model not in TINY:
+        raise SystemExit(f"there is no cold start in {folder}: python sft_coldstart.py --model "
+                         f"{config.model} --data … --out {folder} makes one")
     if model is None:
         say(f"no cold start in {folder}: running it first")
-        preset = sft_coldstart.PRESETS["tiny"] if config.model == "tiny" else {}
-        options = {"model": config.model, "out": str(folder)} | preset
-        if not sft_coldstart.train(sft_coldstart.Config(**options), ranks):
+        options = sft_coldstart.PRESETS["tiny"] | {
+            "model": config.model, "out": str(folder), "seed": config.seed, "think": config.think,
+            "timeout": config.timeout}
+        cold_start = sft_coldstart.Config(**options)
+        run_folder.claim(cold_start)
+        if not sft_coldstart.train(cold_start, ranks, stopped):
             return None
         model = folder / "model"
     return str(model)
@@ -533,19 +550,21 @@ def main(arguments: list[str] | None = None) -> None:
     if not run_folder.claim(config):
         return None
     try:
-        rewards.check_options(json.loads(config.reward_options), rewards.load(config.reward))
+        reward = rewards.load(config.reward)
+        rewards.check_options(json.loads(config.reward_options), reward)
     except ValueError as error:
-        raise SystemExit(f"--reward-options {config.reward_options}: {error}") from None
+        raise SystemExit(f"--reward, --reward-options {config.reward_options}: {error}") from None
     for sentence in without_effect(config):
         say(f"note: {sentence}")
+    stopped = training.watch_signals()
     with training.one_run():
         ranks = fsdp.start_processes(config.timeout)
-        source = ensure_cold_start(config, ranks)
+        source = ensure_cold_start(config, ranks, stopped)
         if source is not None:
             run = training.prepare(
                 config, ranks, source, freeze_vision=config.freeze_vision, beta=config.beta,
-                reward=config.reward)
-            train(run)
+                reward=reward)
+            train(run, stopped)
 
 
 if __name__ == "__main__":

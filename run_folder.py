@@ -23,14 +23,17 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint import state_dict as dist_state
 from tqdm import tqdm
 
+import pictures
+import readers
 from qwen_vl import Group
 from tiny import TINY
 
 # Options that do not change what is learned: a resumed run may have others than before.
+MISSING = "not known to that version"
 FREE = {
     "steps", "seconds", "out", "resume", "log", "keep", "save_every", "max_bad_steps", "skip_bad",
     "eval_every", "eval_data", "eval_samples", "eval_tokens", "blind", "pictures_every", "timeout",
-    "kv_gb", "micro_tokens", "checkpointing", "offload", "graphs", "check", "plan"}
+    "kv_gb", "max_prompt", "micro_tokens", "checkpointing", "offload", "graphs", "check", "plan"}
 
 
 def say(sentence: str) -> None:
@@ -61,15 +64,17 @@ def saved_config(folder: Path) -> dict | None:
 def changed_options(saved: dict, config) -> list[str]:
     """Of the options that change what is learned, those that differ, each with both values."""
     now = json.loads(json.dumps(asdict(config)))  # tuples as lists, as they were saved
-    free = FREE
+    free = set(FREE)
     if now["schedule"] != "constant":  # the learning rate of a step depends on the last one
-        free = FREE - {"steps"}
+        free.remove("steps")
+    if "batch" in now:  # the cold start's limit refuses responses, and cuts none
+        free.add("max_tokens")
     changes = []
-    for name in now:
-        if name in saved and name not in free and saved[name] != now[name]:
+    for name in now.keys() - free:
+        if saved.get(name, MISSING) != now[name]:
             flag = "--" + name.replace("_", "-")
-            changes.append(f"{flag} was {saved[name]!r} and is {now[name]!r}")
-    return changes
+            changes.append(f"{flag} was {saved.get(name, MISSING)!r} and is {now[name]!r}")
+    return sorted(changes)
 
 
 def claim(config) -> bool:
@@ -79,19 +84,21 @@ def claim(config) -> bool:
     """
     folder = Path(config.out)
     saved = saved_config(folder)
-    checkpoints = find_checkpoints(folder)
-    if saved is None or not checkpoints:
+    if saved is None:
         return True
+    checkpoints = find_checkpoints(folder)
     unknown = sorted(saved.keys() - asdict(config).keys())
     if unknown:
         raise SystemExit(f"--out {folder} holds a run of another script or version, with options "
                          f"{', '.join(unknown)}: choose a new folder")
-    if config.resume == "never":
+    if config.resume == "never" and checkpoints:
         raise SystemExit(f"--resume never, but {checkpoints[-1]} exists: choose another --out")
     changes = changed_options(saved, config)
     if changes:
         raise SystemExit(f"--out {folder} holds a run with other options: {'; '.join(changes)}. "
                          f"Choose another --out, or go on with --config {folder}/config.json")
+    if not checkpoints:
+        return not has_model(folder)
     state = json.loads((checkpoints[-1] / "state.json").read_text())
     seconds = getattr(config, "seconds", math.inf)
     ended_early = seconds < math.inf and saved["seconds"] == seconds
@@ -99,6 +106,15 @@ def claim(config) -> bool:
         say(f"{folder} is finished: {state['step']} steps, the model is in {folder}/model. Raise "
             "--steps to go on (under a constant schedule), or choose another --out")
         return False
+    return True
+
+
+def has_model(folder: Path) -> bool:
+    """Says that a run without checkpoints is finished, if it is: it cannot be gone on with."""
+    if not (folder / "model").exists():
+        return False
+    say(f"{folder} is finished, the model is in {folder}/model; there is no checkpoint to go on "
+        "from: choose another --out")
     return True
 
 
@@ -115,7 +131,7 @@ def save_checkpoint(folder: Path, policy, optimizer, state: dict, keep: int) -> 
     Errors: SystemExit on every rank if one cannot write; the earlier checkpoints stay.
     """
     final = folder / f"checkpoint-{state['step']}"
-    if final.exists():  # a step has but one state
+    if as_rank_0_sees(final.exists()):  # a step has but one state
         return
     partial = final.with_suffix(".partial")
     first = dist.get_rank() == 0
@@ -165,9 +181,14 @@ def load_checkpoint(path: Path, policy, optimizer) -> dict:
                              f"--model and {there.get(name)} there; choose another --out")
     model, optim = dist_state.get_state_dict(policy, optimizer)
     saved = {"model": model, "optimizer": optim}
-    dcp.load(saved, checkpoint_id=path)
+    # A parameter that had no gradient yet (a tower that has seen no image) has no state there.
+    dcp.load(saved, checkpoint_id=path, planner=dcp.DefaultLoadPlanner(allow_partial_load=True))
     dist_state.set_state_dict(
         policy, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
+    known = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    for name, parameter in policy.named_parameters():
+        if f"optimizer.state.{name}.step" not in known:
+            optimizer.state.pop(parameter, None)
     return state
 
 
@@ -178,7 +199,7 @@ def resume(config, policy, optimizer) -> dict:
     What a killed run logged after that checkpoint is done again, so it leaves metrics.jsonl.
     """
     folder, ranks = Path(config.out), dist.get_world_size()
-    found = find_checkpoints(folder)
+    found = as_rank_0_sees(find_checkpoints(folder))
     state = {"step": 0, "cursor": 0, "ranks": ranks}
     if found:
         state = load_checkpoint(found[-1], policy, optimizer)
@@ -187,13 +208,20 @@ def resume(config, policy, optimizer) -> dict:
         say(f"{found[-1]} was saved by {state['ranks']} ranks, here are {ranks}: weights and "
             "optimizer are the same, but sums run in another order")
     lines = whole_lines(folder / "metrics.jsonl")[: state["step"]]
-    if len(lines) == state["step"]:
+    if as_rank_0_sees(len(lines) == state["step"]):
         state["unlogged"] = None
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / "metrics.jsonl", "".join(lines))
         write_whole(folder / "config.json", json.dumps(asdict(config), indent=2))
+        write_whole(folder / "metrics.jsonl", "".join(lines))
     return state
+
+
+def as_rank_0_sees(value):
+    """Rank 0's value on every rank: file systems that nodes share may show each its own state."""
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
 
 
 def whole_lines(path: Path) -> list[str]:
@@ -218,8 +246,9 @@ def step_metrics(ranks, rollouts: list, rewards_PG: torch.Tensor, sums: dict, cl
     """
     own = {name: pair.tolist() for name, pair in sums.items()}
     for completion in rollouts:
-        values = {f"reward/{name}": value for name, value in completion.parts.items()}
-        values |= {"length": len(completion.tokens), "truncated": completion.truncated}
+        values = {"length": len(completion.tokens), "truncated": completion.truncated}
+        if not math.isnan(completion.reward):
+            values |= {f"reward/{name}": value for name, value in completion.parts.items()}
         for name, value in values.items():
             total, count = own.get(name, (0, 0))
             own[name] = total + value, count + 1
@@ -344,7 +373,8 @@ def open_tracker(config):
 
 # §4 ─────────────────────────── samples and the exported model ───────────────────────────────
 def save_rollouts(out: Path, step: int, groups: list[Group]) -> None:
-    """Four groups under samples/: step-N.json, a row a completion, and each group's image."""
+    """Four groups under samples/: step-N.json, a row a completion; of each group the image, and the
+    image with the true boxes and those of its best completion."""
     folder = out / "samples"
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -353,6 +383,11 @@ def save_rollouts(out: Path, step: int, groups: list[Group]) -> None:
         image = f"step-{step}-{group.draw}.png" if sample.images else None
         if sample.images:
             sample.images[0].save(folder / image)
+            best = max(group.completions, key=lambda completion: completion.reward).text
+            said = readers.parse_boxes(best) or readers.parse_points(best)
+            picture = pictures.draw(
+                sample.images[0], predicted=said, true=sample.answer, caption=sample.question)
+            picture.save(folder / f"step-{step}-{group.draw}-best.png")
         for completion in group.completions:
             rows.append({
                 "step": step, "draw": group.draw, "id": sample.id, "task": sample.task,

@@ -96,10 +96,15 @@ def labelled_groups(run: Run) -> list:
     return groups
 
 
-def train(config: Config, ranks: fsdp.Processes) -> bool:
-    """All steps that are left; whether the run is finished (False: it was told to stop)."""
-    run = training.prepare(config, ranks, config.model, freeze_vision=config.train == "llm")
-    progress = training.Progress(run, config.eval_tokens, config.seconds)
+def train(config: Config, ranks: fsdp.Processes, stopped=None) -> bool:
+    """All steps that are left; whether the run is finished (False: it was told to stop).
+
+    stopped: as `training.watch_signals` returned it.
+    """
+    run = training.prepare(config, ranks, config.model, freeze_vision=config.train == "llm",
+                           imitates=True)
+    progress = training.Progress(
+        run, lambda step: config.eval_tokens, config.seconds, stopped=stopped)
     for step in progress.steps():
         try:
             metrics = sft_step(run, step)
@@ -131,8 +136,9 @@ def main(arguments: list[str] | None = None) -> None:
         return training.check_data(config)
     if not run_folder.claim(config):
         return None
+    stopped = training.watch_signals()
     with training.one_run():
-        train(config, fsdp.start_processes(config.timeout))
+        train(config, fsdp.start_processes(config.timeout), stopped)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import json
 import math
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -81,7 +82,10 @@ class Options:
 
 
 AT_LEAST_ONE = ("prompts", "group", "max_tokens", "eval_tokens", "inner_steps", "micro_tokens",
-                "steps", "batch", "keep", "save_every", "eval_samples", "max_bad_steps")
+                "steps", "batch", "keep", "save_every", "eval_samples", "max_bad_steps",
+                "overlong_buffer")
+AT_LEAST_ZERO = ("skip_bad", "warmup", "dynamic_sampling", "beta", "tis", "eval_every",
+                 "pictures_every")
 
 
 def check_options(config) -> None:
@@ -93,12 +97,14 @@ def check_options(config) -> None:
             raise ValueError(f"{flag} is {value!r}; choose from {', '.join(choices)}")
         if option.name in AT_LEAST_ONE and value < 1:
             raise ValueError(f"{flag} is {value}; it must be 1 or more")
+        if option.name in AT_LEAST_ZERO and value < 0:
+            raise ValueError(f"{flag} is {value}; it must be 0 or more")
         if option.name in ("temperature", "lr") and value <= 0:
             raise ValueError(f"{flag} is {value}; it must be above 0")
     if not 0 <= config.heldout < 1:
         raise ValueError(f"--heldout is {config.heldout}; it is a share, from 0 to below 1")
-    if config.heldout == 0 and config.eval_every and not config.eval_data:
-        raise ValueError("--heldout 0 leaves nothing to evaluate on: give --eval-data as well")
+    if config.sharding == "by-hand":
+        fsdp.refuse_by_hand(config)
 
 
 def flag_of(name: str) -> str:
@@ -121,7 +127,8 @@ def parse_config(config_class, arguments, presets: dict, text: str, gpu: bool):
     first.add_argument("--preset", choices=presets)
     first.add_argument("--config", type=Path)
     chosen, rest = first.parse_known_args(arguments)
-    if not (chosen.preset or chosen.config or "--model" in rest or gpu):
+    named = any(word == "--model" or word.startswith("--model=") for word in rest)
+    if not (chosen.preset or chosen.config or named or gpu):
         chosen.preset = "tiny"
     try:
         saved = json.loads(chosen.config.read_text()) if chosen.config else {}
@@ -163,20 +170,30 @@ class Run:
     sampler: Sampler
     optimizer: torch.optim.Optimizer
     data: datasets.Mixture
-    eval_data: datasets.Mixture | None  # None: nothing is held out
+    eval_data: datasets.Mixture | None  # None: nothing is evaluated
     reward: Any  # rewards.score, or a function of the user's
+    source: str = ""  # hub id or directory of the checkpoint that it began with
     cursor: int = 0  # draws consumed so far
     drawn: list = field(default_factory=list)  # ids of the batch at hand, for reports
     example: tuple = ("", "")  # a true answer and the last completion, for reports
 
 
-def prepare(config, processes: Processes, source: str, *, freeze_vision=False, beta=0.0, reward=""):
-    """Load, shard, and build all that a run needs; `source` is the checkpoint to begin with."""
+def prepare(config, processes: Processes, source: str, *, freeze_vision=False, beta=0.0,
+            reward=rewards.score, imitates=False):
+    """Load, shard, and build all that a run needs; `source` is the checkpoint to begin with.
+
+    imitates: rows may have a response to imitate in place of a true answer.
+    """
     data = datasets.open_data(config.data, split="train", **data_options(config))
     if data.heldout_count:
         say(f"{len(data)} samples to train on, {data.heldout_count} held out (--heldout "
             f"{config.heldout}: the same ones in every run over this data)")
+    if not imitates:
+        require_answers(data, "--data")
     eval_data = open_heldout(config)
+    if eval_data is not None:
+        require_answers(eval_data, "the data to evaluate on")
+        warn_of_overlap(data, eval_data)
     policy, tokenizer, special = fsdp.load_policy(
         source, processes, config, freeze_vision=freeze_vision, sharding=config.sharding)
     on_gpu = processes.device.type == "cuda"
@@ -190,7 +207,7 @@ def prepare(config, processes: Processes, source: str, *, freeze_vision=False, b
     optimizer = torch.optim.AdamW(  # no weight decay [PR1 code, OVR]
         fsdp.trainable_parameters(policy), betas=(0.9, config.beta2), weight_decay=0)
     return Run(config, processes, policy, reference, tokenizer, special, sampler, optimizer, data,
-               eval_data, rewards.load(reward))
+               eval_data, reward, source)
 
 
 def open_heldout(config) -> datasets.Mixture | None:
@@ -200,7 +217,33 @@ def open_heldout(config) -> datasets.Mixture | None:
     options = data_options(config)
     if config.eval_data:
         return datasets.open_data(config.eval_data, split="heldout", **options | {"heldout": 0.0})
+    if config.heldout == 0 and file_samples(datasets.open_data(config.data, **options)):
+        raise datasets.DataError("--heldout 0 leaves nothing of a file to evaluate on: give "
+                                 "--eval-data as well")
     return datasets.open_data(config.data, split="heldout", **options)
+
+
+def file_samples(mix: datasets.Mixture) -> list[tuple]:
+    """(where it stands, sample, its images unread) of all samples of files."""
+    return [(where, sample, images) for source in mix.sources
+            for where, sample, images, *_ in getattr(source, "samples", ())]
+
+
+def require_answers(mix: datasets.Mixture, what: str) -> None:
+    """Errors: DataError naming the first row that nothing can be scored by."""
+    for where, sample, _ in file_samples(mix):
+        if sample.answer == "":
+            raise datasets.DataError(f"{where}: {what} needs true answers, and this row has none "
+                                     "(a response alone serves the cold start)")
+
+
+def warn_of_overlap(data: datasets.Mixture, eval_data: datasets.Mixture) -> None:
+    """Say how much of what is evaluated is trained on, by image or, without one, by question."""
+    trained = {datasets.chance(sample, images) for _, sample, images in file_samples(data)}
+    evaluated = [datasets.chance(sample, images) for _, sample, images in file_samples(eval_data)]
+    common = sum(key in trained for key in evaluated)
+    if common:
+        say(f"note: {common} of the {len(evaluated)} samples to evaluate on are trained on too")
 
 
 # §3 ─────────────────────────────────── samples → prompts ────────────────────────────────────
@@ -293,6 +336,8 @@ def evaluate(run: Run, max_tokens: int) -> tuple[list[dict], dict[str, float]]:
             row["correct"] = rewards.correct(
                 row["task"], row["completion"], row["answer"], row["image_size"],
                 think=think_of(config))
+        if not found:
+            raise datasets.DataError("no held-out sample can be read: look at what was left out")
         rows += found
         accuracy[f"eval/{mode}"] = sum(row["correct"] for row in found) / len(found)
     return rows, accuracy
@@ -375,20 +420,20 @@ class Progress:
         progress.finish()                          # the last checkpoint, and model/
     """
 
-    def __init__(self, run: Run, eval_tokens: int, seconds: float = math.inf):
+    def __init__(self, run: Run, eval_tokens: Callable, seconds=math.inf, stopped=None):
+        """eval_tokens: the longest held-out answer at a step; stopped: from `watch_signals`."""
         self.run, self.config, self.folder = run, run.config, Path(run.config.out)
         self.eval_tokens, self.seconds = eval_tokens, seconds
-        if run.config.sharding == "by-hand":
-            fsdp.refuse_by_hand(run.config)
         state = run_folder.resume(run.config, run.policy, run.optimizer)
         self.done = state["step"]
         run.cursor = self.cursor = state["cursor"]
         self.started = time.perf_counter()
         self.bad_steps, self.stopped, self.last = 0, False, self.done >= self.config.steps
         self.metrics: dict = {}
+        self.unlogged = False  # the last step's evaluation was interrupted
         self.log = run_folder.RunLog(run.config) if run.processes.rank == 0 else None
         run.sampler.refresh(fsdp.full_parameters(run.policy))
-        run.sampler.interrupted = watch_signals()
+        run.sampler.interrupted = stopped or watch_signals()
         if state.get("unlogged"):  # the run ended between a checkpoint and its evaluation
             self.evaluate_and_log(state["unlogged"])
 
@@ -419,7 +464,7 @@ class Progress:
         if self.done % config.save_every == 0:  # before an evaluation, which may fail
             self.save(unlogged=metrics)
         self.evaluate_and_log(metrics)
-        self.stopped = any(run.processes.gather(run.sampler.interrupted()))
+        self.stopped |= any(run.processes.gather(run.sampler.interrupted()))
 
     def evaluate_and_log(self, metrics: dict) -> None:
         """Finish a step's metrics. Bad held-out data ends the run, and loses no step."""
@@ -427,9 +472,10 @@ class Progress:
         if config.eval_every and (self.done % config.eval_every == 0 or self.last):
             run.sampler.refresh(fsdp.full_parameters(run.policy))
             try:
-                metrics = metrics | evaluate(run, self.eval_tokens)[1]
+                metrics = metrics | evaluate(run, self.eval_tokens(self.done))[1]
             except ABANDONED as error:
                 self.save(unlogged=metrics)
+                self.unlogged = self.stopped = True
                 if isinstance(error, Interrupted):  # evaluated when the run goes on
                     return
                 raise
@@ -438,8 +484,8 @@ class Progress:
             self.log.add(metrics)
 
     def save(self, unlogged: dict | None = None) -> None:
-        if self.config.sharding == "by-hand":
-            return  # it writes the model at the end and nothing before
+        if self.config.sharding == "by-hand" or self.done == 0:
+            return  # by hand the model is written at the end, and nothing before
         state = {"step": self.done, "cursor": self.cursor, "unlogged": unlogged}
         run_folder.save_checkpoint(
             self.folder, self.run.policy, self.run.optimizer, state, self.config.keep)
@@ -453,12 +499,14 @@ class Progress:
                 f"{self.bad_steps} steps in a row without a finite gradient, the last one from "
                 f"{self.metrics['skipped_samples']}: lower --lr or look at these samples")
         checkpoint = self.folder / f"checkpoint-{self.done}"
-        if not self.last:
-            say(f"stopped after {self.done} of {config.steps} steps; the same command goes on from "
-                f"{checkpoint}")
+        if not self.last or self.unlogged:
+            again = "begins anew"
+            if self.done and config.sharding != "by-hand":
+                again = f"goes on from {checkpoint}"
+            say(f"stopped after {self.done} of {config.steps} steps; the same command {again}")
             return False
         weights = fsdp.full_state_dict(run.policy)
-        run_folder.export(self.folder / "model", run.policy, weights, run.tokenizer, config.model)
+        run_folder.export(self.folder / "model", run.policy, weights, run.tokenizer, run.source)
         if run.processes.rank == 0 and checkpoint.exists():
             run_folder.mark_finished(checkpoint)
         say(f"finished: {self.done} steps, model in {self.folder}/model, metrics in "

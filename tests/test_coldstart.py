@@ -16,7 +16,7 @@ def make_run(processes, **changes):
     small = dict(model="tiny", data=MIXED, train="all", batch=6, steps=3, lr=1e-3, warmup=0, max_tokens=256,
                  checkpointing=False, micro_tokens=400)
     config = sft_coldstart.Config(**(small | changes))
-    run = training.prepare(config, processes, config.model, freeze_vision=config.train == "llm")
+    run = training.prepare(config, processes, config.model, freeze_vision=config.train == "llm", imitates=True)
     run.sampler.refresh(run.policy)
     return run
 

@@ -182,3 +182,128 @@ def test_ten_steps_without_any_reward_show_a_truth_and_a_completion(alone, tmp_p
         said = capsys.readouterr().err
         assert ("every reward so far is 0: look at samples/" in said) == warned
         assert ("truth:      [" in said) == warned  # a box
+
+
+# ── a run begun elsewhere, halfway, or without checkpoints ──
+def text_rows(path, answers=("2", "3", "4", "5")):
+    rows = [{"task": "math", "question": f"What is {n} + 1?", "answer": a} for n, a in enumerate(answers, 1)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_a_run_on_texts_alone_goes_on_exactly(alone, tmp_path):
+    """The tower has had no gradient: AdamW has no state of it, neither in the checkpoint nor afterwards."""
+    data = (text_rows(tmp_path / "sums.jsonl"),)
+    weights = []
+    for name, stops in (("whole", [4]), ("parts", [2, 4])):
+        for stop in stops:
+            run = ranks.make_run(alone, optimizer="adamw", lr=1e-3, steps=stop, data=data, prompts=2,
+                                 out=str(tmp_path / name))
+            assert grpo_vl.train(run)
+        weights.append(ranks.full_weights(run.policy))
+        known = {name for name, p in run.policy.named_parameters() if p in run.optimizer.state}
+        assert known and not any(".visual." in name for name in known)
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_run_stopped_in_its_first_step_begins_anew_exactly(alone, tmp_path):
+    options = dict(optimizer="adamw", lr=1e-3, steps=2)
+    run = ranks.make_run(alone, out=str(tmp_path / "stopped"), **options)
+    assert not grpo_vl.train(run, stopped=lambda: True)
+    assert run_folder.find_checkpoints(tmp_path / "stopped") == []
+    results = []
+    for name in ("stopped", "whole"):
+        run = ranks.make_run(alone, out=str(tmp_path / name), **options)
+        assert run_folder.claim(run.config) and grpo_vl.train(run)
+        results.append(ranks.full_weights(run.policy))
+    assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_a_run_that_was_killed_before_it_saved_is_not_relabelled(tmp_path):
+    config = grpo_vl.Config(**ranks.SMALL | dict(out=str(tmp_path / "run")))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.json").write_text(json.dumps(asdict(config)))
+    assert run_folder.claim(config)
+    with pytest.raises(SystemExit, match="--seed was 0 and is 9"):
+        run_folder.claim(replace(config, seed=9))
+    saved = json.loads(json.dumps(asdict(config)))
+    del saved["think"]  # written by a version that did not know it
+    assert run_folder.changed_options(saved, config) == ["--think was 'not known to that version' and is 'no'"]
+
+
+def test_a_finished_run_without_checkpoints_is_not_begun_anew(tmp_path, capsys):
+    config = grpo_vl.Config(**ranks.SMALL | dict(out=str(tmp_path / "run")))
+    (tmp_path / "run" / "model").mkdir(parents=True)
+    (tmp_path / "run" / "config.json").write_text(json.dumps(asdict(config)))
+    assert not run_folder.claim(config)
+    assert "is finished" in capsys.readouterr().err
+
+
+def test_a_signal_in_the_last_evaluation_is_made_up_for(alone, tmp_path, capsys):
+    """Told to stop while the last step is evaluated: not finished, and the same command evaluates."""
+    options = dict(optimizer="adamw", lr=1e-4, steps=2, eval_every=2, out=str(tmp_path / "run"))
+    run = ranks.make_run(alone, **options)
+    generate, calls = run.sampler.generate, []
+
+    def stopped():
+        return len(calls) > 2
+
+    def counted(*arguments, **named):  # two rollouts, then the evaluation's
+        calls.append(1)
+        return generate(*arguments, **named)
+
+    run.sampler.generate = counted
+    assert not grpo_vl.train(run, stopped=stopped)
+    assert "stopped after 2 of 2 steps; the same command goes on from" in capsys.readouterr().err
+    again = ranks.make_run(alone, **options)
+    assert run_folder.claim(again.config) and grpo_vl.train(again, stopped=lambda: False)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1] and "eval/greedy" in rows[1]
+
+
+def test_a_cold_start_is_begun_for_the_stand_in_alone_and_into_a_folder_of_its_own(alone, tmp_path):
+    config = grpo_vl.Config(model="some/model", cold_start=str(tmp_path / "mistyped"), out=str(tmp_path / "run"))
+    with pytest.raises(SystemExit, match=r"there is no cold start in .*mistyped: python sft_coldstart.py --model some"):
+        grpo_vl.ensure_cold_start(config, alone, None)
+    with pytest.raises(ValueError, match="--cold-start and --out are both runs/x"):
+        grpo_vl.Config(cold_start="runs/x", out="runs/x")
+    half = sft_coldstart.Config(**sft_coldstart.PRESETS["tiny"] | dict(out=str(tmp_path / "half"), lr=5e-3))
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "config.json").write_text(json.dumps(asdict(half)))
+    config = grpo_vl.Config(model="tiny", cold_start=str(tmp_path / "half"), out=str(tmp_path / "run"))
+    with pytest.raises(SystemExit, match=r"--lr was 0\.005 and is 0\.001"):
+        grpo_vl.ensure_cold_start(config, alone, None)
+
+
+def test_rows_without_a_true_answer_are_refused_where_they_are_scored(alone, tmp_path):
+    row = {"task": "math", "question": "1+1", "response": "It is 2."}
+    (tmp_path / "traces.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"id": "b"}) + "\n")
+    spec = f"traces:{tmp_path}/traces.jsonl"
+    with pytest.raises(DataError, match=r"traces.jsonl:1: --data needs true answers"):
+        ranks.make_run(alone, data=(spec,))
+    config = sft_coldstart.Config(model="tiny", data=(spec,), eval_data=(spec,), eval_every=1)
+    with pytest.raises(DataError, match=r"traces.jsonl:1: the data to evaluate on needs true answers"):
+        training.prepare(config, alone, "tiny", imitates=True)
+
+
+def test_what_is_trained_on_and_evaluated_too_is_said(alone, tmp_path, capsys):
+    data = text_rows(tmp_path / "sums.jsonl")
+    ranks.make_run(alone, data=(data,), eval_data=(data,), eval_every=1, heldout=0.0)
+    assert "4 of the 4 samples to evaluate on are trained on too" in capsys.readouterr().err
+
+
+def test_the_longest_held_out_answer_follows_the_step(alone, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(training, "evaluate", lambda run, tokens: seen.append(tokens) or ([], {}))
+    run = ranks.make_run(alone, lr=1e-4, steps=2, max_tokens_at=("2:12",), eval_every=1, out=str(tmp_path))
+    grpo_vl.train(run)
+    assert seen == [8, 12]
+
+
+@pytest.mark.parametrize("changes, said", [
+    (dict(overlong_buffer=0), "--overlong-buffer is 0"), (dict(dynamic_sampling=-1), "--dynamic-sampling is -1"),
+    (dict(sharding="by-hand", offload=True), "--sharding by-hand"), (dict(heldout=1.0), "--heldout is 1.0"),
+])
+def test_options_out_of_range_are_refused(changes, said):
+    with pytest.raises(ValueError, match=said):
+        grpo_vl.Config(**changes)

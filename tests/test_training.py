@@ -312,9 +312,12 @@ def test_wrong_config_files_stop_with_a_sentence(content, said, tmp_path, capsys
 
 
 def test_clip_defaults_follow_the_ratio():
-    assert (grpo_vl.Config().clip_low, grpo_vl.Config().clip_high) == (0.2, 0.2)
-    gspo = grpo_vl.Config(ratio="sequence", clip_high=0.01)
-    assert (gspo.clip_low, gspo.clip_high) == (3e-4, 0.01)
+    assert grpo_vl.clip_range(grpo_vl.Config()) == (0.2, 0.2)
+    assert grpo_vl.clip_range(grpo_vl.Config(ratio="sequence", clip_high=0.01)) == (3e-4, 0.01)
+    for preset in ([], ["--preset", "pr1-counting"]):  # a preset's config is made before the command line's
+        words = [*preset, "--ratio", "sequence", "--inner-steps", "4"]
+        config = training.parse_config(grpo_vl.Config, words, grpo_vl.PRESETS, "", False)
+        assert grpo_vl.clip_range(config) == (3e-4, 4e-4)
 
 
 # ── what a user is told ──
