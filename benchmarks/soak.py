@@ -33,8 +33,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RANKS = 2
 COLD_STEPS = 10
-OFTEN = ["--eval-every", "10", "--eval-samples", "8", "--save-every", "10"]
-SMALL = ["--prompts", "4", "--group", "4", "--max-tokens", "24", "--pictures-every", "10"]
+OFTEN = ["--eval-every", "20", "--eval-samples", "2", "--save-every", "20"]
+SMALL = ["--prompts", "2", "--group", "2", "--max-tokens", "8", "--pictures-every", "20"]
 BUSY = "while True: sorted(range(200_000), key=str)"  # allocates and frees, as neighbours do
 TAIL = 120  # lines of output that a bad start leaves; torchrun's own report takes half of them
 
