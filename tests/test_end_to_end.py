@@ -41,9 +41,10 @@ def test_cold_start_then_grpo_under_torchrun(cold_start, tmp_path):
     assert [row["step"] for row in rows] == [0, 1] and "eval/greedy" in rows[1]
     assert {"config.json", "metrics.jsonl", "samples", "model", "checkpoint-1", "checkpoint-2"} == {
         path.name for path in out.iterdir()}
-    pictures = sorted((out / "samples").glob("*.png"))
+    pictures = sorted((out / "samples").glob("*.png"), key=lambda path: len(path.name))  # -best.png behind
     texts = json.loads((out / "samples" / "step-1.json").read_text())
-    assert pictures and Image.open(pictures[0]).size == (56, 56)  # as the model saw it
+    assert Image.open(pictures[0]).size == (56, 56)  # as the model saw it
+    assert Image.open(pictures[-1]).size[0] >= 400 and pictures[-1].name.endswith("-best.png")
     assert {"id", "task", "question", "text", "answer", "reward"} <= set(texts[0])
     # one more step from the checkpoint, with the saved configuration
     run("grpo_vl.py", "--config", out / "config.json", "--steps", "3")
