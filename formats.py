@@ -45,9 +45,12 @@ def pick(row, names):
 def place_images(task, question, images):
     """(question with as many IMAGE_MARKs as images or none, the images in their order).
 
-    <image>, <image1>, <image 2>, <|image_3|>: each says where an image goes in the turn.
+    <image>, <image1>, <image 2>, <|image_3|>, Qwen's own three: each says where an image goes.
     """
-    marker = r"<\|?image[ _]?(\d*)\|?>"
+    slot = r"<\|vision_start\|><\|image_pad\|><\|vision_end\|>"
+    marker = rf"(?i)<\|?image[ _]?(\d*)\|?>|{slot}"
+    if "<video>" in question:
+        raise ValueError("the question marks the place of a video: images only")
     numbers = re.findall(marker, question)
     if not numbers:
         return question, images

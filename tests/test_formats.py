@@ -311,6 +311,8 @@ def test_other_dialogues_are_refused(tmp_path, turns, words):
     ("<image 2> after <image 1>?", "<image> after <image>?", [1, 0]),
     ("<|image_1|><|image_2|>Which?", "<image><image>Which?", [0, 1]),
     ("<|image|><|image|>Which?", "<image><image>Which?", [0, 1]),
+    ("<Image> or <IMAGE>?", "<image> or <image>?", [0, 1]),
+    ("<|vision_start|><|image_pad|><|vision_end|>" * 2 + "Which?", "<image><image>Which?", [0, 1]),
     ("No mark, and <|image_pad|> is text.", "No mark, and <|image_pad|> is text.", [0, 1]),
 ])
 def test_marks_say_where_an_image_goes(question, canonical, order):
@@ -325,6 +327,7 @@ def test_marks_say_where_an_image_goes(question, canonical, order):
     ("<image 1> or <image 1>?", 2, "each once"),
     ("<image 2> or <image 3>?", 2, "each once"),
     ("<image> or <image 1>?", 2, "each once"),
+    ("<video>What happens?", 0, "a video: images only"),
 ])
 def test_marks_must_be_as_many_as_images(question, images, words):
     with pytest.raises(ValueError, match=words):
