@@ -34,6 +34,7 @@ import formats
 import rows
 from formats import FORMATS
 from pictures import PLACED, Synthetic, load_image, map_marks, scale, smart_resize
+from readers import split_thinking
 from rewards import TASKS, read_truth
 from rows import FAULTS, DataError, Stored, blame, words
 
@@ -203,6 +204,8 @@ class FileSource:
             return ""  # imitation needs none
         if answer is None:
             self.miss_field("answer", row)
+        if isinstance(answer, str) and re.search("</?(think|answer)>", answer):
+            answer, _ = split_thinking(answer)  # no completion's answer has these tags
         if self.box == "xywh" and task in PLACED:
             answer = formats.from_xywh(answer)
         return read_truth(task, answer)

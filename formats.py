@@ -92,7 +92,7 @@ def name_of(task, question):
 def from_xywh(answer):
     """The answer with each box [x, y, w, h] as [x1, y1, x2, y2]; JSON as text is read first."""
     if isinstance(answer, str):
-        found = re.search(r"(?s)[\[{].*[\]}]", answer.rpartition("<answer>")[2])
+        found = re.search(r"(?s)[\[{].*[\]}]", answer)
         return from_xywh(json.loads(found[0])) if found else answer
     if isinstance(answer, dict):
         boxes = {key: from_xywh(answer[key]) for key in ("bbox_2d", "target_box") if key in answer}
