@@ -283,7 +283,9 @@ def looks_like_image(value):
     if isinstance(value, dict):
         return looks_like_image(value.get("bytes")) or looks_like_image(value.get("path"))
     if isinstance(value, str):
-        return bool(re.fullmatch(r"(?i)data:image/.*|[^\n]*\.(png|jpe?g|webp|gif|bmp)", value))
+        name = r"(?i)data:image/.*|[^\n]*\.(png|jpe?g|webp|gif|bmp|tiff?|avif)"
+        content = value.startswith(("iVBORw0KGgo", "/9j/", "R0lGOD", "UklGR"))  # in base64
+        return (content and len(value) > 80) or bool(re.fullmatch(name, value))
     return isinstance(value, (bytes, Stored))
 
 

@@ -438,7 +438,8 @@ def test_options_of_a_plain_row_are_asked(tmp_path):
 
 
 def test_an_image_under_another_name_is_not_left_out(tmp_path):
-    for value in ("a.png", ["a.png"], {"path": "a.png"}, "data:image/png;base64,AAAA"):
+    for value in ("a.png", ["a.png"], {"path": "a.png"}, "data:image/png;base64,AAAA", "a.TIF",
+                  base64.b64encode(PNG).decode()):
         row = {"task": "math", "question": "q", "answer": "1", "picture": value}
         assert "'picture' looks like an image: is it ?image=picture" in fault(tmp_path, row)
 
