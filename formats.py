@@ -261,6 +261,9 @@ def letter_of(answer, options):
     """The letter of an answer that may be an option's own text; ValueError beyond the last."""
     if isinstance(answer, str) and options.count(answer) == 1 and answer not in [*LETTERS]:
         return LETTERS[options.index(answer)]
+    for letter, text in zip(LETTERS, options):
+        if re.fullmatch(rf"\(?{letter}[).:]\s*{re.escape(text)}", str(answer)):
+            return letter  # "B. dog"
     letter = re.sub(r"\W", "", str(answer)).upper()
     if options and letter in [*LETTERS[len(options) :]]:
         raise ValueError(f"the answer is {answer!r}, but the row has {len(options)} options")

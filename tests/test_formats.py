@@ -410,6 +410,8 @@ def test_options_in_many_spellings_are_one_question(tmp_path, options):
     assert (sample.task, sample.question, sample.answer) == ("choice", "Which?\nA. cat\nB. dog", "B")
     sample = one("mathvision:" + write(tmp_path, EXAM | {"options": options, "answer": "dog"}))
     assert sample.answer == "B"  # the option's own text
+    sample = one("mathvision:" + write(tmp_path, EXAM | {"options": options, "answer": "(B) dog"}))
+    assert sample.answer == "B"
 
 
 @pytest.mark.parametrize("options, answer, words", [
