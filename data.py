@@ -206,6 +206,10 @@ class FileSource:
             self.miss_field("answer", row)
         if isinstance(answer, str) and re.search("</?(think|answer)>", answer):
             answer, _ = split_thinking(answer)  # no completion's answer has these tags
+        if task == "math" and isinstance(answer, str):
+            answer = answer.rpartition("#### ")[2]  # GSM8K: the steps, then the value
+            if re.match(r"""\s*[\[{]\s*['"]""", answer):
+                raise DataError(f"answer is a list kept as text, {answer!r:.60}: name one value")
         if self.box == "xywh" and task in PLACED:
             answer = formats.from_xywh(answer)
         return read_truth(task, answer)

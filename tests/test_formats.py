@@ -347,7 +347,7 @@ def test_a_mark_is_no_part_of_a_name(tmp_path):
 
 @pytest.mark.parametrize("task, answer, read", [
     ("math", "<think>so</think><answer>$\\frac{1}{2}$</answer>", "\\frac{1}{2}"),
-    ("math", "<think>so</think>\n\n4", "4"), ("math", "<answer>4", "4"), ("ocr", "<think>a</think>Hi", "Hi"),
+    ("math", "3 · 6 = <<3*6=18>>18\n#### 18", "18"), ("math", "<think>so</think>\n\n4", "4"), ("math", "<answer>4", "4"), ("ocr", "<think>a</think>Hi", "Hi"),
     ("math", "\\boxed{4}", "4"), ("choice", "(b).", "B"), ("counting", "<answer> 3 </answer>", 3),
 ])
 def test_answers_wrapped_for_other_trainers_are_unwrapped(tmp_path, task, answer, read):
@@ -358,7 +358,7 @@ def test_answers_wrapped_for_other_trainers_are_unwrapped(tmp_path, task, answer
 
 @pytest.mark.parametrize("task, answer", [
     ("counting", -1), ("counting", 2.7), ("counting", True), ("math", ["1", "2"]), ("ocr", {"text": "a"}),
-    ("math", ""), ("ocr", "  "), ("math", "<think>still thinking"), ("ocr", "<answer> </answer>"), ("detection", [{"bbox_2d": [1, 2, 3, 4], "label": None}]),
+    ("math", ""), ("ocr", "  "), ("math", "['3', '4']"), ("math", "<think>still thinking"), ("ocr", "<answer> </answer>"), ("detection", [{"bbox_2d": [1, 2, 3, 4], "label": None}]),
     ("detection", [{"bbox_2d": [1, 2, 3, 4], "label": ""}]), ("choice", 2), ("math", None),
 ])
 def test_a_truth_that_nothing_can_match_is_a_fault(tmp_path, task, answer):
