@@ -131,8 +131,8 @@ def read_trace(row, fields):
     """A reasoning trace to imitate: named fields, or the assistant's turn of a dialogue."""
     answer = fields["answer"]
     fields = read_chat(row, fields)
-    if fields["response"] is None:
-        fields["response"] = turns_of(row)[0].get("assistant")
+    if fields["response"] is None:  # OpenR1-Math: "solution" is a person's, without the trace
+        fields["response"] = turns_of(row)[0].get("assistant", row.get("solution"))
     return fields | {"answer": answer}
 
 
@@ -386,9 +386,10 @@ FORMATS = {
         "about": "verl: prompt, images, reward_model.ground_truth",
         "task": "math", "question": "", "answer": "reward_model.ground_truth", "adapt": read_chat},
     "traces": {
-        "about": "reasoning traces to imitate: named fields or a dialogue",
+        "about": "reasoning traces to imitate: named fields, or a dialogue as in open-r1/"
+                 "Mixture-of-Thoughts (messages) and OpenR1-Math-220k (messages beside solution)",
         "task": "math", "question": "problem|question|prompt",
-        "response": "response|generation|solution", "adapt": read_trace},
+        "response": "response|generation", "adapt": read_trace},
     "refcoco": {
         "about": "jxu124/refcoco and its sisters: x1, y1, x2, y2",
         "task": "grounding", "question": "captions", "answer": "bbox", "id": "ref_id"},
@@ -452,4 +453,5 @@ HUB = {  # hf:OWNER/NAME opens in this format
     "leonardPKU/clevr_cogen_a_train": "r1v", "leonardPKU/GEOQA_R1V_Train_8K": "r1v",
     "lmms-lab/multimodal-open-r1-8k-verified": "r1v", "hiyouga/geometry3k": "geometry3k",
     "TIGER-Lab/ViRL39K": "virl39k", "FanqingM/MMK12": "mmk12", "MathLLMs/MathVision": "mathvision",
+    "open-r1/Mixture-of-Thoughts": "traces", "open-r1/OpenR1-Math-220k": "traces",
     "HuggingFaceH4/MATH-500": "math500", "HuggingFaceH4/aime_2024": "math500"}

@@ -131,6 +131,22 @@ def test_reasoning_traces_in_three_spellings():
     assert chat.answer == "4" and (shared.question, shared.response) == ("3+3?", "6")
 
 
+def test_traces_of_open_r1(tmp_path):
+    turns = [{"content": "2+2?", "role": "user"},
+             {"content": "<think>\nso\n</think>\n\n\\boxed{4}", "role": "assistant"}]
+    mixture = {"messages": turns, "num_tokens": 12, "source": "open-r1/OpenR1-Math-220k"}
+    (tmp_path / "math").mkdir()
+    parquet(tmp_path / "math", mixture)
+    sample = open_data([f"traces:{tmp_path}@math/train"]).at(0)
+    assert (sample.task, sample.question, sample.response) == ("math", "2+2?", turns[1]["content"])
+    row = {"problem": "2+2?", "solution": "It is 4.", "answer": "4", "generations": ["a", "b"], "messages": turns}
+    sample = one(f"traces:{parquet(tmp_path, row)}")
+    assert (sample.answer, sample.response) == ("4", turns[1]["content"])  # not "It is 4."
+    named = {"problem": "2+2?", "solution": "<think>so</think>4"}
+    assert one("traces:" + write(tmp_path, named)).response == "<think>so</think>4"
+    assert formats.HUB["open-r1/Mixture-of-Thoughts"] == "traces"
+
+
 def test_any_other_file_by_naming_its_fields(tmp_path):
     path = write(tmp_path, {"problem": "1+2?", "solution": "3"})
     for mix in (open_data([path + "?task=math"], fields="question=problem,answer=solution"),
