@@ -169,6 +169,8 @@ def read_content(content):
     """(text, images) of a turn: text, or a list of parts as OpenAI, TRL and Qwen write them."""
     if isinstance(content, str):
         return content, []
+    if not isinstance(content, list):
+        raise ValueError(f"a turn holds {content!r:.60}: text or a list of parts is expected")
     texts, images = [], []
     for part in content:
         if part["type"] == "text":
@@ -184,6 +186,11 @@ def read_content(content):
 
 def read_objects(objects, said, fields):
     """ms-swift: each <ref-object> and <bbox> of the turns stands for the next of `objects`."""
+    if any(objects.get("image_id") or ()):
+        raise ValueError("objects have boxes in other images than the first (image_id): ours "
+                         "lie in the first")
+    if objects.get("bbox_type") not in (None, "real", "norm1"):
+        raise ValueError(f"bbox_type {objects['bbox_type']!r} is neither real nor norm1")
     values = {"<ref-object>": list(objects.get("ref") or ()), "<bbox>": list(objects["bbox"])}
     if "<bbox>" in said["user"]:
         raise ValueError("a box in the question is not read: it could not follow the image's size")

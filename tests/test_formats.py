@@ -305,6 +305,10 @@ def test_objects_of_ms_swift(tmp_path):
     more = row | {"objects": {"ref": ["block"], "bbox": [[0, 0, 9, 9]] * 2}}
     (found,) = check(["chat:" + write(tmp_path, more) + "?task=grounding"])
     assert "more boxes than its turns" in found
+    for objects, words in ((unit | {"image_id": [1]}, "in other images than the first"),
+                           (unit | {"bbox_type": "norm1000"}, "'norm1000' is neither real nor norm1")):
+        (found,) = check(["chat:" + write(tmp_path, row | {"objects": objects}) + "?task=grounding"])
+        assert words in found
 
 
 @pytest.mark.parametrize("turns, words", [
@@ -312,6 +316,7 @@ def test_objects_of_ms_swift(tmp_path):
     ([("user", "a"), ("tool", "b")], "a user's and an assistant's"),
     ([("assistant", "b")], "a user's and an assistant's"),
     ([("user", [{"type": "video", "video": "x.mp4"}])], "type 'video'"),
+    ([("user", None)], "a turn holds None: text or a list"),
 ])
 def test_other_dialogues_are_refused(tmp_path, turns, words):
     row = {"messages": [{"role": who, "content": content} for who, content in turns]}
