@@ -7,6 +7,7 @@ import json
 import re
 
 from pictures import PLACED
+from readers import true_numbers
 from rows import read_rows
 
 IMAGE_MARK = "<image>"  # in a question: an image goes here
@@ -318,35 +319,48 @@ def read_coco(path):
     coco, _ = merge_categories(json.loads(path.read_bytes()))
     names = {category["id"]: category["name"] for category in coco["categories"]}
     asked = ", ".join(names.values())
-    found, lost = {}, []
-    for item in coco["annotations"]:
-        found.setdefault(item.get("image_id"), []).append(item)
+    found, taken = {}, set()
+    for number, item in enumerate(coco["annotations"], 1):
+        if has_ids(item, "image_id"):
+            found.setdefault(item["image_id"], []).append(item)
+        else:
+            yield f"{path}: annotation number {number}", ValueError("it needs an image_id")
     for number, image in enumerate(coco["images"], 1):
-        row = dict(id=image.get("id"), image=image.get("file_name"), question=asked, names=names)
-        row["objects"] = found.pop(row["id"], [])
-        where = number if row["id"] is None else row["id"]
-        yield f"{path}: image {where}", row
-    for items in found.values():
-        lost += items
-    for item in lost:
-        words = f"its image {item.get('image_id')!r} is not among the file's images"
-        yield f"{path}: annotation {item.get('id')}", ValueError(words)
+        row = ValueError("an image needs an id of its own and a file_name")
+        if not has_ids(image, "id"):
+            yield f"{path}: image number {number}", row
+            continue
+        name = image["id"]
+        objects = found.pop(name, [])
+        if has_ids(image, "file_name") and name not in taken:
+            row = dict(id=name, image=image["file_name"], question=asked, names=names)
+            row["objects"] = objects
+        taken.add(name)
+        yield f"{path}: image {name}", row
+    for image, items in found.items():
+        for item in items:
+            words = f"its image {image!r} is not among the file's images"
+            yield f"{path}: annotation {item.get('id')}", ValueError(words)
+
+
+def has_ids(item, *names):
+    """Whether a part of COCO is an object in which these are numbers or names."""
+    return isinstance(item, dict) and all(isinstance(item.get(n), (int, str)) for n in names)
 
 
 def read_instances(row, fields):
     """An image of COCO; crowds and boxes without area are no objects to find."""
-    if row["id"] is None or row["image"] is None:
-        raise ValueError("an image needs an id and a file_name")
     answer = []
     for item in row["objects"]:
         fault = f"annotation {item.get('id')}"
-        box, label = item.get("bbox"), row["names"].get(item.get("category_id"))
-        if not isinstance(box, list) or len(box) != 4:
-            raise ValueError(f"{fault}: its bbox is not [x, y, w, h] but {box!r:.60}")
-        if label is None:
-            raise ValueError(f"{fault}: its category {item.get('category_id')!r} is not among "
-                             "the file's categories")
-        x, y, width, height = map(float, box)
+        category, box = item.get("category_id"), true_numbers(item.get("bbox"), 4)
+        if not box:
+            raise ValueError(f"{fault}: its bbox is not [x, y, w, h] but {item.get('bbox')!r:.60}")
+        if not has_ids(item, "category_id") or category not in row["names"]:
+            raise ValueError(f"{fault}: its category {category!r} is not among the file's "
+                             "categories")
+        label = row["names"][category]
+        x, y, width, height = box
         if width < 0 or height < 0:
             raise ValueError(f"{fault}: its bbox {box} has a side below 0")
         if not item.get("iscrowd") and width > 0 and height > 0:
@@ -373,8 +387,10 @@ def merge_categories(coco):
         moved[number] = numbers[name]
     items = []
     for item in coco["annotations"]:
-        number = item.get("category_id")
-        items.append(item | {"category_id": moved.get(number, number)})
+        if has_ids(item, "category_id"):
+            number = item["category_id"]
+            item = item | {"category_id": moved.get(number, number)}
+        items.append(item)
     return coco | {"categories": kept, "annotations": items}, numbers
 
 

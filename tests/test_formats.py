@@ -497,6 +497,9 @@ def test_categories_of_one_name_are_one(tmp_path):
     ({"bbox": [1, 2, 3]}, "image 1", "annotation 1: its bbox is not [x, y, w, h] but [1, 2, 3]"),
     ({"bbox": [9, 9, -3, 3]}, "image 1", "a side below 0"),
     ({"image_id": 5}, "annotation 1", "its image 5 is not among"),
+    ({"image_id": [1]}, "annotation number 1", "needs an image_id"),
+    ({"category_id": [3]}, "image 1", "annotation 1: its category [3] is not among"),
+    ({"bbox": [1, 2, "x", 3]}, "image 1", "annotation 1: its bbox is not [x, y, w, h] but [1, 2, 'x', 3]"),
 ])
 def test_a_bad_annotation_is_one_rows_fault(tmp_path, change, where, words):
     item = {"id": 1, "image_id": 1, "category_id": 3, "bbox": [20, 10, 40, 30]} | change
@@ -506,7 +509,10 @@ def test_a_bad_annotation_is_one_rows_fault(tmp_path, change, where, words):
 
 def test_an_image_without_a_name_is_one_rows_fault(tmp_path):
     (found,) = check([coco(tmp_path, images=[{"id": 1}, {"id": 2, "file_name": "a.png"}])])
-    assert found == f"{tmp_path}/coco.json: image 1: an image needs an id and a file_name"
+    assert found == f"{tmp_path}/coco.json: image 1: an image needs an id of its own and a file_name"
+    twice = [{"id": 1, "file_name": "a.png"}, {"id": 1, "file_name": "a.png"}]
+    (found,) = check([coco(tmp_path, images=twice)])  # the second one had lost its objects
+    assert found == f"{tmp_path}/coco.json: image 1: an image needs an id of its own and a file_name"
     for broken in ({"categories": [{"id": 1}]}, {"annotations": None}):
         with pytest.raises(DataError, match="categor"):
             open_data([coco(tmp_path, **broken)])
