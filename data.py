@@ -236,7 +236,8 @@ class FileSource:
             raise DataError("all boxes and points lie within 0 … 1: is it ?frame=1 "
                             "(?frame=pixels: surely not)")
         kinds = {re.sub(r"^.*?: |'[^']*'|\d+", "", fault) for fault in self.faults}
-        if not self.samples and len(self.faults) > 1 == len(kinds):
+        strange = all("another format?" in fault for fault in self.faults)
+        if not self.samples and len(self.faults) > 1 and (strange or len(kinds) == 1):
             raise DataError(f"none of the {len(self.faults)} rows can be used: {self.faults[0]}")
 
     def hold_out(self):

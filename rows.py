@@ -147,7 +147,7 @@ def read_lines(path):
     with path.open("rb") as file:  # bytes: each is parsed where its fault can be noted
         for number, line in enumerate(file, 1):
             if line.strip():
-                yield f"{path}:{number}", line
+                yield f"{path}:{number}", line.rstrip()
 
 
 def read_json(path):
@@ -243,7 +243,10 @@ def digest(content):
 def image_list(value):
     """What a row's images are, each: paths, base64, bytes or {"bytes", "path"}."""
     if isinstance(value, str) and value.startswith(("['", '["')):
-        value = ast.literal_eval(value)  # reads literals and runs nothing
+        try:
+            value = ast.literal_eval(value)  # reads literals and runs nothing
+        except (ValueError, SyntaxError) as error:
+            raise ValueError(f"the images are a list as text, but cut: {value[:60]!r}") from error
     if value in (None, ""):
         return []
     return value if isinstance(value, list) else [value]

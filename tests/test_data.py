@@ -1,6 +1,7 @@
 """data.py: frames, bad input, drawn worlds, mixing, the held-out split, checking."""
 
 import base64
+import json
 
 import numpy as np
 import pytest
@@ -262,6 +263,10 @@ def test_a_wrong_format_says_so_once(tmp_path):
     (fault,) = check([write(tmp_path, *rows) + "?task=math"])
     assert "none of the 30 rows can be used: " in fault
     assert "question is missing among prompt, label: is it --fields question=NAME" in fault
+    pretty = json.dumps([{"task": "math", "question": "q", "answer": "1"}], indent=1)
+    (fault,) = check([write(tmp_path, pretty)])  # a list of rows, not a row a line
+    assert "none of the 7 rows can be used: " in fault
+    assert fault.endswith("rows.jsonl:1: Expecting value at column 2: this is not JSON, is it another format?")
 
 
 def test_options_are_read_as_they_are_written(tmp_path):

@@ -180,7 +180,7 @@ def test_images_in_every_wrapping(tmp_path, image):
 
 @pytest.mark.parametrize("image, words", [
     ("https://x.org/a.png", "is on the web: download it"), (5, "a path, base64 or bytes, not 5"),
-    (base64.b64encode(PNG).decode()[:-3], "image"), ("f" * 64, "no image 'ffff"),  # a hash is a name
+    (base64.b64encode(PNG).decode()[:-3], "image"), ("['a.png', 'b", "a list as text, but cut"), ("f" * 64, "no image 'ffff"),  # a hash is a name
 ])
 def test_images_that_do_not_open(tmp_path, image, words):
     good = ROW | {"id": "good"}
