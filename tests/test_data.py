@@ -255,6 +255,15 @@ def test_bad_rows_are_left_out_of_both_uses_up_to_skip_bad(tmp_path, capsys):
         open_data([path]).good(0)
 
 
+def test_rows_that_are_bad_when_read_are_named_once_too(tmp_path, capsys):
+    rows = pictures_of(tmp_path, 12)
+    path = write(tmp_path, *rows, rows[0] | {"answer": ""})
+    for split in ("train", "heldout"):  # both open the whole file
+        open_data([path], split=split, skip_bad=1, heldout=0.5)
+    assert capsys.readouterr().err == (
+        f"left out: {path}:25: the true answer in ocr: it is empty: every completion would earn 0\n")
+
+
 # ---- words ----
 
 
