@@ -205,14 +205,17 @@ ALONE = re.compile(r"(?:^|(?<=\s))[(*\[$]*([A-Z])(?:[).:*$\]]+(?=\s|$)|[^\S\n]*$
 GOES_ON = ("(?:and|or|not|as|because|since|is|was|but|for|so|given|due|based|if|which|where|when"
            "|with|from|in|on|at|of|to|by|the|this|it|we) ")  # no word that an article goes before
 LETTER = rf"(?:[B-HJ-Z]|I(?! [a-z])|A(?! (?!{GOES_ON})[a-z]))"
-LEADING = re.compile(rf"(?:(?:the|option|choice) )*({LETTER}(?: (?:or |and )?{LETTER})*)(?: |$)")
-SMALL = re.compile(r"[*$\[ ]{0,9}(?:\(([a-z])\)|([a-z])[).\]*$ ]{0,9}$)")  # (e), or e and no more
+BEFORE_IT = "(?:(?i:the|option|choice) )*"
+LEADING = re.compile(rf"{BEFORE_IT}({LETTER}(?: (?:(?:[|] )?(?:or|and) )?{LETTER})*)(?: |$)")
+SMALL = re.compile(rf"[*$\[ ]{{0,9}}{BEFORE_IT}([a-z])[).\]*$ ]{{0,9}}$")  # e and no more
+IN_BRACKETS = re.compile(r"(?<!\w)\([a-z]\)")  # (e) is (E)
 
 
 def chosen_letters(text: str) -> set[str]:
     """The letters given in the strongest form that the text has. Two letters are a hedge: wrong."""
     text = unicodedata.normalize("NFKC", text)  # （B） is (B)
     text = COMMAND.sub(r"\1", COMMAND.sub(r"\1", text))
+    text = IN_BRACKETS.sub(lambda match: match[0].upper(), text)
     for form in (IN_BOX, STATED):
         letters = set()
         for said in list(dict.fromkeys(form.findall(text)))[:100]:
@@ -221,15 +224,15 @@ def chosen_letters(text: str) -> set[str]:
             return letters
     text = re.sub(r"^(?i:option |choice |answer |选项)\s?", "", text)
     if small := SMALL.fullmatch(text):
-        return {(small[1] or small[2]).upper()}
+        return {small[1].upper()}
     return set(ALONE.findall(text)) if ALONE.match(text) else set()
 
 
 def named_letters(said):
     """The option letters that a statement begins with: "(B) since A…" B, "A or B" both."""
     if small := SMALL.match(said.strip()):
-        return {(small[1] or small[2]).upper()}
-    said = re.sub(r"(?<=\w)[).:]\s*(?=\w)", " | ", said)  # the A of "A. circle" is one
+        return {small[1].upper()}
+    said = re.sub(r"(?<=\w)[).:]{1,3}\s*(?=\w)", " | ", said)  # the A of "A. circle" is one
     said = re.sub(r"([A-Z])(?=[一-鿿])", r"\1 ", said)
     said = re.sub(r"\\[a-z]+|[^\w'|]+", " ", said).strip()
     match = LEADING.match(said)

@@ -296,6 +296,9 @@ def test_what_pictures_draw():
         # small
         (r"\boxed{e}", "E"), ("(e)", "E"), ("e.", "E"), ("**e**", "E"), ("Answer: e", "E"),
         ("the answer is (e), since", "E"), ("a cat", ""), ("Answer: e is small", ""),
+        ("**(e)**", "E"), ("(e).", "E"), ("the answer is option (e).", "E"), ("Answer: Option E", "E"),
+        (r"\boxed{\text{Option }E}", "E"), ("Answer: (A) or (B)", "AB"), ("Answer: (a) and (b)", "AB"), ("(a) 1\n(b) 2", "AB"), ("(e) 42 cm", "E"),
+        ("Answer: (A). B is too small", "A"), ("Answer: f(x)", ""), ("the answer is the e of 2.7", ""),
         # Chinese
         ("答案是B", "B"), ("答案：B", "B"), ("选B", "B"), ("故选：（B）。", "B"), ("正确答案为 B", "B"),
         ("选项B", "B"), ("答案是B，因为A太小", "B"), ("不选B", ""), ("选项A是错的，答案是B", "B"),
