@@ -198,14 +198,14 @@ def read_number(text):
 # An option letter that is meant as one, strongest form first: in a box, after "answer is", alone.
 COMMAND = re.compile(r"\\(?:text|math|operator)[a-z]{0,6}\s?\{([^{}]*)\}")  # \text{E} is E
 IN_BOX = re.compile(r"\\(?:boxed|fbox)\s?\{([^{}]*(?:\{[^{}]*\}[^{}]*)?)\}")
-STATED = re.compile(r"(?:(?i:answer|option|choice)[*_\"]*\s?(?i:is|:|=)|答案(?:应?[是为選选]|:)"
-                    r"|(?<!不)[选選][择擇]?(?![项項]):?)\s*(?=([^\n]{0,80}))")
+STATED = re.compile(r"(?:(?i:answer|option|choice)[*_\"]*\s?(?i:is|:|=)"
+                    r"|答案(?:应?该?[是为选選]|[:】])|(?<!不)[选選][择擇]?(?![项項]):?)\s*(?=([^\n]{0,80}))")
 ALONE = re.compile(r"(?:^|(?<=\s))[(*\[$]*([A-Z])(?:[).:*$\]]+(?=\s|$)|[^\S\n]*$)", re.MULTILINE)
 # Not the I of "I think", nor the A of "A circle"; that of "A because …" is one.
 GOES_ON = ("(?:and|or|not|as|because|since|is|was|but|for|so|given|due|based|if|which|where|when"
            "|with|from|in|on|at|of|to|by|the|this|it|we) ")  # no word that an article goes before
 LETTER = rf"(?:[B-HJ-Z]|I(?! [a-z])|A(?! (?!{GOES_ON})[a-z]))"
-BEFORE_IT = "(?:(?i:the|option|choice) )*"
+BEFORE_IT = "(?:(?i:the|option|choice) |选项 ?)*"
 LEADING = re.compile(rf"{BEFORE_IT}({LETTER}(?: (?:(?:[|] )?(?:or|and) )?{LETTER})*)(?: |$)")
 SMALL = re.compile(rf"[*$\[ ]{{0,9}}{BEFORE_IT}([a-z])[).\]*$ ]{{0,9}}$")  # e and no more
 IN_BRACKETS = re.compile(r"(?<!\w)\([a-z]\)")  # (e) is (E)

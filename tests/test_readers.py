@@ -301,7 +301,8 @@ def test_what_pictures_draw():
         ("Answer: (A). B is too small", "A"), ("Answer: f(x)", ""), ("the answer is the e of 2.7", ""),
         # Chinese
         ("答案是B", "B"), ("答案：B", "B"), ("选B", "B"), ("故选：（B）。", "B"), ("正确答案为 B", "B"),
-        ("选项B", "B"), ("答案是B，因为A太小", "B"), ("不选B", ""), ("选项A是错的，答案是B", "B"),
+        ("选项B", "B"), ("答案是B，因为A太小", "B"), ("不选B", ""), ("答案应该是B", "B"), ("【答案】B", "B"), ("答案是选项B", "B"), ("答案是选项b", "B"),
+        ("选项A是错的，答案是B", "B"),
         # the article and the pronoun
         (r"\boxed{\text{A circle}}", ""), ("The answer is A circle", ""), ("I think", ""),
         ("Answer: I think so", ""), ("I think it is B", ""), (r"\boxed{I think}", ""),
