@@ -142,15 +142,20 @@ def nested_shapes(value):
     return shapes
 
 
+CORNER_NAMES = (("x1", "y1", "x2", "y2"), ("xmin", "ymin", "xmax", "ymax"),
+                ("x_min", "y_min", "x_max", "y_max"), ("left", "top", "right", "bottom"))
+
+
 def shape_of(item):
     """A box or a point; None if it is neither."""
     if not isinstance(item, dict):
         return plain_numbers(item, 4) or plain_numbers(item, 2)
     box = plain_numbers(item.get("bbox_2d"), 4)
     point = plain_numbers(item.get("point_2d"), 2)
-    corners = [item.get(name) for name in ("x1", "y1", "x2", "y2")]
+    for names in CORNER_NAMES:
+        box = box or plain_numbers([item.get(name) for name in names], 4)
     place = [item.get(name) for name in ("x", "y")]
-    return box or point or plain_numbers(corners, 4) or plain_numbers(place, 2)
+    return box or point or plain_numbers(place, 2)
 
 
 def centre(shape):
