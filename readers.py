@@ -85,7 +85,7 @@ LOOSE = re.compile(rf"\[{PAIR},{PAIR}\]|\({PAIR},{PAIR}\)|{CORNERS}")  # the spe
 TOKENS = re.compile(r"<\|object_ref_start\|>[^<]*<\|object_ref_end\|>"  # [PR1 code], its pipes
                     r"(?:<\|box_start\|>[^<]*<\|box_end\|>)+")  # escaped: a name, then boxes
 TAG = re.compile("<points?(?= )[^<>]*>")  # <point x="1" y="2"> or <points x1="1" y1="2" x2=…>
-TAGS = re.compile(r"(?:<points?(?= )[^<>]*>[^<>]*</points?>\s*)+")
+TAGS = re.compile(r"(?:<points?(?= )[^<>]*(?:/>|>[^<>]*</points?>)\s*)+")
 MARK = re.compile(rf"""\bx([0-9]{{0,4}})=["']?{NUMBER}["']? y\1=["']?{NUMBER}""")
 
 

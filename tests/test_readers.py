@@ -209,6 +209,7 @@ def test_the_answer_is_read_in_either_order(said, text, think):
         ('<point x="1.5" y="2" alt="cat">cat</point>', [[1.5, 2]], "plain"),
         ('<points x1="1" y1="2" x2="3" y2="4" alt="cats">cats</points>', [[1, 2], [3, 4]], "plain"),
         ("<point x='1' y='2'>a</point> <point x=3 y=4>b</point>", [[1, 2], [3, 4]], "plain"),
+        ('<point x="1" y="2"/>\n<point x="3" y="4" />', [[1, 2], [3, 4]], "plain"),
         ('Here: <point x="1" y="2">cat</point>', [[1, 2]], ""),
         ('{"bbox_2d": [1, 1, 20, 20]}', [[1, 1, 20, 20]], ""),
         ('{"cats": [{"at": [[1, 1, 20, 20]]}, {"at": [[2, 2, 3, 3]]}]}',
