@@ -193,8 +193,11 @@ def read_number(text):
     if "\\boxed{" in text:
         text = boxed(text)
     value = read_json(text)
-    if isinstance(value, dict) and plain_numbers(list(value.values()), 1):
-        text = f"{next(iter(value.values())):g}"
+    if isinstance(value, dict):
+        numbers = [true_numbers([item], 1) for item in value.values()]
+        numbers = [number for number in numbers if number]
+        if len(numbers) == 1:  # {"label": "cat", "count": "2"}
+            text = f"{numbers[0][0]:g}"
     number = re.fullmatch(r"[*_$ ]{0,9}([0-9]{1,6})(?:\.0{1,9})?[*_$ .]{0,9}", text)
     return int(number[1]) if number else None
 

@@ -230,6 +230,8 @@ def test_shapes(said, shapes, form):
     [
         ("2", 2), ("2.", 2), ("2.0", 2), ("**2**", 2), ("**2.**", 2), ("$2$", 2), ("0", 0),
         ('{"count": 2}', 2), ('```json\n{"count": 2}\n```', 2), (r"\boxed{2}", 2), ("1000000", None),
+        ('{"count": "2"}', 2), ('{"label": "cat", "count": 2}', 2), ('{"cats": 1, "dogs": 2}', None),
+        ('{"count": "many"}', None), ('{"count": [2]}', None), ('{"count": true}', None),
         ('{"count": 2.5}', None), ('{"count": -2}', None), ('{"count": 2, "of": 3}', None),
         ('{"count": NaN}', None), ("2.5", None), ("-2", None), ("two", None), ("2 3", None), ("", None),
     ],
