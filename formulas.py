@@ -130,18 +130,20 @@ def spelt(formula: str) -> str:
 UNIT_NAMES = """° degree deg/mm millimeter millimetre/cm centimeter centimetre/dm decimeter
 decimetre/m meter metre/km kilometer kilometre/in inch inches/ft foot feet/yd yard/mi mile/mph/mg
 milligram/g gram/kg kilogram/lb pound/oz ounce/ton/ml mL milliliter millilitre/L l liter litre
-/gallon/s second sec/min minute/h hour hr/day/week/month/year yr/dollar USD/euro EUR/cent/unit
+/C/F/gallon/s second sec/min minute/h hour hr/day/week/month/year yr/dollar USD/euro EUR/cent/unit
 /rad radian/N newton/J joule/kJ/W watt/kW/V volt/A ampere/Pa/Hz/K/mol/acre/point/student/people"""
 UNITS = {name: line.split()[0] for line in UNIT_NAMES.split("/") for name in line.split()}
 UNITS |= {f"{name}s": short for name, short in UNITS.items() if len(name) > 1}
 SIZE = r"(?:\s*\^\s*\{?[23]\}?)?"
 TEXT = rf"\\text\{{[^{{}}]*\}}{SIZE}"
 LONG = "|".join(name for name in UNITS if len(name) > 1)
-NAME = rf"\{{?(?:{LONG})(?![a-zA-Z])\}}?{SIZE}"
+NAME = rf"\{{?\s*(?:{LONG})(?![a-zA-Z])\}}?{SIZE}"
+PER = rf"(?:\s*(?:/|per)\s*(?:{NAME}|[hs]{SIZE}))?"
+DEGREES = r"\{?°\}?(?:\s*(?:\\text\{)?\s*[CF]\s*\}?)?"
 QUANTITIES = [re.compile(pattern, re.DOTALL) for pattern in (
-    rf"(.*[0-9)}}\]]|.*\\pi)\s*(°|(?:(?:square|sq|cubic)\s+)?{NAME}(?:\s*(?:/|per)\s*(?:{NAME}|h|s))?)",
+    rf"(.*[0-9)}}\]]|.*\\pi)\s*({DEGREES}|(?:(?:square|sq\.?|cubic)\s+)?{NAME}{PER})",
     rf"(.*[0-9]|.*[0-9].*[)}}\]]|.*\\pi)\s*({TEXT}(?:\s*/\s*{TEXT})?)",
-    r"(-?[0-9.]+)\s+([mgslLhNJWVAK])",  # "2h" may be a product, "2 h" is a time
+    rf"(-?[0-9.]+)\s+([mgslLhNJWVAK]{SIZE}{PER})",  # "2h" may be a product, "2 h" is a time
 )]  # fmt: skip
 
 
@@ -152,7 +154,7 @@ def quantity(formula: str) -> tuple[str, str]:
     if not match:
         return formula, ""
     unit = re.sub(r"\\text|[{}]", " ", match[2])
-    unit = re.sub(r"\b(?:square|sq)\s+([a-zA-Z]+)", r"\1^2", unit)
+    unit = re.sub(r"\b(?:square|sq\.?)\s+([a-zA-Z]+)", r"\1^2", unit)
     unit = re.sub(r"\bcubic\s+([a-zA-Z]+)", r"\1^3", unit)
     unit = re.sub(r"\s+per\s+", "/", unit)
     unit = re.sub(r"[a-zA-Z]+", lambda word: UNITS.get(word[0], "?"), unit)
