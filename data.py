@@ -32,10 +32,10 @@ import numpy as np
 from PIL import Image
 
 import formats
+import readers
 import rows
 from formats import FORMATS
 from pictures import PLACED, Synthetic, load_image, map_marks, scale, smart_resize
-from readers import split_thinking
 from rewards import TASKS, read_truth
 from rows import FAULTS, DataError, Stored, blame, words
 
@@ -205,14 +205,8 @@ class FileSource:
             return ""  # imitation needs none
         if answer is None:
             self.miss_field("answer", row)
-        if isinstance(answer, str) and re.search("</?(think|answer)>", answer):
-            answer, _ = split_thinking(answer)  # no completion's answer has these tags
-        if task == "math" and isinstance(answer, str):
-            answer = answer.rpartition("#### ")[2]  # GSM8K: the steps, then the value
-            if re.match(r"""\s*[\[{]\s*['"]""", answer):
-                raise DataError(f"answer is a list kept as text, {answer!r:.60}: name one value")
         if self.box == "xywh" and task in PLACED:
-            answer = formats.from_xywh(answer)
+            answer = formats.from_xywh(readers.unwrapped(answer))
         return read_truth(task, answer)
 
     def miss_field(self, name, row):

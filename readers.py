@@ -249,8 +249,8 @@ def named_letters(said):
 
 # ---- §5 true answers -----------------------------------------------------------------------------
 def unwrapped(answer):
-    """What stands in <answer>…</answer>, where a trainer wraps true answers in it."""
-    if isinstance(answer, str) and "</answer>" in answer:
+    """The answer of a truth that a trainer wrote as a completion, with <think> or <answer>."""
+    if isinstance(answer, str) and re.search("</?(think|answer)>", answer):
         return split_thinking(answer)[0]
     return answer
 
@@ -341,7 +341,10 @@ def true_text(answer):
 
 
 def true_formula(answer):
-    formula = boxed(true_text(answer))
+    text = true_text(answer).rpartition("#### ")[2]  # GSM8K: the steps, then the value
+    listed = re.match(r"""\s*[\[{]\s*['"]""", text)
+    check(not listed, f"it is a list kept as text, {text!r:.60}: name one value")
+    formula = boxed(text)
     check(formula, f"{answer!r:.200} is empty: every completion would earn 0")
     return formula
 

@@ -318,3 +318,17 @@ def test_what_pictures_draw():
 )  # fmt: skip
 def test_letters(said, letters):
     assert chosen_letters(said) == set(letters)
+
+
+@pytest.mark.parametrize("task, wrapped, truth", [
+    ("math", "<think>so</think> 4", "4"), ("math", "<answer>4", "4"), ("math", "3 + 1 is 4\n#### 4", "4"),
+    ("counting", "<think>two</think>2", 2), ("choice", "<think>B?</think>(c)", "C"),
+])
+def test_a_truth_written_as_a_completion_is_its_answer(task, wrapped, truth):
+    """One reader: what a data set may hold is what scoring and saved predictions accept."""
+    assert read_truth(task, wrapped) == truth
+
+
+def test_a_list_kept_as_text_is_no_formula():
+    with pytest.raises(ValueError, match=r"the true answer in math: it is a list kept as text, .*name one value"):
+        read_truth("math", "['3']")
