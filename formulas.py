@@ -217,7 +217,7 @@ def repeats(parts):
     if type(parts[0]).__name__ not in ("FiniteSet", "Tuple"):
         return 0
     symbols, text = parts
-    listed = re.split(r",|(?<![a-zA-Z])(?:and|or)(?![a-zA-Z])", text)
+    listed = re.split(r"[,;]|(?<![a-zA-Z])(?:and|or)(?![a-zA-Z])", text)
     return max(len(listed) - len(symbols.args), 0)  # 5 \pm 1 lists one and means two
 
 
