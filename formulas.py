@@ -273,6 +273,11 @@ def idle_children(process_id):
 
 
 # ---- §4 the comparison ---------------------------------------------------------------------------
+WHOLE = re.compile("-?[1-9][0-9]*")
+# 31_8 and \angle ABC: symbols know neither bases nor the order of letters in a name.
+BASED = re.compile(r"[0-9]_|^\\(?:angle|triangle)(?![^=]*=)")
+
+
 def equal(said: str, true: str, *, exact=False, seconds: float | None = None) -> bool | None:
     """Whether two formulas are equal; None if that is undecided when the processor time is up.
 
@@ -288,10 +293,9 @@ def equal(said: str, true: str, *, exact=False, seconds: float | None = None) ->
     if unit and true_unit and unit != true_unit:
         return False
     plain, plain_true = spelt(said), spelt(true)
-    whole = re.fullmatch(r"-?[1-9][0-9]*=-?[1-9][0-9]*", f"{plain}={plain_true}")
+    whole = WHOLE.fullmatch(plain) and WHOLE.fullmatch(plain_true)
     other_case = plain.lower() == plain_true.lower()  # A_1 and a_1
-    # 31_8 and \angle ABC: symbols know neither bases nor the order of letters in a name.
-    based = re.search(r"[0-9]_|^\\(?:angle|triangle)(?![^=]*=)", f"{said}\n{true}", re.MULTILINE)
+    based = BASED.search(said) or BASED.search(true)
     hard = TOO_HARD.search(said) or TOO_HARD.search(true)
     if whole or other_case or based or hard:  # symbols would not help, or not end
         return plain == plain_true

@@ -68,8 +68,6 @@ COCO_STATS = ("AP", "AP50", "AP75", "APs", "APm", "APl",  # s, m, l: areas under
               "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")  # of the first 1, 10, 100 boxes
 
 
-
-
 def grounding(row) -> dict:
     """[PR1 §4.3] acc@t: the first box has IoU ≥ t; centre_acc: its centre is in the true box."""
     text, answer, size = row["completion"], row["answer"], row.get("image_size")

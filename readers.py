@@ -5,6 +5,7 @@ answer, as models write it, in good form or not (§2 to §4); and the true answe
 which are read strictly. What a good answer is, rewards.py says.
 """
 import contextlib
+import itertools
 import json
 import re
 import unicodedata
@@ -116,15 +117,19 @@ def read_shapes(text, image_size):
         return [box], "bare"
     shapes = nested_shapes(items)
     if isinstance(items, list):
-        keys = [{"bbox_2d", "point_2d"} & set(item) for item in items if isinstance(item, dict)]
         if len(shapes) != len(items):
             return shapes, ""
-        return shapes, "list" if len(keys) == len(items) and all(keys) else "plain"
+        return shapes, "list" if all(map(is_qwens, items)) else "plain"
     if shapes:
         return shapes, ""
     # Prose, or a list cut short: keyed coordinates first, as a label may hold numbers.
     found = list(KEYED.finditer(text)) or LOOSE.finditer(text)
     return [[float(n) for n in match.groups() if n is not None] for match in found], ""
+
+
+def is_qwens(item):
+    """Whether a box or a point is written as Qwen2.5-VL is taught to."""
+    return isinstance(item, dict) and ("bbox_2d" in item or "point_2d" in item)
 
 
 def nested_shapes(value):
@@ -226,7 +231,8 @@ def chosen_letters(text: str) -> set[str]:
     text = IN_BRACKETS.sub(lambda match: match[0].upper(), text)
     for form in (IN_BOX, STATED):
         letters = set()
-        for said in list(dict.fromkeys(form.findall(text)))[:100]:
+        statements = dict.fromkeys(form.findall(text))  # each once, as a loop may repeat it
+        for said in itertools.islice(statements, 100):
             letters |= named_letters(said)
         if letters:
             return letters

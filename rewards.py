@@ -172,7 +172,8 @@ def counting(text, true, image_size, truncated, weight, matching):
     shapes, form = readers.read_shapes(text, image_size)
     bare = isinstance(true, int)  # the data has no points: then a bare number is an answer too
     formed = form in ("list", "tokens", "plain")
-    said, wanted = len(shapes), true if bare else len(true)
+    said = len(shapes)
+    wanted = true if bare else len(true)
     if not shapes and not formed:
         said = readers.read_number(text)
         formed = bare and said is not None
@@ -247,13 +248,19 @@ def found(said, true, matching):
 
 def detr_cost(boxes_N4, true_M4, same_NM, giou_NM):
     """[PR1 code] L1 of centre and size in pixels: distance decides nearly alone."""
-    to_size = np.array([[0.5, 0, -1, 0], [0, 0.5, 0, -1], [0.5, 0, 1, 0], [0, 0.5, 0, 1]])
-    sizes_N4, sizes_M4 = boxes_N4 @ to_size, true_M4 @ to_size
+    sizes_N4 = centre_and_size(boxes_N4)
+    sizes_M4 = centre_and_size(true_M4)
     l1_NM = np.abs(sizes_N4[:, None] - sizes_M4[None]).sum(axis=-1)
     # p is a softmax over 90 scores, 1 for the class said and 0 for the others.
     p_NM = np.where(same_NM, math.e, 1) / (math.e + 89)
     # cost = 5·L1 − p(class) − 2·GIoU
     return 5 * l1_NM - p_NM - 2 * giou_NM
+
+
+def centre_and_size(boxes_N4):
+    """[x1, y1, x2, y2] -> [x, y, width, height] of each box, (x, y) its centre."""
+    low_N2, high_N2 = boxes_N4[:, :2], boxes_N4[:, 2:]
+    return np.concatenate([(low_N2 + high_N2) / 2, high_N2 - low_N2], axis=1)
 
 
 def ocr(text, true, image_size, truncated, weight):
