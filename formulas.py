@@ -4,7 +4,8 @@ r"""Are two formulas equal? An answer in bounded time, whatever the formulas are
 
 An exact truth wants an exact answer: 1/3 is not 0.333333, and 6 is not 6\%. A decimal truth is met
 by what rounds to it at the digits that it shows: 0.33 by 1/3 and by 0.3333, not by 0.3. A unit may
-be left out, but two units that are known must be the same. R is not r. Unicode reads as its LaTeX.
+be left out, but two units that are known must be the same. R is not r, but East is east. Unicode
+reads as its LaTeX.
 
 `equal` first compares how both are spelt. Symbols are compared by math-verify, whose own timeouts
 do not work within C, in a child process: the kernel ends it when its processor time is up.

@@ -3,10 +3,11 @@ r"""What are saved answers worth? The papers' metrics, protocols and own rows, w
 A row of predictions is {"id" or "image_id", "completion", "answer", "image_size": [W, H]}, with
 "truncated" if it was cut; boxes lie in image_size. Metrics are parts of 1.
 [PR1] 2504.07954 · [OVR] 2507.05255 · [ORZ] Open-Reasoner-Zero, 2503.24290.
-Unlike [PR1 code]: IoU's denominator lacks 1e-10, so an exact 0.5 is a hit; of a malformed or cut
-list of detections what is whole counts. OCR: of tagged thinking only the answer is read, its ends
-stripped; a wordless page, where that code stops, has 0, or 1 if nothing is said; no BLEU, no
-METEOR; the prompt's "<image>", which is literal there, is where the image stands.
+Unlike [PR1 code]: IoU's denominator lacks 1e-10, so an exact 0.5 is a hit; counts are read from
+JSON, points and bare numbers too, and "[]" is right where there is nothing; of a malformed or cut
+list of detections what is whole counts; the last image is not left out. OCR: of tagged thinking
+only the answer is read, its ends stripped; a wordless page, where that code stops, has 0, or 1 if
+nothing is said; no BLEU, no METEOR; the prompt's "<image>", literal there, is where the image is.
 """
 import contextlib
 import json

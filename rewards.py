@@ -12,14 +12,19 @@ release; [OVR] is Open-Vision-Reasoner, arXiv 2507.05255 (math, choice). Worked,
 
 `score` is pure: whatever the model writes becomes a number in bounded time; only the caller's own
 mistakes (task, option, true answer) are errors. A task is a row of TABLE (§4) and its functions.
-Departures from the papers and the released code, none of them on a well-formed answer:
+Departures from the papers and the released code, whose settings are iou_power 2, matching detr,
+penalty 0. Of what it takes for well formed, only the first two and the class indices change scores:
 D2 Answers are JSON in absolute pixels of the resized image, as Qwen2.5-VL's. Qwen2-VL's box tokens
-   (0-1000), with which [PR1] trained grounding and counting, are read too.
+   (0-1000), with which [PR1] trained grounding and counting, are read too, but counting measures in
+   pixels: in an image that is no square, other distances. Numbers of 0-1 are pixels as well.
+-  Labels are any where the true ones are not all COCO's. Nothing to find and "[]" said is right: 3
+   in detection, 1 in counting, there 0. What cannot be read is no "[]". F1 has no 1e-8.
 -  Thinking adds format_weight · think to any task. The weight, on format and think, is 1, but 0 for
-   math and choice: [OVR] ignores the format. Text within <think> is never the answer.
+   math and choice: [OVR] ignores the format. Text within <think> is never the answer. White space
+   and newlines do not break the form, a tag that is there twice does.
 -  No reward by accident, as an exception's 0: IoU without area is 0, a bad box is one invalid item,
-   class indices line up, far-off points earn 0 and not less, a format is its whole pattern. Nothing
-   to find and "[]" said is right: 3 in detection, 1 in counting. What cannot be read is no "[]".
+   class indices line up, far-off points earn 0 and not less, a format is its whole pattern, but for
+   <|im_end|>: `truncated` says that it is missing.
 -  What is there is read: in grounding a box under any key, in counting other models' lists of
    points and, where the data has a number, numbers in bold, with a dot or as {"count": 2}. In
    detection the whole objects of prose and of a cut list; all else of it is one invalid item.

@@ -281,6 +281,14 @@ def test_counting_equals_the_released_code():
         assert got == pytest.approx(expected, abs=1e-5)
 
 
+def test_counting_measures_in_pixels():
+    # (100, 0) of 1000 is 20 of 200 pixels, and the diagonal of 200 x 100 is √50000 = 223.606798
+    said = tokens((100, 0, 100, 0))
+    assert total("counting", said, [[0, 0]], [200, 100]) == 1 - 20 / 223.60679775
+    # released: 100 of 1000·√2 whatever the image's shape
+    assert total("counting", said, [[0, 0]], [200, 200]) == 1 - 100 / 1414.21356237
+
+
 # ---- detection ----
 
 HALF = (0, 0, 10, 5, "cat")  # IoU with the true cat is 50/100: not above 0.5
