@@ -279,6 +279,10 @@ WHOLE = re.compile("-?[1-9][0-9]*")
 BASED = re.compile(r"[0-9]_|^\\(?:angle|triangle)(?![^=]*=)")
 
 
+def primes(formula: str) -> int:
+    return len(re.findall(r"'|′|\\prime", formula))
+
+
 def equal(said: str, true: str, *, exact=False, seconds: float | None = None) -> bool | None:
     """Whether two formulas are equal; None if that is undecided when the processor time is up.
 
@@ -294,6 +298,8 @@ def equal(said: str, true: str, *, exact=False, seconds: float | None = None) ->
     if unit and true_unit and unit != true_unit:
         return False
     plain, plain_true = spelt(said), spelt(true)
+    if "=" not in plain + plain_true and primes(plain) != primes(plain_true):
+        return False  # math-verify leaves them out: f(x) and f'(x), 30° and 30'
     whole = WHOLE.fullmatch(plain) and WHOLE.fullmatch(plain_true)
     other_case = plain.lower() == plain_true.lower()  # A_1 and a_1
     based = BASED.search(said) or BASED.search(true)

@@ -221,3 +221,11 @@ def test_in_a_forked_process():
         os._exit(0 if equal(r"\frac{4}{8}", "0.5") else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert equal(r"\frac{5}{10}", "0.5") is True
+
+
+@pytest.mark.parametrize("true, said, same", [
+    ("f(x)", "f'(x)", False), ("x", "x'", False), ("30°", "30'", False), ("f'(x)", "f'(x)", True),
+    ("x'+1", "1+x'", True), ("2x", "f'(x)=2x", True),
+])
+def test_a_prime_is_part_of_a_name(true, said, same):
+    assert formulas.equal(said, true) is same
