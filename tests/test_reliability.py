@@ -134,9 +134,20 @@ def test_a_rank_that_dies_ends_the_others_and_is_named(tmp_path):
 
 
 # ── checkpoints ──
+def train_and_save(ranks, folder):
+    """Two steps, saved: the full weights and, of each parameter, AdamW's two moments and its step."""
+    run = make_run(ranks, optimizer="adamw", lr=1e-3, out=folder)
+    for step in range(2):
+        grpo_vl.train_step(run, step)
+    run_folder.save_checkpoint(Path(folder), run.policy, run.optimizer, {"step": 2, "cursor": run.cursor}, keep=1)
+    states = [run.optimizer.state[p] for p in run.policy.parameters()]
+    moments = [(s["exp_avg"].full_tensor(), s["exp_avg_sq"].full_tensor(), s["step"]) for s in states]
+    return full_weights(run.policy), moments
+
+
 def test_resume_at_another_number_of_ranks(alone, pair, tmp_path, capfd):
     """Two ranks save; one rank finds the same weights and the same AdamW state."""
-    (weights, moments), _ = pair.run("ranks.train_and_save", folder=str(tmp_path))
+    (weights, moments), _ = pair.run("test_reliability.train_and_save", folder=str(tmp_path))
     run = make_run(alone, optimizer="adamw", out=str(tmp_path))
     state = run_folder.resume(run.config, run.policy, run.optimizer)
     assert (state["step"], state["cursor"]) == (2, 8)

@@ -2,16 +2,20 @@
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 import ranks
 import torch
 from conftest import ROOT
+from ranks import by_length, full_weights, make_run, steps
 
+import data as datasets
 import grpo_vl
 import policy
 import qwen_vl
 import rewards
+import run_folder
 import training
 from qwen_vl import Completion, Group
 
@@ -23,9 +27,18 @@ def close(one, two, atol):
 
 
 # ── one rank = two ranks ──
+def first_rollouts(ranks, **changes):
+    """{draw: (tokens, logps, rewards)} of the first step's groups, of all ranks."""
+    run = make_run(ranks, **changes)
+    groups, rewards_of = grpo_vl.collect_groups(run, 0)
+    found = {g.draw: ([c.tokens for c in g.completions], [c.logps for c in g.completions]) for g in groups}
+    merged = {draw: value for part in ranks.gather(found) for draw, value in part.items()}
+    return merged, rewards_of
+
+
 def test_rollouts_are_the_same_on_one_and_two_ranks(alone, pair):
-    want, rewards_of = ranks.rollouts(alone)
-    for got, got_rewards in pair.run("ranks.rollouts"):
+    want, rewards_of = first_rollouts(alone)
+    for got, got_rewards in pair.run("test_training.first_rollouts"):
         assert list(got_rewards) == [0, 1, 2, 3] and got_rewards == rewards_of
         for draw, (tokens, logps) in want.items():
             assert got[draw][0] == tokens
@@ -59,9 +72,23 @@ def test_checkpointing_and_order_of_draws_do_not_matter(alone):
 
 
 # ── no hangs, no NaN ──
+def mixed_modalities(ranks, text_rank):
+    """A step in which one rank sees text alone and the other images."""
+    run = make_run(ranks, prompts=2)
+    text = datasets.open_data(["synthetic:math?text=1"], seed=0)
+    plain = run.data
+
+    class Mixed:
+        def __getitem__(self, draw):
+            return text[draw] if draw % 2 == text_rank else plain[draw]
+
+    run.data = Mixed()
+    return grpo_vl.train_step(run, 0)
+
+
 @pytest.mark.parametrize("text_rank", [0, 1])
 def test_text_on_one_rank_and_images_on_the_other(pair, text_rank):
-    one, two = pair.run("ranks.mixed_modalities", text_rank=text_rank)
+    one, two = pair.run("test_training.mixed_modalities", text_rank=text_rank)
     assert one["grad_norm"] == two["grad_norm"] > 0
 
 
@@ -70,13 +97,33 @@ def test_a_rank_without_prompts_goes_along(pair):
     assert metrics[0]["groups"] == 1 and metrics[0]["grad_norm"] > 0
 
 
+def one_rank_drops_everything(ranks):
+    """Dynamic sampling in which rank 1's groups never have variance: it trains on fillers."""
+    run = make_run(ranks, dynamic_sampling=1, prompts=4)
+
+    def reward(task, completion, answer, image_size=None, *, truncated=False, **options):
+        return by_length(task, completion, answer) if ranks.rank == 0 else 0.5
+
+    run.reward = reward
+    return grpo_vl.train_step(run, 0)
+
+
 def test_a_rank_whose_groups_are_all_dropped_goes_along(pair):
-    one, _ = pair.run("ranks.one_rank_drops_everything")
+    one, _ = pair.run("test_training.one_rank_drops_everything")
     assert one["groups"] == 4 and one["cursor"] == 8 and one["zero_variance"] == 0
 
 
+def nothing_to_learn(ranks):
+    """All groups equal: every advantage is zero, dynamic sampling finds nothing."""
+    run = make_run(ranks, dynamic_sampling=1, reward=lambda *a, **k: 1.0)
+    before = full_weights(run.policy)
+    metrics = grpo_vl.train_step(run, 0)
+    after = full_weights(run.policy)
+    return metrics, all(torch.equal(before[name], after[name]) for name in before)
+
+
 def test_equal_rewards_everywhere_leave_the_weights_alone(alone, pair):
-    for metrics, unchanged in [ranks.nothing_to_learn(alone), *pair.run("ranks.nothing_to_learn")]:
+    for metrics, unchanged in [nothing_to_learn(alone), *pair.run("test_training.nothing_to_learn")]:
         assert unchanged and metrics["groups"] == 0
         assert all(value == value for value in metrics.values())  # no NaN
 
@@ -92,9 +139,24 @@ def test_degenerate_batches_are_defined(alone, changes, learns):
     assert (metrics[0]["grad_norm"] > 0) == learns
 
 
+def everything_truncated(ranks, **changes):
+    """A step whose completions were all cut at the length limit."""
+    run = make_run(ranks, **changes)
+    generate = run.sampler.generate
+
+    def cut(*arguments):
+        groups = generate(*arguments)
+        for completion in [completion for group in groups for completion in group]:
+            completion.truncated = True
+        return groups
+
+    run.sampler.generate = cut
+    return grpo_vl.train_step(run, 0)
+
+
 @pytest.mark.parametrize("overlong, learns", [("mask", False), ("keep", True)])
 def test_a_batch_of_truncated_completions_is_defined(alone, overlong, learns):
-    metrics = ranks.everything_truncated(alone, overlong=overlong)
+    metrics = everything_truncated(alone, overlong=overlong)
     assert metrics["truncated"] == 1 and (metrics["grad_norm"] > 0) == learns
     assert all(value == value for value in metrics.values())
 
@@ -232,9 +294,29 @@ def test_a_reward_of_ones_own_from_a_file(tmp_path, alone):
 
 
 # ── checkpoints ──
+def checkpoint_roundtrip(ranks, folder, **changes):
+    """Six steps at once, against three, a fresh start from the checkpoint, and three more."""
+    results = []
+    for name, stops in (("whole", [6]), ("parts", [3, 6])):
+        for stop in stops:
+            run = make_run(ranks, optimizer="adamw", lr=1e-3, steps=6, out=f"{folder}/{name}", **changes)
+            first, found = 0, run_folder.find_checkpoints(Path(run.config.out))
+            if found:
+                state = run_folder.load_checkpoint(found[-1], run.policy, run.optimizer)
+                first, run.cursor = state["step"], state["cursor"]
+                run.sampler.refresh(run.policy)
+            for step in range(first, stop):
+                grpo_vl.train_step(run, step)
+            state = {"step": stop, "cursor": run.cursor}
+            run_folder.save_checkpoint(Path(run.config.out), run.policy, run.optimizer, state, keep=1)
+        results.append(full_weights(run.policy))
+    left = [path.name for path in Path(folder, "parts").iterdir()]
+    return all(torch.equal(results[0][n], results[1][n]) for n in results[0]), left
+
+
 def test_resume_is_exact(alone, pair, tmp_path):
-    for results in ([ranks.checkpoint_roundtrip(alone, str(tmp_path / "one"))],
-                    pair.run("ranks.checkpoint_roundtrip", folder=str(tmp_path / "two"))):
+    for results in ([checkpoint_roundtrip(alone, str(tmp_path / "one"))],
+                    pair.run("test_training.checkpoint_roundtrip", folder=str(tmp_path / "two"))):
         for equal, left in results:
             assert equal and left == ["checkpoint-6"]
 
@@ -247,7 +329,7 @@ def test_a_frozen_tower_is_not_run_by_a_training_pass(alone, monkeypatch):
 
 
 def test_resume_with_frozen_vision(alone, tmp_path):
-    assert ranks.checkpoint_roundtrip(alone, str(tmp_path), freeze_vision=True)[0]
+    assert checkpoint_roundtrip(alone, str(tmp_path), freeze_vision=True)[0]
 
 
 @pytest.mark.parametrize("model", ["tiny", "tiny-untied"])
@@ -432,6 +514,13 @@ def test_blind_evaluation_sees_grey_images(alone):
     assert all(image.getcolors() == [(56 * 56, (128, 128, 128))] for sample in seen for image in sample.images)
 
 
+def gloo_threads(ranks):
+    """How many of gloo's worker threads live here, after a step."""
+    steps(ranks, count=1)
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    return names.count("pt_gloo_runloop")
+
+
 def test_gloo_has_one_worker_thread(pair):
     """Two of them write one string without a lock, and now and then end the process."""
-    assert pair.run("ranks.gloo_threads") == [1, 1]
+    assert pair.run("test_training.gloo_threads") == [1, 1]
