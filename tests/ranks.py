@@ -27,12 +27,14 @@ def make_run(ranks, optimizer="sgd", reward=by_length, **changes):
     run = training.prepare(config, ranks, config.model, freeze_vision=config.freeze_vision, beta=config.beta)
     run.reward = reward
     if optimizer == "sgd":
-        run.optimizer = torch.optim.SGD([p for p in run.policy.parameters() if p.requires_grad], lr=config.lr)
-    run.sampler.refresh(run.policy)
+        run.optimizer = torch.optim.SGD(fsdp.trainable_parameters(run.policy), lr=config.lr)
+    run.sampler.refresh(fsdp.full_parameters(run.policy))
     return run
 
 
 def full_weights(policy):
+    if hasattr(policy, "units"):  # sharded by hand
+        return {name: weight.clone() for name, weight in fsdp.full_parameters(policy)}
     options = dist_state.StateDictOptions(full_state_dict=True, cpu_offload=True)
     return {n: w.clone() for n, w in dist_state.get_model_state_dict(policy, options=options).items()}
 

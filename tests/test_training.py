@@ -71,6 +71,18 @@ def test_checkpointing_and_order_of_draws_do_not_matter(alone):
     assert close(plain, recomputed, 1e-6)
 
 
+@pytest.mark.parametrize("changes", [{}, dict(model="tiny-untied", beta=0.1), dict(freeze_vision=True)])
+def test_sharding_by_hand_makes_the_same_three_steps(pair, changes):
+    (want, weights), _ = pair.run("ranks.steps", **changes)
+    (got, other), _ = pair.run("ranks.steps", sharding="by-hand", **changes)
+    for one, two in zip(want, got):
+        for name in ("loss", "grad_norm", "reward", "entropy", "length", "sampler_gap"):
+            assert two[name] == pytest.approx(one[name], rel=1e-5, abs=1e-6), name
+    if "model.lm_head.weight" not in other:  # tied: by hand it has one name
+        torch.testing.assert_close(weights.pop("model.lm_head.weight"), other["model.model.language_model.embed_tokens.weight"])
+    assert close(weights, other, 1e-6)
+
+
 # ── no hangs, no NaN ──
 def mixed_modalities(ranks, text_rank):
     """A step in which one rank sees text alone and the other images."""
