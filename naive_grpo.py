@@ -12,7 +12,9 @@ its steps in order; `train_step` puts them together.
 Every ten steps it prints the mean reward and the accuracy (the share of boxes with IoU above 0.5)
 of the answers it sampled. The 3B trains in fp32: 4 bytes for a weight, 4 for its gradient, 8 for
 AdamW, so 60 GB, and activations on top: an 80 GB GPU. `python naive_grpo.py FOLDER` trains another
-checkpoint.
+checkpoint. The stand-in's cold start sees little: there the reward creeps up while the accuracy
+falls (results/naive_grpo.txt), most likely because plain IoU pays a box that hedges; the demo of
+grpo_vl.py squares the IoU.
 
 grpo_vl.py does the same fast and on many GPUs; a test holds it to this file's loss, gradients and
 weights. [DSM] is DeepSeekMath, arXiv 2402.03300, where GRPO comes from; [PR1] is Perception-R1,
