@@ -202,15 +202,6 @@ def scatter_BT(values_S: torch.Tensor, pack: Pack, shape: tuple[int, int]) -> to
     return values_S.new_zeros(shape).index_put((pack.row_S, pack.column_S), values_S)
 
 
-def pad_BT(rows: list[list[float]]) -> torch.Tensor:
-    """Ragged rows → [B, T], zero behind their ends."""
-    longest = max(map(len, rows), default=1)
-    padded_BT = torch.zeros(len(rows), longest)
-    for row, values in zip(padded_BT, rows):
-        row[: len(values)] = torch.tensor(values)
-    return padded_BT
-
-
 # §2 ─────────────────────────────────────── attention ────────────────────────────────────────
 # Token i attends to j ≤ i with group(j) = group(i) and segment(j) ∈ {0, segment(i)}: the prompt and
 # its own completion. Two ways to compute the same thing:

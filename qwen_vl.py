@@ -16,12 +16,12 @@ import numpy as np
 import torch
 
 from data import DataError
+from formats import IMAGE_MARK
 from tiny import TINY, tiny_model, tiny_tokenizer
 
 PATCH, MERGE = 14, 2  # a patch is 14×14 pixels; 2×2 patches become one image token (28×28 pixels)
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, as in preprocessor_config.json
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
-IMAGE_MARK = "<image>"  # in a question: here stands an image
 SYSTEM = "You are a helpful assistant."  # Qwen's default, also Perception-R1's  [PR1 code]
 
 
