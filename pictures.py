@@ -189,7 +189,7 @@ class Synthetic:
     """Drawn scenes with exact answers: item i follows from the fields that repr shows, and i.
 
     grounding: the box of "red circle", the only one; counting: the centres of all "red circles";
-    detection: every shape by name; ocr: printed words; math: a sum, printed or as text.
+    detection: every shape by name; ocr: printed words (and numbers); math: a sum, printed or as text.
     `objects`: how many are asked for (ocr: lines, math: numbers).
     """
 
@@ -202,6 +202,8 @@ class Synthetic:
     shapes: int = len(SHAPES)  # the first so many of SHAPES and of COLOURS
     colours: int = len(COLOURS)
     text: int = 0  # 1: math without an image
+    coloured: int = field(default=0, repr=False)  # 1: detection's labels name the colour too
+    numbers: int = field(default=0, repr=False)  # 1: ocr prints numbers among the words
     seed: int = 0
     split: str = "train"  # another split is another stream
     count: int = field(default=100_000, repr=False)  # samples in one pass
@@ -260,9 +262,10 @@ class Synthetic:
         placed = paint_shapes(image, things, self.reach, rng)
         if self.task == "detection":
             found = []
-            for box, (_, name) in zip(placed, things):
-                found.append({"bbox_2d": box, "label": name})
-            return ", ".join(shapes), found
+            for box, (tone, name) in zip(placed, things):
+                label = f"{tone} {name}" if self.coloured else name
+                found.append({"bbox_2d": box, "label": label})
+            return "coloured shapes" if self.coloured else ", ".join(shapes), found
         boxes = [box for box, thing in zip(placed, things) if thing == target]
         if self.task == "grounding":
             return f"{colour} {shape}", boxes[0]
@@ -279,6 +282,8 @@ class Synthetic:
             lines = []
             for _ in range(max(1, count)):
                 words = rng.choices(WORDS, k=rng.randint(1, most))
+                if self.numbers:
+                    words = [rng.choice((word, str(rng.randint(10, 9999)))) for word in words]
                 lines.append(" ".join(words))
             question, answer = "", "\n".join(lines)
         else:

@@ -27,7 +27,14 @@ red green blue yellow purple orange cyan magenta white black gray circle square 
 star diamond
 circles squares triangles crosses stars diamonds How many are there Which What is color shape \
 the answer
-Put your final answer within boxed option letter think answer plus minus times"""
+Put your final answer within boxed option letter think answer plus minus times
+I see a red circle and two coloured shapes. I see the text. I see the sum of numbers. I see no \
+at the upper lower left right middle
+Output the thinking process in and final answer in tags. and after it the thinking process in
+Please output bbox coordinates and names of coloured shapes. What is the result of the sum in
+red
+green
+blue"""
 TINY_FRAGMENTS = (
     '[{"bbox_2d": [', '{"bbox_2d": [', '[{"point_2d": [', '{"point_2d": [', ", ", '], "label": "',
     '"}, ', '"}]', "\\boxed{", "<think>", "</think>", "<answer>", "</answer>")
