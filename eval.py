@@ -124,7 +124,7 @@ def protocol_prompt(run, sample):
     """The prompt of the papers' evaluation, which differs from training's for two tasks."""
     question = sample.question or rewards.QUESTIONS.get(sample.task, "")
     text = protocols.PROMPTS[sample.task].format(question)
-    text += rewards.think_prompt(training.think_of(run.config))
+    text += rewards.think_prompt(training.think_of(run.config, sample.id))
     system = sample.system or run.config.system_prompt
     return qwen_vl.encode_chat(run.tokenizer, run.special, text, sample.images, system)
 

@@ -189,7 +189,7 @@ class Synthetic:
     """Drawn scenes with exact answers: item i follows from the fields that repr shows, and i.
 
     grounding: the box of "red circle", the only one; counting: the centres of all "red circles";
-    detection: every shape by name; ocr: printed words (and numbers); math: a sum, printed or as text.
+    detection: every shape by name; ocr: printed words and numbers; math: a sum, printed or as text.
     `objects`: how many are asked for (ocr: lines, math: numbers).
     """
 

@@ -74,7 +74,7 @@ class Task:
     write: Callable  # (true answer, question) -> the value, or text, that earns the full reward
     rule: Callable  # (text, true, **settings) -> reward, parts
     right: Callable  # parts -> what `correct` says, 0 to 1
-    seen: str  # what a reference's thinking says that it sees
+    seen: Callable  # (true answer, question) -> what a reference's thinking says that it sees
     question: str = ""  # if none is given
     format_weight: float = 1.0
     options: dict = field(default_factory=dict)  # name: its values, default first
@@ -106,9 +106,10 @@ def prompt(task: str, question: str = "", *, think: bool | str = False) -> str:
 def reference(task: str, answer: object, question: str = "", *, think: bool | str = False) -> str:
     """A completion that earns the full reward, coordinates in whole pixels, as Qwen writes them."""
     row = row_of(task)
-    said = row.write(read_truth(task, answer), question)
+    true = read_truth(task, answer)
+    said = row.write(true, question)
     text = said if isinstance(said, str) else json.dumps(said, ensure_ascii=False)
-    thought = f"<think>I see {row.seen.format(question or 'object')}.</think>"
+    thought = f"<think>I see {row.seen(true, question)}.</think>"
     order = think_order(think)
     if order == "before":
         return f"{thought}<answer>{text}</answer>"
@@ -320,23 +321,46 @@ def write_formula(true, question):
     return f"\\boxed{{{true}}}"
 
 
+def see_one(true, question):
+    return f"the {question or 'object'}"
+
+
+def see_number(true, question):
+    count = true if isinstance(true, int) else len(true)
+    return f"{count} {question or 'objects'}"
+
+
+def see_objects(true, question):
+    *others, last = [f"a {item['label']}" for item in true] or ["no such object"]
+    return f"{', '.join(others)} and {last}" if others else last
+
+
+def see_lines(true, question):
+    lines = len(true.splitlines())
+    return "a line of text" if lines == 1 else f"{lines} lines of text"
+
+
+def see_question(true, question):
+    return "a question"
+
+
 TABLE = {
     "grounding": Task(
         prompt="Output the bounding box of the {} in the image.",  # [PR1 T8]
-        read=readers.true_box, write=write_box, rule=grounding, seen="the {}",
+        read=readers.true_box, write=write_box, rule=grounding, seen=see_one,
         right=lambda parts: float(parts["iou"] > 0.5),
         options={"iou_power": (1, 2)},  # 1 [PR1 §4.1], 2 [PR1 code]
     ),
     "counting": Task(
         prompt="Output all the bounding boxes of the {}",  # [PR1 T8]
-        read=readers.true_points, write=write_points, rule=counting, seen="the {}",
+        read=readers.true_points, write=write_points, rule=counting, seen=see_number,
         right=lambda parts: float(parts["count"] == 1),
         options={"matching": ("optimal", "order")},  # order: [PR1 T5] "w/o reward matching"
     ),
     "detection": Task(
         prompt="Please output bbox coordinates and names of {}.",  # [PR1 T8]
         question=", ".join(COCO_NAMES),  # [PR1 T8]
-        read=readers.true_objects, write=write_objects, rule=detection, seen="objects",
+        read=readers.true_objects, write=write_objects, rule=detection, seen=see_objects,
         right=lambda parts: parts["f1"],
         options={
             "matching": ("iou", "detr", "order"),  # [PR1 §4.2], [PR1 code], [PR1 T5]
@@ -346,18 +370,18 @@ TABLE = {
     ),
     "ocr": Task(
         prompt="{}", question="OCR this image.",  # [PR1 T8]
-        read=readers.true_text, write=write_text, rule=ocr, seen="text",
+        read=readers.true_text, write=write_text, rule=ocr, seen=see_lines,
         right=lambda parts: parts["similarity"],
     ),
     "math": Task(
         prompt="{}\nPut the final answer in \\boxed{{}}.",  # ours: OVR's prompts are not published
-        read=readers.true_formula, write=write_formula, rule=maths, seen="a question",
+        read=readers.true_formula, write=write_formula, rule=maths, seen=see_question,
         right=lambda parts: parts["correct"], format_weight=0.0,
         options={"exact": (False, True)},  # False: by formulas.py; True: the same text [OVR §3.2]
     ),
     "choice": Task(
         prompt="{}\nAnswer with the letter of the right option.",  # ours
-        read=readers.true_letter, write=write_text, rule=choice, seen="a question with options",
+        read=readers.true_letter, write=write_text, rule=choice, seen=see_question,
         right=lambda parts: parts["correct"], format_weight=0.0,
     ),
 }  # fmt: skip

@@ -24,7 +24,7 @@ import rewards
 import run_folder
 import training
 from qwen_vl import Completion
-from tiny import WORLD
+from tiny import BASE_DATA, BASE_FIRST, WORLD
 from training import Run
 
 
@@ -40,6 +40,9 @@ class Config(training.Options):
     schedule: Literal["constant", "linear", "cosine"] = "cosine"  # [OVR: not given]
     warmup: int = 50  # steps of linear warm-up [OVR: not given]
     save_every: int = 200  # steps between checkpoints
+    # all: half of the samples plain, a quarter with each form, so that the model knows all three
+    think: Literal["no", "before", "after", "all"] = "no"
+    after: str = ""  # preset whose run this one continues; it is run first if its folder is missing
     train: Literal["llm", "all"] = "llm"  # llm: vision tower and merger stay [OVR §3.1]
     batch: int = 640  # samples an optimizer step, all ranks together [OVR §4.1: 640]
     seconds: float = math.inf  # stop after so many seconds of training
@@ -53,6 +56,15 @@ PRESETS = {
         schedule="constant", max_tokens=256, eval_every=100, eval_tokens=24, checkpointing=False,
         micro_tokens=4096),
 }
+# base/, in three stages: to see (every object's box in every answer), all tasks, and a slow end.
+PRESETS["base-1"] = PRESETS["tiny"] | dict(
+    data=(BASE_FIRST,), steps=2000, warmup=50, max_tokens=512, eval_every=400, eval_tokens=160,
+    save_every=400, keep=1, out="runs/base/detection")
+PRESETS["base-2"] = PRESETS["base-1"] | dict(
+    after="base-1", data=BASE_DATA, think="all", steps=4000, eval_tokens=256,
+    out="runs/base/tasks")
+PRESETS["base"] = PRESETS["base-2"] | dict(
+    after="base-2", steps=3000, schedule="cosine", seed=1, out="runs/base/last")
 
 
 def response_tokens(run: Run, sample) -> list[int]:
@@ -60,7 +72,7 @@ def response_tokens(run: Run, sample) -> list[int]:
     text = sample.response
     if text is None:
         text = rewards.reference(sample.task, sample.answer, sample.question,
-                                 think=training.think_of(run.config))
+                                 think=training.think_of(run.config, sample.id))
     tokens = [*run.tokenizer.encode(text, add_special_tokens=False), run.special.im_end]
     if run.special.banned_V[tokens].any():
         raise datasets.DataError(f"sample {sample.id}: its response holds an image placeholder")
@@ -96,13 +108,14 @@ def labelled_groups(run: Run) -> list:
     return groups
 
 
-def train(config: Config, ranks: fsdp.Processes, stopped=None) -> bool:
+def train(config: Config, ranks: fsdp.Processes, stopped=None, source: str = "") -> bool:
     """All steps that are left; whether the run is finished (False: it was told to stop).
 
-    stopped: as `training.watch_signals` returned it.
+    stopped: as `training.watch_signals` returned it. source: the checkpoint to begin with, if it
+    is another than --model.
     """
-    run = training.prepare(config, ranks, config.model, freeze_vision=config.train == "llm",
-                           imitates=True)
+    run = training.prepare(
+        config, ranks, source or config.model, freeze_vision=config.train == "llm", imitates=True)
     progress = training.Progress(
         run, lambda step: config.eval_tokens, config.seconds, stopped=stopped)
     for step in progress.steps():
@@ -116,6 +129,21 @@ def train(config: Config, ranks: fsdp.Processes, stopped=None) -> bool:
     del run, progress
     gc.collect()  # hooks hold modules in cycles, and a run may follow in this process
     return finished
+
+
+def train_after(config: Config, ranks: fsdp.Processes, stopped) -> bool:
+    """`train`, after the runs that this one continues, as far as they are missing."""
+    source = ""
+    if config.after:
+        earlier = Config(**PRESETS[config.after])
+        model = ranks.gather(find_model(Path(earlier.out)))[0]  # rank 0's look at the file system
+        if model is None:
+            run_folder.claim(earlier)
+            if not train_after(earlier, ranks, stopped):
+                return False
+            model = Path(earlier.out) / "model"
+        source = str(model)
+    return train(config, ranks, stopped, source)
 
 
 def find_model(folder: Path) -> Path | None:
@@ -138,7 +166,7 @@ def main(arguments: list[str] | None = None) -> None:
         return None
     stopped = training.watch_signals()
     with training.one_run():
-        train(config, fsdp.start_processes(config.timeout), stopped)
+        train_after(config, fsdp.start_processes(config.timeout), stopped)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,16 @@ QWEN_SPLIT = (  # Qwen2.5's pre-tokenizer: words, single digits, punctuation, wh
 TINY = ("tiny", "tiny-untied")  # names of the stand-in
 # What it is trained on: small scenes, few shapes and colours, so that minutes on a CPU suffice.
 WORLD = "synthetic:grounding?size=56x56&shapes=2&colours=3&distractors=1-2&reach=0.3-0.5"
+# What base/ is trained on: every task, in the three forms of thinking.
+BASE_FIRST = "synthetic:detection?size=84x84&objects=1-3&shapes=3&colours=3&coloured=1"
+BASE_SCENES = "size=112x112&shapes=3&colours=3&reach=0.12-0.25"
+BASE_DATA = (
+    f"synthetic:detection?{BASE_SCENES}&objects=1-8&coloured=1:4",
+    f"synthetic:grounding?{BASE_SCENES}&distractors=1-5:2",
+    f"synthetic:counting?{BASE_SCENES}&objects=1-5&distractors=1-3:1.5",
+    "synthetic:ocr?size=84x84&objects=1-2&numbers=1:1.5",
+    "synthetic:math?size=84x84&objects=2-2:0.5",
+    "synthetic:math?text=1&objects=2-3:0.5")
 TINY_CORPUS = """\
 You are a helpful assistant. system user assistant Output the bounding box of the in the image.
 Output all the bounding boxes of the Please output bbox coordinates and names of OCR this image.

@@ -7,6 +7,7 @@ Papers: [PR1] Perception-R1, arXiv 2504.07954 · [OVR] Open-Vision-Reasoner, arX
 """
 import argparse
 import contextlib
+import hashlib
 import json
 import math
 import signal
@@ -145,7 +146,7 @@ def bare_think(arguments: list[str]) -> list[str]:
     written = []
     for word, following in zip(arguments, [*arguments[1:], ""]):
         written.append(word)
-        if word == "--think" and following not in ("no", "before", "after"):
+        if word == "--think" and following not in ("no", "before", "after", "all"):
             written.append("before")
     return written
 
@@ -249,7 +250,7 @@ def warn_of_overlap(data: datasets.Mixture, eval_data: datasets.Mixture) -> None
 # §3 ─────────────────────────────────── samples → prompts ────────────────────────────────────
 def make_prompt(run: Run, sample: datasets.Sample) -> Prompt:
     """The paper's prompt for the sample's task, tokenised with its images. Never truncated."""
-    text = rewards.prompt(sample.task, sample.question, think=think_of(run.config))
+    text = rewards.prompt(sample.task, sample.question, think=think_of(run.config, sample.id))
     system = sample.system or run.config.system_prompt
     prompt = qwen_vl.encode_chat(run.tokenizer, run.special, text, sample.images, system)
     if len(prompt.ids) > run.config.max_prompt:
@@ -259,9 +260,12 @@ def make_prompt(run: Run, sample: datasets.Sample) -> Prompt:
     return prompt
 
 
-def think_of(config) -> str | bool:
-    """--think as rewards.py takes it."""
-    return False if config.think == "no" else config.think
+def think_of(config, name: str) -> str | bool:
+    """The form of thinking asked of the sample with this id, as rewards.py takes it."""
+    form = config.think
+    if form == "all":  # half of the samples plain, by their ids
+        form = ("no", "no", "before", "after")[hashlib.sha256(name.encode()).digest()[0] % 4]
+    return False if form == "no" else form
 
 
 def draw_groups(run: Run, count: int) -> list[Group]:
@@ -335,7 +339,7 @@ def evaluate(run: Run, max_tokens: int) -> tuple[list[dict], dict[str, float]]:
             row["mode"] = mode
             row["correct"] = rewards.correct(
                 row["task"], row["completion"], row["answer"], row["image_size"],
-                think=think_of(config))
+                think=think_of(config, row["id"]))
         if not found:
             raise datasets.DataError("no held-out sample can be read: look at what was left out")
         rows += found
@@ -552,7 +556,7 @@ def prompt_lines(config) -> list[str]:
 
 def chat_text(config, sample: datasets.Sample) -> str:
     """A sample's turn as text, one <|image_pad|> an image."""
-    text = rewards.prompt(sample.task, sample.question, think=think_of(config))
+    text = rewards.prompt(sample.task, sample.question, think=think_of(config, sample.id))
     pieces = qwen_vl.split_at_images(text, len(sample.images))
     user = "<|vision_start|><|image_pad|><|vision_end|>".join(pieces)
     system = sample.system or config.system_prompt

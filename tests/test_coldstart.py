@@ -4,6 +4,7 @@ import ranks
 import torch
 from conftest import ROOT
 
+import data
 import policy
 import sft_coldstart
 import training
@@ -119,3 +120,49 @@ def test_the_ovr_preset_takes_two_steps_on_reasoning_traces(alone):
     metrics = [sft_coldstart.sft_step(run, step) for step in range(2)]
     assert run.config.train == "llm" and run.config.lr == 2e-4
     assert metrics[0]["lr"] == pytest.approx(2e-4 / 50) and metrics[1]["grad_norm"] > 0
+
+
+def test_forms_of_thinking_are_mixed_by_sample_and_asked_for_as_written(alone):
+    """--think all: half plain, a quarter of each form; the prompt asks for the form of the response."""
+    run = make_run(alone, data=(ranks.WORLD,), think="all")
+    forms = {"plain": 0, "before": 0, "after": 0}
+    for draw in range(200):
+        sample = run.data[draw]
+        asked = run.tokenizer.decode(training.make_prompt(run, sample).ids)
+        said = run.tokenizer.decode(sft_coldstart.response_tokens(run, sample)[:-1])
+        form = "before" if said.startswith("<think>") else "after" if said.endswith("</think>") else "plain"
+        assert ("and final answer in" in asked) == (form == "before")
+        assert ("and after it the thinking" in asked) == (form == "after")
+        forms[form] += 1
+    assert 80 < forms["plain"] < 120 and 30 < forms["before"] < 70 and 30 < forms["after"] < 70  # ± 3 σ
+
+
+def test_a_stage_runs_the_stages_before_it_once(alone, tmp_path, monkeypatch):
+    """The second stage begins with the first one's weights; a third run of it finds them there."""
+    small = dict(model="tiny", data=(ranks.WORLD,), train="all", batch=2, steps=1, max_tokens=256, warmup=0,
+                 checkpointing=False)
+    monkeypatch.setitem(sft_coldstart.PRESETS, "first", small | dict(lr=1e-2, out=str(tmp_path / "first")))
+    second = small | dict(after="first", lr=1e-20, out=str(tmp_path / "second"))
+    assert sft_coldstart.train_after(sft_coldstart.Config(**second), alone, None)
+    first = load_weights(tmp_path / "first" / "model")
+    for name, weight in load_weights(tmp_path / "second" / "model").items():
+        torch.testing.assert_close(weight, first[name], atol=1e-12, rtol=0)  # its own step is lr 1e-20
+    made = (tmp_path / "first" / "metrics.jsonl").stat().st_mtime_ns
+    again = small | dict(after="first", out=str(tmp_path / "again"))
+    assert sft_coldstart.train_after(sft_coldstart.Config(**again), alone, None)
+    assert (tmp_path / "first" / "metrics.jsonl").stat().st_mtime_ns == made
+
+
+def load_weights(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", sft_coldstart.PRESETS)
+def test_every_presets_options_are_valid_and_its_drawn_data_opens(name):
+    config = sft_coldstart.Config(**sft_coldstart.PRESETS[name])
+    if config.data[0].startswith("synthetic:"):
+        mix = data.open_data(config.data, seed=config.seed)
+        assert len({mix[draw].task for draw in range(60)}) == (5 if config.think == "all" else 1)
+    assert config.after in ("", *sft_coldstart.PRESETS)

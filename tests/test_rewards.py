@@ -104,9 +104,14 @@ def test_reference_earns_the_full_reward(task, answer, full):
 
 def test_reference_says_what_it_sees():
     said = reference("ocr", "word", "", think="after")
-    assert said == "<answer>word</answer><think>I see text.</think>"
+    assert said == "<answer>word</answer><think>I see a line of text.</think>"
+    objects = [{"bbox_2d": [0, 0, 9, 9], "label": label} for label in ("cat", "dog", "cup")]
+    said = reference("detection", objects, "", think=True)
+    assert said.startswith("<think>I see a cat, a dog and a cup.</think>")
+    said = reference("counting", [[1, 1], [2, 2]], "cats", think=True)
+    assert said.startswith("<think>I see 2 cats.</think>")
     said = reference("choice", "b", "Is it round?\nA. yes\nB. no", think=True)
-    assert said == "<think>I see a question with options.</think><answer>B</answer>"
+    assert said == "<think>I see a question.</think><answer>B</answer>"
     said = reference("grounding", [0.4, 0, 9.6, 9], "cat", think=True)
     assert said.startswith("<think>I see the cat.</think><answer>[{")
 
@@ -904,7 +909,7 @@ def test_a_new_task_is_one_row(monkeypatch):
         return (len(text) / true) ** power, {"length": len(text) / true}
 
     row = rewards.Task(prompt="Say {} letters.", read=int, write=lambda true, _: true * "x",
-                       rule=length, right=lambda parts: parts["length"], seen="nothing",
+                       rule=length, right=lambda parts: parts["length"], seen=lambda true, question: "nothing",
                        options={"power": (1, 2)})  # fmt: skip
     monkeypatch.setitem(rewards.TABLE, "length", row)
     assert prompt("length", "4") == "Say 4 letters."
