@@ -10,7 +10,6 @@ import math
 import random
 import textwrap
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
@@ -303,13 +302,10 @@ class Synthetic:
 
 def write_large(image, text, rng):
     """Write the text as large as it fits, somewhere."""
-    from matplotlib import get_data_path  # it brings the font
-
-    font = Path(get_data_path(), "fonts/ttf/DejaVuSans.ttf")
     pen, size, spare = ImageDraw.Draw(image), image.height / 3, (-1, -1)
     while min(spare) < 0 and size > 6:
         size *= 0.9
-        face = ImageFont.truetype(font, size)
+        face = ImageFont.load_default(size)  # Pillow's own font
         left, top, right, bottom = pen.multiline_textbbox((0, 0), text, face)
         spare = image.width - right + left, image.height - bottom + top
     x = rng.randint(0, max(0, int(spare[0])))
