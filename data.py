@@ -35,7 +35,7 @@ import formats
 import readers
 import rows
 from formats import FORMATS
-from pictures import PLACED, Synthetic, load_image, map_marks, scale, smart_resize
+from pictures import PLACED, Synthetic, load_image, map_marks, scale, smart_resize, solution
 from rewards import TASKS, read_truth
 from rows import FAULTS, DataError, Stored, blame, words
 
@@ -299,7 +299,10 @@ class DrawnSource:
         name = f"synthetic-{self.world.task}-{self.world.split}-{item}"
         with blame(name, ValueError):
             question, answer, images = self.world.draw(item)
-            return fit(Sample(name, self.world.task, question, answer), images, **self.limits)
+            sample = Sample(name, self.world.task, question, answer)
+            if self.world.traces:
+                sample = replace(sample, response=solution(question))
+            return fit(sample, images, **self.limits)
 
 
 # §3 ────────────────────────────── the mixture and its checks ─────────────────────────────────

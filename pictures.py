@@ -203,6 +203,7 @@ class Synthetic:
     text: int = 0  # 1: math without an image
     coloured: int = field(default=0, repr=False)  # 1: detection's labels name the colour too
     numbers: int = field(default=0, repr=False)  # 1: ocr prints numbers among the words
+    traces: int = field(default=0, repr=False)  # 1: math as text has a solution to imitate
     seed: int = 0
     split: str = "train"  # another split is another stream
     count: int = field(default=100_000, repr=False)  # samples in one pass
@@ -210,6 +211,8 @@ class Synthetic:
     def __post_init__(self):
         if self.task not in DRAWN:
             raise ValueError(f"no task {self.task!r} is drawn, but {', '.join(DRAWN)}")
+        if self.traces and not (self.task == "math" and self.text):
+            raise ValueError("traces=1 goes with math?text=1: only those solutions are written")
         self.draw(0)  # options that no scene can have show here and not in the middle of a run
 
     def draw(self, item):
@@ -298,6 +301,20 @@ class Synthetic:
             question, answer = f"What is {shown}?", str(sum(numbers))
         write_large(image, "\n".join(lines), rng)
         return question, answer
+
+
+def solution(question):
+    """The worked answer to "What is 3 + 5 - 2?", thinking first; it sets subgoals and verifies."""
+    first, *rest = question.removeprefix("What is ").removesuffix("?").split(" ")
+    total, steps, undone = int(first), [], []
+    for sign, number in zip(rest[::2], rest[1::2]):
+        before, back = total, "-" if sign == "+" else "+"
+        total += int(sign + number)
+        steps.append(f"{before} {sign} {number} = {total}.")
+        undone.append(f"{total} {back} {number} = {before}.")
+    thought = "First, I add from the left: " + " ".join(steps)
+    thought += " Let me check it from the right: " + " ".join(undone[::-1])
+    return f"<think>{thought} That is where I began.</think><answer>\\boxed{{{total}}}</answer>"
 
 
 def write_large(image, text, rng):

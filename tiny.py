@@ -28,8 +28,8 @@ BASE_DATA = (
     f"synthetic:grounding?{BASE_SCENES}&distractors=1-5:2",
     f"synthetic:counting?{BASE_SCENES}&objects=1-5&distractors=1-3:1.5",
     "synthetic:ocr?size=84x84&objects=1-2&numbers=1:1.5",
-    "synthetic:math?size=84x84&objects=2-2:0.5",
-    "synthetic:math?text=1&objects=2-3:0.5")
+    "synthetic:math?size=84x84&objects=2-2:1.5",
+    "synthetic:math?text=1&objects=2-3:1")
 TINY_CORPUS = """\
 You are a helpful assistant. system user assistant Output the bounding box of the in the image.
 Output all the bounding boxes of the Please output bbox coordinates and names of OCR this image.

@@ -342,3 +342,8 @@ def test_check_looks_at_what_is_held_out_too(tmp_path):
     for number in range(12):
         (tmp_path / f"{number}.png").write_bytes(b"no")
     assert len(check([path], heldout=0.3, split="train")) == 24
+
+
+def test_drawn_traces_have_the_solution_as_response():
+    sample = open_data(["synthetic:math?text=1&objects=3-3&traces=1"]).at(0)
+    assert sample.response.endswith(f"<answer>\\boxed{{{sample.answer}}}</answer>") and not sample.images

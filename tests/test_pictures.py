@@ -215,3 +215,31 @@ def test_a_broken_image_from_bytes_is_named_by_its_length():
     with pytest.raises(ValueError) as error:
         load_image(b"\x00\x01" * 50)
     assert str(error.value) == "image of 100 bytes is unusable, replace it: no picture, or damaged"
+
+
+def test_a_solution_adds_from_the_left_and_checks_from_the_right():
+    said = pictures.solution("What is -3 + 6 - 10?")
+    assert said == (
+        "<think>First, I add from the left: -3 + 6 = 3. 3 - 10 = -7. Let me check it from the right: -7 + 10 = 3. "
+        "3 - 6 = -3. That is where I began.</think><answer>\\boxed{-7}</answer>")
+
+
+def test_traces_are_of_sums_as_text_only():
+    with pytest.raises(ValueError, match="traces=1 goes with"):
+        Synthetic("math", traces=1)
+
+
+def test_drawn_detection_names_colours_and_drawn_text_holds_numbers_if_asked():
+    plain, named = Synthetic("detection"), Synthetic("detection", coloured=1)
+    for item in range(3):
+        _, found, (image,) = plain.draw(item)
+        question, again, (same,) = named.draw(item)
+        assert question == "coloured shapes" and image.tobytes() == same.tobytes()
+        for one, other in zip(found, again, strict=True):
+            colour, shape = other["label"].split()
+            assert (one["bbox_2d"], one["label"]) == (other["bbox_2d"], shape)
+            x1, y1, x2, y2 = other["bbox_2d"]
+            assert pictures.COLOURS[colour] in {colour for _, colour in same.crop((x1, y1, x2, y2)).getcolors()}
+    texts = [Synthetic("ocr", objects=(1, 1), numbers=1).draw(item)[1] for item in range(40)]
+    numbers = [text for text in texts if text.isdigit()]
+    assert 8 < len(numbers) < 32 and {*texts} - {*numbers} <= {*pictures.WORDS}
