@@ -385,7 +385,7 @@ def test_rows_stop_at_stop_ids_and_make_room(world):
     policy, _, _, special, prompts = world
     model, _ = qwen_vl.load("tiny-untied")
     with torch.no_grad():
-        model.lm_head.weight[special.im_end] *= 4.0
+        model.lm_head.weight[special.im_end] *= 6.0
     biased = Policy(model, policy.banned_V)
     sampler = Sampler(model, special)
     sampler.refresh(biased)
