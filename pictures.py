@@ -202,6 +202,7 @@ class Synthetic:
     colours: int = len(COLOURS)
     text: int = 0  # 1: math without an image
     coloured: int = field(default=0, repr=False)  # 1: detection's labels name the colour too
+    ordered: int = field(default=0, repr=False)  # 1: detection lists from the top, then the left
     numbers: int = field(default=0, repr=False)  # 1: ocr prints numbers among the words
     traces: int = field(default=0, repr=False)  # 1: math as text has a solution to imitate
     seed: int = 0
@@ -267,6 +268,8 @@ class Synthetic:
             for box, (tone, name) in zip(placed, things):
                 label = f"{tone} {name}" if self.coloured else name
                 found.append({"bbox_2d": box, "label": label})
+            if self.ordered:
+                found.sort(key=from_the_top)
             return "coloured shapes" if self.coloured else ", ".join(shapes), found
         boxes = [box for box, thing in zip(placed, things) if thing == target]
         if self.task == "grounding":
@@ -315,6 +318,12 @@ def solution(question):
     thought = "First, I add from the left: " + " ".join(steps)
     thought += " Let me check it from the right: " + " ".join(undone[::-1])
     return f"<think>{thought} That is where I began.</think><answer>\\boxed{{{total}}}</answer>"
+
+
+def from_the_top(item):
+    """Where an object comes in reading order: by its upper edge, then by its left one."""
+    left, top, _, _ = item["bbox_2d"]
+    return top, left
 
 
 def write_large(image, text, rng):

@@ -133,6 +133,20 @@ def test_grounding_has_one_target_and_counting_has_them_all():
     assert seen == {0, 1, 2, 3, 4, 5}
 
 
+def test_ordered_lists_the_same_objects_from_the_top_then_from_the_left():
+    a, b, c = ({"bbox_2d": box, "label": "star"} for box in ([40, 5, 50, 15], [3, 5, 9, 11], [1, 30, 7, 36]))
+    assert sorted([a, c, b], key=pictures.from_the_top) == [b, a, c]  # tops 5, 5, 30; lefts 3, 40
+    moved = 0
+    for i in range(20):
+        free, ordered = (drawn("detection", objects=(2, 5), **how)[i] for how in ({}, {"ordered": 1}))
+        assert free.images[0].tobytes() == ordered.images[0].tobytes()
+        tops = [item["bbox_2d"][1] for item in ordered.answer]
+        assert tops == sorted(tops)
+        assert all(item in free.answer for item in ordered.answer) and len(free.answer) == len(tops)
+        moved += free.answer != ordered.answer
+    assert moved > 10
+
+
 def test_printed_words_and_sums():
     page = drawn("ocr", size=(448, 336), objects=(3, 3))[0]
     assert len(page.answer.split("\n")) == 3
