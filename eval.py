@@ -47,6 +47,8 @@ Blind = Annotated[bool, Doc("control: grey images of the same size, so only the 
 Seeds = Annotated[bool, Doc("runs named alike but for the last number: their mean ± one error")]
 Steps = Annotated[int, Doc("so many of the steps with samples, from the first to the last")]
 Out = Annotated[str, Doc("where to write; empty: in the (last) run folder")]
+Prompts = Annotated[Literal["paper", "training"],
+                    Doc("prompts and penalty on repetition: the papers' evaluation's, or training's")]
 Think = Annotated[Literal["no", "before", "after"], Doc("<think> before the answer, or after it")]
 
 
@@ -131,10 +133,13 @@ def protocol_prompt(run, sample):
 
 def run(model: str, task: Task, data: Data, out: Out, samples: Samples = 0, think: Think = "no",
         samples_per_question: Tries = 0, max_tokens: MaxTokens = 0, annotations: Annotations = "",
-        system_prompt: System = qwen_vl.SYSTEM, blind: Blind = False):
+        system_prompt: System = qwen_vl.SYSTEM, blind: Blind = False, prompts: Prompts = "paper"):
     """Answers a benchmark by the papers' protocol and scores it: predictions and metrics."""
     protocol = protocols.PROTOCOLS[task]
     tries = samples_per_question or protocol.samples
+    prompt_of, penalty = protocol_prompt, protocol.penalty
+    if prompts == "training":
+        prompt_of, penalty = training.make_prompt, 1.0
     config = grpo_vl.Config(
         model=model, data=tuple(data), eval_data=tuple(data), heldout=0.0, eval_every=1,
         think=think, system_prompt=system_prompt, blind=blind, max_pixels=16384 * 28 * 28)
@@ -148,12 +153,15 @@ def run(model: str, task: Task, data: Data, out: Out, samples: Samples = 0, thin
     run.sampler.refresh(fsdp.full_parameters(run.policy))
     rows = training.answer_heldout(
         run, samples, tries=tries, max_tokens=max_tokens or protocol.max_tokens, greedy=tries == 1,
-        penalty=protocol.penalty, prompt_of=protocol_prompt)
+        penalty=penalty, prompt_of=prompt_of)
     rows = [row | {"blind": blind} for row in rows]
     if processes.rank == 0:
         file = Path(out) / "predictions.jsonl"
         write_rows(file, rows)
-        metrics(task, file, annotations)
+        if task == "detection" and tries > 1:
+            print(f"in {file}, unscored: AP is of one answer an image", file=sys.stderr)
+        else:
+            metrics(task, file, annotations)
     fsdp.leave()
 
 

@@ -579,6 +579,34 @@ def test_only_grounding_is_decoded_with_a_repetition_penalty(tmp_path, monkeypat
     assert len((tmp_path / "predictions.jsonl").read_text().splitlines()) == 2
 
 
+def test_run_asks_as_in_training_if_told_and_leaves_several_answers_to_an_image_unscored(tmp_path, monkeypatch, alone, capsys):
+    """[PR1 code] evaluates detection with another prompt than it trains; AP takes one answer an image."""
+    from sampler import Sampler
+
+    asked, penalties, generate = [], [], Sampler.generate
+
+    def record(self, prompts, noise, max_tokens, **options):
+        asked.extend(prompt.ids for prompt in prompts)
+        penalties.append(options["repetition_penalty"])
+        return generate(self, prompts, noise, max_tokens, **options)
+
+    monkeypatch.setattr(Sampler, "generate", record)
+    in_this_process(monkeypatch, alone)
+    run = ["run", "--model", "tiny", "--out", str(tmp_path), "--samples", "2", "--max-tokens", "4", "--task"]
+    evaluation.main([*run, "grounding", "--data", "synthetic:grounding?size=56x56", "--prompts", "training"])
+    detection = [*run, "detection", "--data", "synthetic:detection?size=56x56", "--samples-per-question", "2"]
+    evaluation.main(detection)
+    evaluation.main([*detection, "--prompts", "training"])
+    assert penalties == [1.0] * 3
+    tokenizer = tiny.tiny_tokenizer()
+    asked_for = [tokenizer.decode(ids).partition("<|vision_end|>")[2] for ids in asked[2:]]
+    assert all(text.startswith("Locate every item") for text in asked_for[:2])
+    assert all(text.startswith("Please output bbox coordinates and names of circle") for text in asked_for[2:])
+    said = capsys.readouterr()
+    assert len(said.out.splitlines()) == 1 and said.err.count("unscored: AP is of one answer an image") == 2
+    assert len((tmp_path / "predictions.jsonl").read_text().splitlines()) == 4
+
+
 def test_run_refuses_data_of_another_task_before_a_model_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "prepare", lambda *_: pytest.fail("a model was loaded"))
     row = {"task": "math", "question": "1+1", "answer": "2"}
