@@ -73,7 +73,8 @@ class Options:
     keep: int = 2  # newest checkpoints to keep
     resume: Literal["auto", "never"] = "auto"  # from the newest checkpoint in --out
     log: Literal["", "wandb", "tensorboard"] = ""  # where metrics go besides metrics.jsonl
-    eval_every: int = 0  # steps between held-out evaluations; 0: never [OVR: 10]
+    # steps between held-out evaluations, one before the first step; 0: never [OVR: 10]
+    eval_every: int = 0
     eval_data: tuple[str, ...] = ()  # held-out data; default: the held-out share of --data
     eval_samples: int = 200  # held-out samples
     blind: bool = False  # evaluate on grey images: what the policy scores without its eyes
@@ -431,15 +432,30 @@ class Progress:
         state = run_folder.resume(run.config, run.policy, run.optimizer)
         self.done = state["step"]
         run.cursor = self.cursor = state["cursor"]
-        self.started = time.perf_counter()
         self.bad_steps, self.stopped, self.last = 0, False, self.done >= self.config.steps
         self.metrics: dict = {}
         self.unlogged = False  # the last step's evaluation was interrupted
         self.log = run_folder.RunLog(run.config) if run.processes.rank == 0 else None
         run.sampler.refresh(fsdp.full_parameters(run.policy))
         run.sampler.interrupted = stopped or watch_signals()
+        self.before = self.evaluate_before()
+        self.started = time.perf_counter()
         if state.get("unlogged"):  # the run ended between a checkpoint and its evaluation
             self.evaluate_and_log(state["unlogged"])
+
+    def evaluate_before(self) -> dict[str, float]:
+        """{"before/greedy": …} of the model that the run begins with, where its curves begin.
+
+        It goes into the first step's row, so metrics.jsonl keeps a row a step. {} on going on.
+        """
+        if self.done or not self.config.eval_every:
+            return {}
+        try:
+            _, accuracy = evaluate(self.run, self.eval_tokens(0))
+        except Interrupted:
+            self.stopped = True
+            return {}
+        return {name.replace("eval/", "before/"): value for name, value in accuracy.items()}
 
     def steps(self):
         """The numbers of the steps to take."""
@@ -456,6 +472,8 @@ class Progress:
     def add(self, metrics: dict) -> None:
         """A step was taken: save, evaluate and log as is due. All ranks call it together."""
         run, config = self.run, self.config
+        if self.done == 0:
+            metrics |= self.before
         self.done += 1
         self.cursor = run.cursor
         elapsed = max(run.processes.gather(time.perf_counter() - self.started))

@@ -39,6 +39,7 @@ def test_cold_start_then_grpo_under_torchrun(cold_start, tmp_path):
         cold_start, "--out", out, *QUICK)
     rows = metrics(out)
     assert [row["step"] for row in rows] == [0, 1] and "eval/greedy" in rows[1]
+    assert 0 <= rows[0]["before/greedy"] <= 1 and "eval/greedy" not in rows[0]
     assert {"config.json", "metrics.jsonl", "samples", "model", "checkpoint-1", "checkpoint-2"} == {
         path.name for path in out.iterdir()}
     pictures = sorted((out / "samples").glob("*.png"), key=lambda path: len(path.name))  # -best.png behind

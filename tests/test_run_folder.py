@@ -102,7 +102,11 @@ def test_a_cold_start_is_found_by_its_run_and_by_its_model(alone, tmp_path):
 
 # ── a checkpoint before an evaluation ──
 def test_an_evaluation_that_fails_loses_no_step_and_is_made_up_for(alone, tmp_path, monkeypatch):
-    def bad_row(run, tokens):
+    before = [({}, {"eval/greedy": 0.5, "eval/sampled": 0.25})]
+
+    def bad_row(run, tokens):  # not yet before the first step
+        if before:
+            return before.pop()
         raise DataError("rows.jsonl:7: this picture is broken")
 
     options = dict(optimizer="adamw", lr=1e-4, steps=3, eval_every=2, save_every=100, out=str(tmp_path / "run"))
@@ -117,7 +121,44 @@ def test_an_evaluation_that_fails_loses_no_step_and_is_made_up_for(alone, tmp_pa
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1, 2]
     assert ["eval/greedy" in row for row in rows] == [False, True, True]
+    assert ["before/greedy" in row for row in rows] == [True, False, False]
     assert rows[1]["grad_norm"] > 0
+
+
+def test_the_model_before_the_first_step_is_evaluated_once(alone, tmp_path, monkeypatch):
+    """Killed after its first step's checkpoint and before that step was logged: the row is made up for, whole."""
+    seen = []
+
+    def accuracy(run, tokens):
+        seen.append(tokens)
+        return [], {"eval/greedy": 0.5 + len(seen), "eval/sampled": 0.25}
+
+    def killed(log, metrics):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "evaluate", accuracy)
+    options = dict(optimizer="adamw", lr=1e-4, steps=3, eval_every=3, save_every=1, out=str(tmp_path))
+    run = ranks.make_run(alone, **options)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run_folder.RunLog, "add", killed)
+        grpo_vl.train(run)
+    assert grpo_vl.train(ranks.make_run(alone, **options))
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [0, 1, 2] and len(seen) == 2  # before, and after the last step
+    assert (rows[0]["before/greedy"], rows[0]["before/sampled"]) == (1.5, 0.25)
+    assert rows[2]["eval/greedy"] == 2.5 and "eval/greedy" not in rows[0]
+    assert not any("before/greedy" in row for row in rows[1:])
+
+
+def test_told_to_stop_in_the_evaluation_before_the_first_step(alone, tmp_path, monkeypatch, capsys):
+    def interrupted(run, tokens):
+        raise training.Interrupted
+
+    run = ranks.make_run(alone, steps=2, eval_every=1, out=str(tmp_path))
+    monkeypatch.setattr(training, "evaluate", interrupted)
+    assert not grpo_vl.train(run)
+    assert "stopped after 0 of 2 steps; the same command begins anew" in capsys.readouterr().err
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
 
 
 def test_it_says_where_it_goes_on_and_that_it_is_finished(alone, tmp_path, capsys):
@@ -246,9 +287,9 @@ def test_a_signal_in_the_last_evaluation_is_made_up_for(alone, tmp_path, capsys)
     generate, calls = run.sampler.generate, []
 
     def stopped():
-        return len(calls) > 2
+        return len(calls) > 4
 
-    def counted(*arguments, **named):  # two rollouts, then the evaluation's
+    def counted(*arguments, **named):  # an evaluation's greedy and sampled, two rollouts, an evaluation's
         calls.append(1)
         return generate(*arguments, **named)
 
@@ -297,7 +338,7 @@ def test_the_longest_held_out_answer_follows_the_step(alone, tmp_path, monkeypat
     monkeypatch.setattr(training, "evaluate", lambda run, tokens: seen.append(tokens) or ([], {}))
     run = ranks.make_run(alone, lr=1e-4, steps=2, max_tokens_at=("2:12",), eval_every=1, out=str(tmp_path))
     grpo_vl.train(run)
-    assert seen == [8, 12]
+    assert seen == [8, 8, 12]  # before the first step, after it, after the second
 
 
 @pytest.mark.parametrize("changes, said", [
