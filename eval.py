@@ -48,7 +48,7 @@ Seeds = Annotated[bool, Doc("runs named alike but for the last number: their mea
 Steps = Annotated[int, Doc("so many of the steps with samples, from the first to the last")]
 Out = Annotated[str, Doc("where to write; empty: in the (last) run folder")]
 Prompts = Annotated[Literal["paper", "training"],
-                    Doc("prompts and penalty on repetition: the papers' evaluation's, or training's")]
+                    Doc("prompts, penalty on repetition: of the papers' evaluation, of training")]
 Think = Annotated[Literal["no", "before", "after"], Doc("<think> before the answer, or after it")]
 
 

@@ -49,6 +49,25 @@ TINY_FRAGMENTS = (
     '[{"bbox_2d": [', '{"bbox_2d": [', '[{"point_2d": [', '{"point_2d": [', ", ", '], "label": "',
     '"}, ', '"}]', "\\boxed{", "<think>", "</think>", "<answer>", "</answer>")
 
+# Qwen's chat format: a turn's content is text, or a list of images and texts.
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+<|im_start|>{{ message.role }}
+{% if message.content is string -%}
+{{ message.content }}
+{%- else -%}
+{%- for part in message.content -%}
+{%- if part.type == "image" -%} <|vision_start|><|image_pad|><|vision_end|>
+{%- else -%} {{ part.text }} {%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt -%}
+<|im_start|>assistant
+{% endif -%}
+"""
+
 
 def tiny_tokenizer():
     """A byte-level BPE of a few hundred ids with Qwen's pre-tokenizer and special tokens.
@@ -72,6 +91,7 @@ def tiny_tokenizer():
         tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>")
     tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in TINY_FRAGMENTS])
     tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL_TOKENS])
+    tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
 
 

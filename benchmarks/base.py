@@ -1,0 +1,154 @@
+"""base/, the tiny model that sees: published from a finished run, and measured as published.
+
+  torchrun --nproc_per_node=2 sft_coldstart.py --preset base     builds it, in three stages
+  python benchmarks/base.py publish runs/base/last/model         writes base/ in bf16
+  python benchmarks/base.py measure                              results/base.jsonl
+  python benchmarks/base.py plateau                              what 600 more steps would add
+  python benchmarks/base.py card                                 base/README.md from those rows
+
+A row: a task asked in one form of thinking, 500 scenes of the held-out stream with a seed that no
+training used. greedy and sampled (the mean of 8 answers at T = 1) are `rewards.correct`: IoU > 0.5,
+exact count, F1, similarity, right or wrong. best of 8 is the mean over scenes of the best of the 8,
+which is pass@8 where an answer is right or wrong: what is in reach of reinforcement.
+"""
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from statistics import fmean
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+import fsdp  # noqa: E402
+import grpo_vl  # noqa: E402
+import rewards  # noqa: E402
+import tiny  # noqa: E402
+import training  # noqa: E402
+
+BASE = ROOT / "base"
+ROWS = ROOT / "results" / "base.jsonl"
+SEED = 1000  # of the scenes asked about
+SCENES = 500
+BUILD = "torchrun --nproc_per_node=2 sft_coldstart.py --preset base"
+
+
+def publish(source: Path) -> None:
+    """The finished run's model in bf16, with tokenizer, chat template and image processor."""
+    from transformers import AutoTokenizer
+    from transformers import Qwen2_5_VLForConditionalGeneration as Qwen
+
+    model = Qwen.from_pretrained(source, dtype=torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer.chat_template = tiny.CHAT_TEMPLATE
+    model.save_pretrained(BASE)
+    tokenizer.save_pretrained(BASE)
+    shutil.copy(source / "preprocessor_config.json", BASE)
+    for file in BASE.iterdir():
+        file.chmod(0o644)
+    print(f"{sum(file.stat().st_size for file in BASE.iterdir()) / 1e6:.2f} MB in {BASE}")
+
+
+def worlds() -> list[tuple[str, str]]:
+    """(name, spec) of each of the base's worlds."""
+    found = []
+    for spec in tiny.BASE_DATA:
+        spec, _, _ = spec.rpartition(":")
+        name = spec.removeprefix("synthetic:").partition("?")[0]
+        found.append((f"{name} as text" if "text=1" in spec else name, spec))
+    return found
+
+
+def measure_one(model: Path, spec: str, form: str, ranks, scenes: int = SCENES) -> dict:
+    """Greedy, sampled and best-of-8 accuracy on the held-out scenes of one world."""
+    config = grpo_vl.Config(
+        model=str(model), data=(spec,), eval_every=1, think=form, seed=SEED, eval_samples=scenes)
+    run = training.prepare(config, ranks, str(model))
+    run.sampler.refresh(fsdp.full_parameters(run.policy))
+    greedy = training.answer_heldout(run, scenes, tries=1, max_tokens=256, greedy=True)
+    sampled = training.answer_heldout(run, scenes, tries=8, max_tokens=256, greedy=False)
+    best = {}
+    for row in sampled:
+        best[row["id"]] = max(best.get(row["id"], 0.0), right(row, form))
+    return {
+        "scenes": len(greedy),
+        "greedy": round(fmean(right(row, form) for row in greedy), 4),
+        "sampled": round(fmean(right(row, form) for row in sampled), 4),
+        "best of 8": round(fmean(best.values()), 4)}
+
+
+def right(row: dict, form: str) -> float:
+    think = False if form == "no" else form
+    return rewards.correct(
+        row["task"], row["completion"], row["answer"], row["image_size"], think=think)
+
+
+def measure(model: Path, name: str, forms=("no", "before", "after")) -> None:
+    """A row a world and form, appended to results/base.jsonl."""
+    ranks = fsdp.start_processes(3600)
+    for world, spec in worlds():
+        for form in forms:
+            row = {"model": name, "world": world, "think": form}
+            row |= measure_one(model, spec, form, ranks) | {"spec": spec, "seed": SEED}
+            with open(ROWS, "a") as file:
+                print(json.dumps(row), file=file)
+            print(row, flush=True)
+    fsdp.leave()
+
+
+def plateau() -> None:
+    """600 more supervised steps from base/ on its own data, then the plain form of every task."""
+    out = ROOT / "runs/base/plateau"
+    shutil.rmtree(out, ignore_errors=True)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "sft_coldstart.py",
+        "--preset", "base", "--after", "", "--model", str(BASE), "--steps", "600", "--seed", "2",
+        "--eval-every", "0", "--lr", "3e-4", "--out", str(out)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    measure(out / "model", "600 more steps", forms=("no",))
+
+
+def card() -> None:
+    """base/README.md: what it is, how to build it, and the measured table."""
+    rows = [json.loads(line) for line in ROWS.read_text().splitlines()]
+    lines = ["| task | asked | greedy | sampled | best of 8 | greedy after 600 more steps |",
+             "|---|---|---|---|---|---|"]
+    asked = {"no": "plainly", "before": "to think first", "after": "to think after"}
+    later = {row["world"]: row["greedy"] for row in rows if row["model"] == "600 more steps"}
+    for row in rows:
+        if row["model"] == "base":
+            more = ""
+            if row["think"] == "no":
+                more = f"{later[row['world']]:.3f}"
+            lines.append(f"| {row['world']} | {asked[row['think']]} | {row['greedy']:.3f} | "
+                         f"{row['sampled']:.3f} | {row['best of 8']:.3f} | {more} |")
+    text = (Path(__file__).parent / "base_card.md").read_text()
+    worlds_text = "\n".join(f"- `{spec}`" for spec in (tiny.BASE_FIRST, *tiny.BASE_DATA))
+    text = text.replace("<!-- build -->", BUILD).replace("<!-- table -->", "\n".join(lines))
+    (BASE / "README.md").write_text(text.replace("<!-- worlds -->", worlds_text))
+
+
+def main() -> None:
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("publish").add_argument("source", type=Path)
+    for name in ("measure", "plateau", "card"):
+        commands.add_parser(name)
+    given = parser.parse_args()
+    if given.command == "publish":
+        publish(given.source)
+    elif given.command == "measure":
+        measure(BASE, "base")
+    elif given.command == "plateau":
+        plateau()
+    else:
+        card()
+
+
+if __name__ == "__main__":
+    main()
