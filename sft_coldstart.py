@@ -1,10 +1,11 @@
 """Stage 1, the cold start: supervised fine-tuning on prompt → response, before any reinforcement.
 
-  python sft_coldstart.py                  the tiny stand-in learns the answer's form
+  python sft_coldstart.py                  no GPU: the tiny base/ learns to reason about sums
+  python sft_coldstart.py --preset base    builds base/ again: an hour on two cores
   torchrun --nproc_per_node=8 sft_coldstart.py --data traces.jsonl      GPUs, OVR's settings
 
 [OVR §3.1] tunes the language model alone (--train llm) on text-only reasoning traces; --train all
-also tunes vision tower and merger, which the tiny stand-in needs: it starts from random weights.
+also tunes vision tower and merger, as base/ was: it started from random weights.
 
 A sample is a packed group with one completion: the prompt is masked from the loss, positions
 restart with each sample, and no sample sees another (qwen_vl.py §3). Texts and images mix freely.
@@ -24,7 +25,7 @@ import rewards
 import run_folder
 import training
 from qwen_vl import Completion
-from tiny import BASE_DATA, BASE_FIRST, WORLD
+from tiny import BASE, BASE_DATA, BASE_FIRST, TRACES, WORLD
 from training import Run
 
 
@@ -49,22 +50,29 @@ class Config(training.Options):
     eval_tokens: int = 768  # longest completion when evaluating
 
 
+SMALL = dict(batch=32, max_tokens=256, eval_every=100, checkpointing=False, micro_tokens=4096)
+STAGE = dict(
+    model="tiny", train="all", lr=1e-3, schedule="constant", max_tokens=512, eval_every=400,
+    eval_tokens=256, save_every=400, keep=1)
 PRESETS = {
     "ovr-coldstart": dict(data=("traces:cold_start.jsonl",)),  # the defaults are OVR's
-    "tiny": dict(
-        model="tiny", data=(WORLD,), train="all", batch=32, steps=500, lr=1e-3,
-        schedule="constant", max_tokens=256, eval_every=100, eval_tokens=24, checkpointing=False,
-        micro_tokens=4096),
+    # What a CPU does in minutes, from base/: reasoning in text alone, as OVR's cold start.
+    "tiny": SMALL | dict(
+        model=BASE, data=(TRACES,), think="before", steps=300, lr=1e-3, schedule="cosine",
+        eval_tokens=192),
+    # The demo's control: the demo's prompts, with their true answers to imitate.
+    "supervised": SMALL | dict(
+        model=BASE, data=(WORLD,), train="all", steps=400, lr=3e-4, schedule="constant",
+        eval_tokens=32),
+    # base/, in three stages: to see (every object's box in every answer), all tasks, a slow end.
+    "base-1": SMALL | STAGE | dict(
+        data=(BASE_FIRST,), steps=2000, eval_tokens=160, out="runs/base/detection"),
+    "base-2": SMALL | STAGE | dict(
+        after="base-1", data=BASE_DATA, think="all", steps=4000, out="runs/base/tasks"),
+    "base": SMALL | STAGE | dict(
+        after="base-2", data=BASE_DATA, think="all", steps=3000, schedule="cosine", seed=1,
+        out="runs/base/last"),
 }
-# base/, in three stages: to see (every object's box in every answer), all tasks, and a slow end.
-PRESETS["base-1"] = PRESETS["tiny"] | dict(
-    data=(BASE_FIRST,), steps=2000, warmup=50, max_tokens=512, eval_every=400, eval_tokens=160,
-    save_every=400, keep=1, out="runs/base/detection")
-PRESETS["base-2"] = PRESETS["base-1"] | dict(
-    after="base-1", data=BASE_DATA, think="all", steps=4000, eval_tokens=256,
-    out="runs/base/tasks")
-PRESETS["base"] = PRESETS["base-2"] | dict(
-    after="base-2", steps=3000, schedule="cosine", seed=1, out="runs/base/last")
 
 
 def response_tokens(run: Run, sample) -> list[int]:

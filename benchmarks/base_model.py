@@ -1,10 +1,10 @@
 """base/, the tiny model that sees: published from a finished run, and measured as published.
 
   torchrun --nproc_per_node=2 sft_coldstart.py --preset base     builds it, in three stages
-  python benchmarks/base.py publish runs/base/last/model         writes base/ in bf16
-  python benchmarks/base.py measure                              results/base.jsonl
-  python benchmarks/base.py plateau                              what 600 more steps would add
-  python benchmarks/base.py card                                 base/README.md from those rows
+  python benchmarks/base_model.py publish runs/base/last/model         writes base/ in bf16
+  python benchmarks/base_model.py measure                              results/base.jsonl
+  python benchmarks/base_model.py plateau                              what 600 more steps would add
+  python benchmarks/base_model.py card                                 base/README.md from those rows
 
 A row: a task asked in one form of thinking, 500 scenes of the held-out stream with a seed that no
 training used. greedy and sampled (the mean of 8 answers at T = 1) are `rewards.correct`: IoU > 0.5,
@@ -63,14 +63,16 @@ def worlds() -> list[tuple[str, str]]:
     return found
 
 
-def measure_one(model: Path, spec: str, form: str, ranks, scenes: int = SCENES) -> dict:
+def measure_one(
+    model: Path, spec: str, form: str, ranks, scenes: int = SCENES, tries: int = 8
+) -> dict:
     """Greedy, sampled and best-of-8 accuracy on the held-out scenes of one world."""
     config = grpo_vl.Config(
         model=str(model), data=(spec,), eval_every=1, think=form, seed=SEED, eval_samples=scenes)
     run = training.prepare(config, ranks, str(model))
     run.sampler.refresh(fsdp.full_parameters(run.policy))
     greedy = training.answer_heldout(run, scenes, tries=1, max_tokens=256, greedy=True)
-    sampled = training.answer_heldout(run, scenes, tries=8, max_tokens=256, greedy=False)
+    sampled = training.answer_heldout(run, scenes, tries=tries, max_tokens=256, greedy=False)
     best = {}
     for row in sampled:
         best[row["id"]] = max(best.get(row["id"], 0.0), right(row, form))
@@ -78,7 +80,7 @@ def measure_one(model: Path, spec: str, form: str, ranks, scenes: int = SCENES) 
         "scenes": len(greedy),
         "greedy": round(fmean(right(row, form) for row in greedy), 4),
         "sampled": round(fmean(right(row, form) for row in sampled), 4),
-        "best of 8": round(fmean(best.values()), 4)}
+        f"best of {tries}": round(fmean(best.values()), 4)}
 
 
 def right(row: dict, form: str) -> float:
@@ -126,7 +128,7 @@ def card() -> None:
                 more = f"{later[row['world']]:.3f}"
             lines.append(f"| {row['world']} | {asked[row['think']]} | {row['greedy']:.3f} | "
                          f"{row['sampled']:.3f} | {row['best of 8']:.3f} | {more} |")
-    text = (Path(__file__).parent / "base_card.md").read_text()
+    text = (Path(__file__).parent / "base_model_card.md").read_text()
     worlds_text = "\n".join(f"- `{spec}`" for spec in (tiny.BASE_FIRST, *tiny.BASE_DATA))
     text = text.replace("<!-- build -->", BUILD).replace("<!-- table -->", "\n".join(lines))
     (BASE / "README.md").write_text(text.replace("<!-- worlds -->", worlds_text))
@@ -139,11 +141,21 @@ def main() -> None:
     commands.add_parser("publish").add_argument("source", type=Path)
     for name in ("measure", "plateau", "card"):
         commands.add_parser(name)
+    one = commands.add_parser("one", help="one model on one world, as a JSON object")
+    one.add_argument("model", type=Path)
+    one.add_argument("spec")
+    one.add_argument("--scenes", type=int, default=SCENES)
+    one.add_argument("--out", type=Path, required=True)
     given = parser.parse_args()
     if given.command == "publish":
         publish(given.source)
     elif given.command == "measure":
         measure(BASE, "base")
+    elif given.command == "one":
+        ranks = fsdp.start_processes(3600)
+        row = measure_one(given.model, given.spec, "no", ranks, given.scenes)
+        given.out.write_text(json.dumps(row | {"world": given.spec}))
+        fsdp.leave()
     elif given.command == "plateau":
         plateau()
     else:
