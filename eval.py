@@ -34,6 +34,7 @@ import qwen_vl
 import rewards
 import training
 from formulas import library
+from options import think_of
 
 # ---- §1 options ----------------------------------------------------------------------------------
 Task = Annotated[Literal[*datasets.TASKS], Doc("how to score")]
@@ -126,7 +127,7 @@ def protocol_prompt(run, sample):
     """The prompt of the papers' evaluation, which differs from training's for two tasks."""
     question = sample.question or rewards.QUESTIONS.get(sample.task, "")
     text = protocols.PROMPTS[sample.task].format(question)
-    text += rewards.think_prompt(training.think_of(run.config, sample.id))
+    text += rewards.think_prompt(think_of(run.config, sample.id))
     system = sample.system or run.config.system_prompt
     return qwen_vl.encode_chat(run.tokenizer, run.special, text, sample.images, system)
 

@@ -35,6 +35,7 @@ import rewards
 import run_folder
 import sft_coldstart
 import training
+from options import Options, check_data, given, parse_config
 from qwen_vl import Group
 from run_folder import say
 from sampler import keyed_uniforms
@@ -44,7 +45,7 @@ from training import Run, draw_groups, learning_rate, optimizer_step
 
 # §1 ───────────────────────────────────────── config ─────────────────────────────────────────
 @dataclass(frozen=True)
-class Config(training.Options):
+class Config(Options):
     """Every option of a run. The run folder's config.json replays it: --config FILE."""
 
     cold_start: str = ""  # run folder (or model) of the cold start to begin from; run if missing
@@ -113,18 +114,18 @@ def clip_range(config: Config) -> tuple[float, float]:
 def without_effect(config: Config) -> list[str]:
     """Sentences about options that were given but act only together with others."""
     found = []
-    asked = training.given(config, "ratio", "clip_low", "clip_high")
+    asked = given(config, "ratio", "clip_low", "clip_high")
     if asked and config.inner_steps == 1:  # ∇ of a sequence's ratio is then the tokens' mean ∇ too
         found.append(f"{', '.join(asked)}: no effect at --inner-steps 1, where every ratio is 1")
     if config.beta == 0:
-        found += [f"{flag}: no effect at --beta 0" for flag in training.given(config, "kl")]
+        found += [f"{flag}: no effect at --beta 0" for flag in given(config, "kl")]
     if config.overlong != "soft":
-        asked = training.given(config, "overlong_buffer")
+        asked = given(config, "overlong_buffer")
         found += [f"{flag}: acts with --overlong soft only" for flag in asked]
     if config.scale == "none":
-        found += [f"{flag}: no effect at --scale none" for flag in training.given(config, "std")]
+        found += [f"{flag}: no effect at --scale none" for flag in given(config, "std")]
     if config.eval_every == 0:
-        asked = training.given(config, "eval_data", "eval_samples", "blind")
+        asked = given(config, "eval_data", "eval_samples", "blind")
         found += [f"{flag}: no effect at --eval-every 0" for flag in asked]
     if config.schedule == "constant" and config.warmup >= config.steps:
         found.append(f"--warmup {config.warmup}: --lr is not reached in {config.steps} steps")
@@ -541,11 +542,11 @@ def ensure_cold_start(config: Config, ranks: fsdp.Processes, stopped) -> str | N
 
 def main(arguments: list[str] | None = None) -> None:
     gpu = torch.cuda.is_available()
-    config = training.parse_config(Config, arguments, PRESETS, __doc__, gpu)
+    config = parse_config(Config, arguments, PRESETS, __doc__, gpu)
     if config.plan:
         return fsdp.plan(config, longest(config, config.steps))
     if config.check:
-        return training.check_data(config)
+        return check_data(config)
     if not run_folder.claim(config):
         return None
     try:

@@ -24,13 +24,14 @@ import policy
 import rewards
 import run_folder
 import training
+from options import Options, check_data, parse_config, think_of
 from qwen_vl import Completion
 from tiny import BASE, BASE_DATA, BASE_FIRST, TRACES, WORLD
 from training import Run
 
 
 @dataclass(frozen=True)
-class Config(training.Options):
+class Config(Options):
     """Every option of the cold start. Other defaults than in reinforcement learning come first."""
 
     model: str = "Qwen/Qwen2.5-VL-7B-Instruct"  # hub id, local directory, tiny or tiny-untied
@@ -80,7 +81,7 @@ def response_tokens(run: Run, sample) -> list[int]:
     text = sample.response
     if text is None:
         text = rewards.reference(sample.task, sample.answer, sample.question,
-                                 think=training.think_of(run.config, sample.id))
+                                 think=think_of(run.config, sample.id))
     tokens = [*run.tokenizer.encode(text, add_special_tokens=False), run.special.im_end]
     if run.special.banned_V[tokens].any():
         raise datasets.DataError(f"sample {sample.id}: its response holds an image placeholder")
@@ -167,9 +168,9 @@ def find_model(folder: Path) -> Path | None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    config = training.parse_config(Config, arguments, PRESETS, __doc__, torch.cuda.is_available())
+    config = parse_config(Config, arguments, PRESETS, __doc__, torch.cuda.is_available())
     if config.check:
-        return training.check_data(config)
+        return check_data(config)
     if not run_folder.claim(config):
         return None
     stopped = training.watch_signals()

@@ -1,24 +1,20 @@
-"""What do both stages share? Options and command line, a run's objects, and what is around a step.
+"""What is around a step in both stages? A run's objects, prompts, evaluation, the loop's frame.
 
-§1 options · §2 the run's objects · §3 samples → prompts · §4 held-out answers · §5 optimizer ·
-§6 around a step: resume, log, evaluate, save, finish
+§1 the run's objects · §2 samples → prompts · §3 held-out answers · §4 optimizer ·
+§5 around a step: resume, log, evaluate, save, finish
 
 Papers: [PR1] Perception-R1, arXiv 2504.07954 · [OVR] Open-Vision-Reasoner, arXiv 2507.05255.
 """
-import argparse
 import contextlib
-import hashlib
-import json
 import math
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import tyro
 
 import data as datasets
 import fsdp
@@ -27,138 +23,14 @@ import qwen_vl
 import rewards
 import run_folder
 from fsdp import Processes
+from options import data_options, think_of
 from policy import Policy
 from qwen_vl import Group, Prompt, SpecialIds
 from run_folder import say
 from sampler import Interrupted, Sampler, keyed_uniforms
 
 
-# §1 ──────────────────────────────────────── options ─────────────────────────────────────────
-@dataclass(frozen=True)
-class Options:
-    """The options that both stages have."""
-
-    model: str = "Qwen/Qwen2.5-VL-3B-Instruct"  # hub id, local directory, tiny or tiny-untied
-    # files and drawn worlds, each with an optional :weight; `python data.py --help` lists formats
-    data: tuple[str, ...] = ("synthetic:counting?size=644x476&objects=2-10",)
-    fields: str = ""  # names of the data's fields, e.g. question=problem,answer=solution
-    heldout: float = 0.05  # share of a file's samples that is never trained on, for evaluation
-    skip_bad: int = 0  # bad rows to leave out and list, instead of stopping
-    check: bool = False  # list each fault of --data as file:line, images too, and stop
-    out: str = "runs/grpo"  # run folder
-    system_prompt: str = qwen_vl.SYSTEM  # system turn [PR1 code: this one]
-    # before: <think>…</think><answer>…</answer> [PR1 T5: hurts perception]; after: answer first
-    think: Literal["no", "before", "after"] = "no"
-    min_pixels: int = 56 * 56  # least area of a resized image [PR1 code: 3136]
-    max_pixels: int = 1_000_000  # largest area of a resized image [PR1 code: 1000000]
-    max_prompt: int = 2048  # longest prompt, tokens; never truncated [PR1 code: 2048]
-    max_tokens: int = 768  # longest completion [PR1 §4.3: 2048, code: 768; OVR §4.1: 24k]
-    steps: int = 500  # optimizer steps (batches, with --inner-steps) [PR1 code: 357–7900; OVR: 900]
-    lr: float = 1e-6  # AdamW learning rate [PR1 §4.3, OVR §4.1: 1e-6]
-    schedule: Literal["constant", "linear", "cosine"] = "constant"  # [OVR; PR1: linear]
-    warmup: int = 0  # steps of linear warm-up [PR1 code: 0; OVR §4.1: 50]
-    beta2: float = 0.999  # AdamW β₂ [PR1 code: 0.999; OVR §4.1: 0.95]
-    max_norm: float = 1.0  # clip of the gradient's norm [PR1 code: 1.0]
-    max_bad_steps: int = 5  # skipped steps in a row (gradient not finite) that end the run
-    micro_tokens: int = 16384  # tokens of a packed micro-batch
-    checkpointing: bool = True  # recompute activations in the backward pass [PR1 code: on]
-    offload: bool = False  # sharded weights and optimizer in host memory
-    # fsdp2: PyTorch's fully_shard; by-hand: fsdp.py §3 in its place, without checkpoints
-    sharding: Literal["fsdp2", "by-hand"] = "fsdp2"
-    graphs: bool = True  # sample by captured CUDA graphs
-    kv_gb: float = 8.0  # memory for keys and values while sampling, GiB a rank
-    timeout: int = 3600  # seconds ranks wait for each other; above the longest rollout
-    seed: int = 0  # of data order, sampling noise and tiny weights [PR1 code: 42]
-    save_every: int = 100  # steps between checkpoints [PR1 code: 100]
-    keep: int = 2  # newest checkpoints to keep
-    resume: Literal["auto", "never"] = "auto"  # from the newest checkpoint in --out
-    log: Literal["", "wandb", "tensorboard"] = ""  # where metrics go besides metrics.jsonl
-    # steps between held-out evaluations, one before the first step; 0: never [OVR: 10]
-    eval_every: int = 0
-    eval_data: tuple[str, ...] = ()  # held-out data; default: the held-out share of --data
-    eval_samples: int = 200  # held-out samples
-    blind: bool = False  # evaluate on grey images: what the policy scores without its eyes
-
-    def __post_init__(self):
-        check_options(self)
-
-
-AT_LEAST_ONE = ("prompts", "group", "max_tokens", "eval_tokens", "inner_steps", "micro_tokens",
-                "steps", "batch", "keep", "save_every", "eval_samples", "max_bad_steps",
-                "overlong_buffer")
-AT_LEAST_ZERO = ("skip_bad", "warmup", "dynamic_sampling", "beta", "tis", "eval_every",
-                 "pictures_every")
-
-
-def check_options(config) -> None:
-    """Errors: ValueError naming the option, its value, and what it may be."""
-    for option in fields(config):
-        value, flag = getattr(config, option.name), flag_of(option.name)
-        choices = getattr(option.type, "__args__", ())
-        if isinstance(value, str) and choices and value not in choices:
-            raise ValueError(f"{flag} is {value!r}; choose from {', '.join(choices)}")
-        if option.name in AT_LEAST_ONE and value < 1:
-            raise ValueError(f"{flag} is {value}; it must be 1 or more")
-        if option.name in AT_LEAST_ZERO and value < 0:
-            raise ValueError(f"{flag} is {value}; it must be 0 or more")
-        if option.name in ("temperature", "lr") and value <= 0:
-            raise ValueError(f"{flag} is {value}; it must be above 0")
-    if not 0 <= config.heldout < 1:
-        raise ValueError(f"--heldout is {config.heldout}; it is a share, from 0 to below 1")
-    if config.sharding == "by-hand":
-        fsdp.refuse_by_hand(config)
-
-
-def flag_of(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
-def given(config, *names: str) -> list[str]:
-    """Those of the options that are not at their default, as flags."""
-    defaults = {option.name: option.default for option in fields(config)}
-    return [flag_of(name) for name in names if getattr(config, name) != defaults[name]]
-
-
-def parse_config(config_class, arguments, presets: dict, text: str, gpu: bool):
-    """Defaults < --preset < --config FILE < command line, each option's help the comment beside it.
-
-    Without a GPU, and with none of --preset, --config and --model, the preset is "tiny".
-    Errors: exit status 2 and one sentence for an unknown option or a wrong value.
-    """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", choices=presets)
-    first.add_argument("--config", type=Path)
-    chosen, rest = first.parse_known_args(arguments)
-    named = any(word == "--model" or word.startswith("--model=") for word in rest)
-    if not (chosen.preset or chosen.config or named or gpu):
-        chosen.preset = "tiny"
-    try:
-        saved = json.loads(chosen.config.read_text()) if chosen.config else {}
-        saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
-        text += f"\n--preset {' | '.join(presets)}; --config FILE: a run's config.json"
-        default = config_class(**(presets.get(chosen.preset, {}) | saved))
-        return tyro.cli(config_class, args=bare_think(rest), default=default, description=text)
-    except (OSError, ValueError, TypeError) as error:
-        first.error(str(error))
-
-
-def bare_think(arguments: list[str]) -> list[str]:
-    """The arguments with a `--think` that is followed by no form written as `--think before`."""
-    written = []
-    for word, following in zip(arguments, [*arguments[1:], ""]):
-        written.append(word)
-        if word == "--think" and following not in ("no", "before", "after", "all"):
-            written.append("before")
-    return written
-
-
-def data_options(config) -> dict:
-    """What data.open_data and data.check take of a configuration."""
-    names = ("seed", "min_pixels", "max_pixels", "fields", "skip_bad", "heldout")
-    return {name: getattr(config, name) for name in names}
-
-
-# §2 ─────────────────────────────────── the run's objects ────────────────────────────────────
+# §1 ─────────────────────────────────── the run's objects ────────────────────────────────────
 @dataclass
 class Run:
     """Everything that a step reads or changes."""
@@ -248,7 +120,7 @@ def warn_of_overlap(data: datasets.Mixture, eval_data: datasets.Mixture) -> None
         say(f"note: {common} of the {len(evaluated)} samples to evaluate on are trained on too")
 
 
-# §3 ─────────────────────────────────── samples → prompts ────────────────────────────────────
+# §2 ─────────────────────────────────── samples → prompts ────────────────────────────────────
 def make_prompt(run: Run, sample: datasets.Sample) -> Prompt:
     """The paper's prompt for the sample's task, tokenised with its images. Never truncated."""
     text = rewards.prompt(sample.task, sample.question, think=think_of(run.config, sample.id))
@@ -259,14 +131,6 @@ def make_prompt(run: Run, sample: datasets.Sample) -> Prompt:
             f"sample {sample.id}: its prompt has {len(prompt.ids)} tokens, --max-prompt is "
             f"{run.config.max_prompt}; raise it, or lower --max-pixels")
     return prompt
-
-
-def think_of(config, name: str) -> str | bool:
-    """The form of thinking asked of the sample with this id, as rewards.py takes it."""
-    form = config.think
-    if form == "all":  # half of the samples plain, by their ids
-        form = ("no", "no", "before", "after")[hashlib.sha256(name.encode()).digest()[0] % 4]
-    return False if form == "no" else form
 
 
 def draw_groups(run: Run, count: int) -> list[Group]:
@@ -283,7 +147,7 @@ def draw_groups(run: Run, count: int) -> list[Group]:
     return groups
 
 
-# §4 ──────────────────────────────────── held-out answers ────────────────────────────────────
+# §3 ──────────────────────────────────── held-out answers ────────────────────────────────────
 def answer(run: Run, samples: list, *, tries: int, max_tokens: int, greedy: bool, penalty=1.0,
            prompt_of=make_prompt) -> list[dict]:
     """`tries` answers to each of these samples of this rank, a row each: see eval.py's rows.
@@ -369,7 +233,7 @@ def together(run: Run, work):
     return outcome
 
 
-# §5 ─────────────────────────────────────── optimizer ────────────────────────────────────────
+# §4 ─────────────────────────────────────── optimizer ────────────────────────────────────────
 def learning_rate(config, step: int) -> float:
     """Linear warm-up, then constant, linear to 0, or cosine to 0."""
     if step < config.warmup:
@@ -393,7 +257,7 @@ def optimizer_step(run: Run, step: int) -> float:
     return norm.item()
 
 
-# §6 ────────────────────────────────────── around a step ─────────────────────────────────────
+# §5 ────────────────────────────────────── around a step ─────────────────────────────────────
 def watch_signals():
     """A function that says whether SIGTERM or Ctrl-C has come. A second one ends the process."""
     received = []
@@ -544,39 +408,3 @@ def one_run():
     except datasets.DataError as error:
         raise SystemExit(str(error)) from None
     fsdp.leave()
-
-
-def check_data(config) -> None:
-    """--check: each fault of --data and exit status 1, or what the data holds and 0."""
-    faults, lines = datasets.examine(config.data, **data_options(config))
-    if faults:
-        raise SystemExit("\n".join([*lines, *faults]))
-    print("\n".join([*lines, *prompt_lines(config)]))
-
-
-def prompt_lines(config) -> list[str]:
-    """The longest prompt, and the first one as the model will read it."""
-    try:
-        tokenizer = qwen_vl.load_tokenizer(config.model)
-    except ValueError as error:
-        return [f"prompts are not shown: {error}"]
-    mix = datasets.open_data(config.data, split="all", **data_options(config) | {"heldout": 0.0})
-    longest, where = 0, ""
-    for index in datasets.looked_at(mix):
-        sample = mix.at(index)
-        length = len(tokenizer.encode(chat_text(config, sample)))
-        length += sum(qwen_vl.image_tokens(image.size) - 1 for image in sample.images)
-        if length > longest:
-            longest, where = length, sample.id
-    lines = [f"longest prompt: {longest} tokens ({where}); --max-prompt is {config.max_prompt}"]
-    return [*lines, "the first prompt as the model reads it:", chat_text(config, mix.at(0))]
-
-
-def chat_text(config, sample: datasets.Sample) -> str:
-    """A sample's turn as text, one <|image_pad|> an image."""
-    text = rewards.prompt(sample.task, sample.question, think=think_of(config, sample.id))
-    pieces = qwen_vl.split_at_images(text, len(sample.images))
-    user = "<|vision_start|><|image_pad|><|vision_end|>".join(pieces)
-    system = sample.system or config.system_prompt
-    return (f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n"
-            "<|im_start|>assistant\n")

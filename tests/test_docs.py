@@ -15,7 +15,7 @@ import sft_coldstart
 
 ORDER = (  # each may use those before it; those that stand together do not use each other
     ("naive_grpo",), ("tiny", "pictures", "formulas", "rows"), ("readers",), ("rewards",), ("formats",), ("data",), ("qwen_vl",),
-    ("policy", "run_folder"), ("kv_cache",), ("sampler", "fsdp"), ("training",), ("sft_coldstart",), ("grpo_vl",), ("plots", "protocols", "behaviours"), ("eval",),
+    ("policy", "run_folder"), ("kv_cache",), ("sampler", "fsdp"), ("options",), ("training",), ("sft_coldstart",), ("grpo_vl",), ("plots", "protocols", "behaviours"), ("eval",),
 )
 SCRIPTS = tuple(name for level in ORDER for name in level if (ROOT / f"{name}.py").exists())
 README = (ROOT / "README.md").read_text()

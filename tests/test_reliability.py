@@ -20,7 +20,7 @@ import data as datasets
 import grpo_vl
 import run_folder
 import sampler
-import training
+from options import data_options
 
 ROOT = Path(__file__).parent.parent
 FAST = ["--preset", "tiny", "--cold-start", "", "--prompts", "2", "--group", "2", "--max-tokens", "6", "--eval-every",
@@ -407,7 +407,7 @@ def test_check_of_a_file_that_is_not_there_is_one_fault(tmp_path):
 
 def test_bad_rows_stop_a_run_unless_allowed(alone, tmp_path):
     spec = bad_data(tmp_path)
-    how = training.data_options(grpo_vl.Config(**SMALL))
+    how = data_options(grpo_vl.Config(**SMALL))
     with pytest.raises(datasets.DataError, match=f"1 bad rows; .*\n{spec}:3: the true answer in grounding: it must be JSON"):
         datasets.open_data([spec], **how)
     mix = datasets.open_data([spec], **how | {"skip_bad": 2})

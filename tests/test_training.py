@@ -17,6 +17,7 @@ import qwen_vl
 import rewards
 import run_folder
 import training
+from options import parse_config
 from qwen_vl import Completion, Group
 
 
@@ -372,45 +373,12 @@ def test_two_ranks_load_a_checkpoint_that_only_rank_0_reads(alone, pair, tmp_pat
 
 
 # ── configuration ──
-def test_presets_and_command_line(tmp_path):
-    tiny = training.parse_config(grpo_vl.Config, [], grpo_vl.PRESETS, "", False)
-    assert tiny.model == "tiny"  # no GPU, nothing asked for
-    changed = training.parse_config(grpo_vl.Config, ["--lr", "0.5", "--no-checkpointing"], grpo_vl.PRESETS, "", False)
-    assert (changed.lr, changed.checkpointing, changed.model) == (0.5, False, "tiny")
-    named = training.parse_config(grpo_vl.Config, ["--model", "x/y"], grpo_vl.PRESETS, "", False)
-    assert (named.model, named.lr) == ("x/y", 1e-6)
-    saved = tmp_path / "config.json"
-    saved.write_text(json.dumps({"lr": 0.25, "data": ["a.jsonl"], "model": "x"}))
-    replayed = training.parse_config(grpo_vl.Config, ["--config", str(saved), "--seed", "3"], grpo_vl.PRESETS, "", False)
-    assert (replayed.lr, list(replayed.data), replayed.seed) == (0.25, ["a.jsonl"], 3)
-
-
-@pytest.mark.parametrize("arguments, said", [
-    (["--bogus", "1"], "bogus"), (["--loss", "foo"], "foo"), (["--group", "0"], "--group is 0"),
-    (["--temperature", "0"], "--temperature is 0"), (["--preset", "huge"], "huge"),
-])
-def test_wrong_options_stop_with_a_sentence(arguments, said, capsys):
-    with pytest.raises((SystemExit, ValueError)) as stopped:
-        training.parse_config(grpo_vl.Config, arguments, grpo_vl.PRESETS, "", False)
-    assert said in capsys.readouterr().err + str(stopped.value)
-
-
-@pytest.mark.parametrize("content, said", [
-    ('{"lerning_rate": 1}', "lerning_rate"), ('{"loss": "foo"}', "--loss"), ("{", "Expecting"),
-])
-def test_wrong_config_files_stop_with_a_sentence(content, said, tmp_path, capsys):
-    (tmp_path / "config.json").write_text(content)
-    with pytest.raises(SystemExit):
-        training.parse_config(grpo_vl.Config, ["--config", str(tmp_path / "config.json")], grpo_vl.PRESETS, "", False)
-    assert said in capsys.readouterr().err
-
-
 def test_clip_defaults_follow_the_ratio():
     assert grpo_vl.clip_range(grpo_vl.Config()) == (0.2, 0.2)
     assert grpo_vl.clip_range(grpo_vl.Config(ratio="sequence", clip_high=0.01)) == (3e-4, 0.01)
     for preset in ([], ["--preset", "pr1-counting"]):  # a preset's config is made before the command line's
         words = [*preset, "--ratio", "sequence", "--inner-steps", "4"]
-        config = training.parse_config(grpo_vl.Config, words, grpo_vl.PRESETS, "", False)
+        config = parse_config(grpo_vl.Config, words, grpo_vl.PRESETS, "", False)
         assert grpo_vl.clip_range(config) == (3e-4, 4e-4)
 
 
@@ -487,13 +455,6 @@ def test_an_option_that_no_task_has_is_refused_before_training(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_think_takes_a_form_or_none():
-    parse = lambda *words: training.parse_config(grpo_vl.Config, [*words], grpo_vl.PRESETS, "", False)  # noqa: E731
-    assert parse().think == "no" and parse("--think").think == "before" and parse("--think", "after").think == "after"
-    config = parse("--think", "--seed", "3")
-    assert (config.think, config.seed) == ("before", 3)
-
-
 @pytest.mark.parametrize("think, form", [("before", r"\s*<think>.*</answer>"), ("after", r"\s*<answer>.*</think>")])
 def test_both_orders_of_thinking_are_asked_for_and_scored(alone, think, form):
     run = ranks.make_run(alone, think=think, reward=rewards.score, max_tokens=4)
@@ -506,15 +467,6 @@ def test_both_orders_of_thinking_are_asked_for_and_scored(alone, think, form):
     done = [Completion(run.tokenizer.encode(said, add_special_tokens=False), [])]
     grpo_vl.score_groups(run, 0, [Group(None, done, sample=sample)])
     assert done[0].reward == pytest.approx(3, abs=0.2) and done[0].parts["think"] == 1  # format, IoU, form
-
-
-def test_check_prints_what_the_data_holds_and_the_first_prompt(tmp_path, capsys):
-    rows = [{"task": "math", "question": f"What is {n} + 1?", "answer": str(n + 1)} for n in (1, 22)]
-    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    grpo_vl.main(["--model", "tiny", "--data", f"{tmp_path}/sums.jsonl", "--check"])
-    said = capsys.readouterr().out
-    assert "2 samples of math" in said and "longest prompt:" in said and "(sums-2)" in said
-    assert "<|im_start|>user\nWhat is 1 + 1?\nPut the final answer in \\boxed{}.<|im_end|>" in said
 
 
 def test_blind_evaluation_sees_grey_images(alone):

@@ -1,0 +1,56 @@
+"""Options: presets, saved configurations and the command line; what a wrong one is told; --check."""
+import json
+
+import pytest
+
+import grpo_vl
+from options import parse_config
+
+
+def test_presets_and_command_line(tmp_path):
+    tiny = parse_config(grpo_vl.Config, [], grpo_vl.PRESETS, "", False)
+    assert tiny.model == "tiny"  # no GPU, nothing asked for
+    changed = parse_config(grpo_vl.Config, ["--lr", "0.5", "--no-checkpointing"], grpo_vl.PRESETS, "", False)
+    assert (changed.lr, changed.checkpointing, changed.model) == (0.5, False, "tiny")
+    named = parse_config(grpo_vl.Config, ["--model", "x/y"], grpo_vl.PRESETS, "", False)
+    assert (named.model, named.lr) == ("x/y", 1e-6)
+    saved = tmp_path / "config.json"
+    saved.write_text(json.dumps({"lr": 0.25, "data": ["a.jsonl"], "model": "x"}))
+    replayed = parse_config(grpo_vl.Config, ["--config", str(saved), "--seed", "3"], grpo_vl.PRESETS, "", False)
+    assert (replayed.lr, list(replayed.data), replayed.seed) == (0.25, ["a.jsonl"], 3)
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["--bogus", "1"], "bogus"), (["--loss", "foo"], "foo"), (["--group", "0"], "--group is 0"),
+    (["--temperature", "0"], "--temperature is 0"), (["--preset", "huge"], "huge"),
+])
+def test_wrong_options_stop_with_a_sentence(arguments, said, capsys):
+    with pytest.raises((SystemExit, ValueError)) as stopped:
+        parse_config(grpo_vl.Config, arguments, grpo_vl.PRESETS, "", False)
+    assert said in capsys.readouterr().err + str(stopped.value)
+
+
+@pytest.mark.parametrize("content, said", [
+    ('{"lerning_rate": 1}', "lerning_rate"), ('{"loss": "foo"}', "--loss"), ("{", "Expecting"),
+])
+def test_wrong_config_files_stop_with_a_sentence(content, said, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(SystemExit):
+        parse_config(grpo_vl.Config, ["--config", str(tmp_path / "config.json")], grpo_vl.PRESETS, "", False)
+    assert said in capsys.readouterr().err
+
+
+def test_think_takes_a_form_or_none():
+    parse = lambda *words: parse_config(grpo_vl.Config, [*words], grpo_vl.PRESETS, "", False)  # noqa: E731
+    assert parse().think == "no" and parse("--think").think == "before" and parse("--think", "after").think == "after"
+    config = parse("--think", "--seed", "3")
+    assert (config.think, config.seed) == ("before", 3)
+
+
+def test_check_prints_what_the_data_holds_and_the_first_prompt(tmp_path, capsys):
+    rows = [{"task": "math", "question": f"What is {n} + 1?", "answer": str(n + 1)} for n in (1, 22)]
+    (tmp_path / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    grpo_vl.main(["--model", "tiny", "--data", f"{tmp_path}/sums.jsonl", "--check"])
+    said = capsys.readouterr().out
+    assert "2 samples of math" in said and "longest prompt:" in said and "(sums-2)" in said
+    assert "<|im_start|>user\nWhat is 1 + 1?\nPut the final answer in \\boxed{}.<|im_end|>" in said
