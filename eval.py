@@ -35,9 +35,10 @@ import rewards
 import training
 from formulas import library
 from options import think_of
+from sources import DrawnSource
 
 # ---- §1 options ----------------------------------------------------------------------------------
-Task = Annotated[Literal[*datasets.TASKS], Doc("how to score")]
+Task = Annotated[Literal[*rewards.TASKS], Doc("how to score")]
 Annotations = Annotated[str, Doc("COCO instances, and their frame; empty: the rows' own answers")]
 Data = Annotated[tuple[str, ...], Doc("specs of data.py, as coco:FILE; demo: the run's if empty")]
 Samples = Annotated[int, Doc("the first so many samples; 0: all")]
@@ -114,7 +115,7 @@ def check_data(config, task: str) -> None:
     """Errors: DataError, without a model, if the data can not be read or is of another task."""
     mixture = training.open_heldout(config)
     for source in mixture.sources:
-        if isinstance(source, datasets.DrawnSource):
+        if isinstance(source, DrawnSource):
             with datasets.blame("--data synthetic"):
                 protocols.check_task(source.world.task, task)
             continue

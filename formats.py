@@ -395,7 +395,7 @@ def merge_categories(coco):
 
 
 # §3 ────────────────────────────────────── the table ─────────────────────────────────────────
-# "about" is for --help; the rest are options of data.FileSource. "a|b" is a, or b where a is
+# "about" is for --help; the rest are options of sources.FileSource. "a|b" is a, or b where a is
 # missing or empty. "(names not confirmed)": written without the published files at hand.
 FORMATS = {
     "jsonl": {

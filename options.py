@@ -17,6 +17,7 @@ import data as datasets
 import fsdp
 import qwen_vl
 import rewards
+from sources import Sample
 
 
 # §1 ────────────────────────────────────── the options ───────────────────────────────────────
@@ -180,7 +181,7 @@ def prompt_lines(config) -> list[str]:
     return [*lines, "the first prompt as the model reads it:", chat_text(config, mix.at(0))]
 
 
-def chat_text(config, sample: datasets.Sample) -> str:
+def chat_text(config, sample: Sample) -> str:
     """A sample's turn as text, one <|image_pad|> an image."""
     text = rewards.prompt(sample.task, sample.question, think=think_of(config, sample.id))
     pieces = qwen_vl.split_at_images(text, len(sample.images))

@@ -90,7 +90,7 @@ def patchify(image) -> tuple[torch.Tensor, tuple[int, int, int]]:
 
     Patches are ordered so that the 2×2 that merge into one image token lie together. The image is
     taken as a video of two equal frames (the patch embedding spans two): the factor 2 and the 1.
-    Errors: ValueError if a side is not a multiple of 28 (resize once, in data.py).
+    Errors: ValueError if a side is not a multiple of 28 (resize once, in sources.py).
     """
     width, height = image.size
     token_side = PATCH * MERGE
@@ -213,7 +213,7 @@ class Group:
     prompt: Prompt
     completions: list[Completion]
     row: int = 0
-    sample: Any = None  # the data.Sample behind the prompt
+    sample: Any = None  # the sources.Sample behind the prompt
     draw: int = 0  # its place in the run's global order
 
     @property

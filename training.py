@@ -28,6 +28,7 @@ from policy import Policy
 from qwen_vl import Group, Prompt, SpecialIds
 from run_folder import say
 from sampler import Interrupted, Sampler, keyed_uniforms
+from sources import Sample, chance
 
 
 # §1 ─────────────────────────────────── the run's objects ────────────────────────────────────
@@ -113,15 +114,15 @@ def require_answers(mix: datasets.Mixture, what: str) -> None:
 
 def warn_of_overlap(data: datasets.Mixture, eval_data: datasets.Mixture) -> None:
     """Say how much of what is evaluated is trained on, by image or, without one, by question."""
-    trained = {datasets.chance(sample, images) for _, sample, images in file_samples(data)}
-    evaluated = [datasets.chance(sample, images) for _, sample, images in file_samples(eval_data)]
+    trained = {chance(sample, images) for _, sample, images in file_samples(data)}
+    evaluated = [chance(sample, images) for _, sample, images in file_samples(eval_data)]
     common = sum(key in trained for key in evaluated)
     if common:
         say(f"note: {common} of the {len(evaluated)} samples to evaluate on are trained on too")
 
 
 # §2 ─────────────────────────────────── samples → prompts ────────────────────────────────────
-def make_prompt(run: Run, sample: datasets.Sample) -> Prompt:
+def make_prompt(run: Run, sample: Sample) -> Prompt:
     """The paper's prompt for the sample's task, tokenised with its images. Never truncated."""
     text = rewards.prompt(sample.task, sample.question, think=think_of(run.config, sample.id))
     system = sample.system or run.config.system_prompt
@@ -189,7 +190,7 @@ def answer_heldout(run: Run, count: int, **options) -> list[dict]:
     return [row for part in ranks.gather(together(run, answer_own)) for row in part]
 
 
-def blinded(sample: datasets.Sample) -> datasets.Sample:
+def blinded(sample: Sample) -> Sample:
     """The sample with grey images of the same sizes: a control for what is guessed."""
     return replace(sample, images=tuple(pictures.grey(image) for image in sample.images))
 

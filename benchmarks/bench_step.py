@@ -48,7 +48,7 @@ import qwen_vl
 import rewards
 import tiny
 import training
-from data import Sample
+from sources import Sample
 
 TEXT = {"3b": dict(  # text_config of Qwen2.5-VL-3B-Instruct
     hidden_size=2048, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2,

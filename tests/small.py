@@ -1,7 +1,10 @@
-"""Small files in their true form, for the tests of rows, formats and data."""
+"""Small files in their true form, for the tests of rows, formats, sources and data."""
 
+import base64
 import json
 from pathlib import Path
+
+from PIL import Image
 
 from data import open_data
 
@@ -21,3 +24,17 @@ def write(folder, *rows, name="rows.jsonl"):
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     (folder / name).write_text("\n".join(lines), encoding="utf-8")
     return str(folder / name)
+
+
+def pictures_of(folder, count, *, by_bytes=False):
+    """A row for each of two expressions about each of `count` images."""
+    rows = []
+    for number in range(count):
+        Image.new("RGB", (28, 28), (number, 0, 0)).save(folder / f"{number}.png")
+        for part in "ab":
+            row = {"task": "ocr", "question": f"{number} {part}", "answer": "x", "image": f"{number}.png"}
+            if by_bytes:
+                content = (folder / f"{number}.png").read_bytes()
+                row["image"] = base64.b64encode(content).decode()
+            rows.append(row)
+    return rows

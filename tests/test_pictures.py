@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import data
 import pictures
 from pictures import Synthetic, load_image, smart_resize
+from rewards import TASKS
+from sources import DrawnSource
 
 
 def drawn(task, **options):
     """Samples of a drawn world, at the size that they are drawn in."""
-    return data.DrawnSource(Synthetic(task, **options))
+    return DrawnSource(Synthetic(task, **options))
 
 
 def test_smart_resize_worked_by_hand():
@@ -164,7 +165,7 @@ def test_printed_words_and_sums():
     assert printed.images and int(printed.answer) is not None
 
 
-@pytest.mark.parametrize("task", data.TASKS[:-1])
+@pytest.mark.parametrize("task", TASKS[:-1])
 @pytest.mark.parametrize("size", [(56, 56), (1920, 1080), (300, 60)])
 def test_every_task_at_every_size(task, size):
     sample = drawn(task, size=size, clutter=0.5)[3]
