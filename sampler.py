@@ -48,31 +48,30 @@ def keyed_uniforms(seed: int, step: int, sample_id: str, group: int, length: int
 def inverse_cdf(probabilities_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
     """The first id whose cumulative probability exceeds u: ids [B], never one of probability 0.
 
-    Sums run in float64 and on two levels: over blocks of ids, then within the block that u falls
-    in, so that no [B, V] of doubles is written. Plain twin: one cumulative sum over all ids.
+    Sums are of whole numbers, 2⁶² to a probability of 1: exact, and so the same in any order and on
+    any device. They run on two levels, over blocks of ids, then within the block that u falls in.
+    Plain twin: one cumulative sum over all ids.
     """
     behind = -probabilities_BV.shape[1] % BLOCK
     if behind:
         probabilities_BV = F.pad(probabilities_BV, (0, behind))
-    blocks_BNK = probabilities_BV.unflatten(1, (-1, BLOCK))
-    mass_BN = blocks_BNK.sum(-1, dtype=torch.float64)
-    cdf_BN = mass_BN.cumsum(-1)
-    threshold_B1 = uniform_B[:, None] * cdf_BN[:, -1:]  # the sum is 1 only up to rounding
-    block_B1 = first_above(cdf_BN, threshold_B1, mass_BN)
+    units_BNK = (probabilities_BV * 2.0**62).long().unflatten(1, (-1, BLOCK))
+    cdf_BN = units_BNK.sum(-1).cumsum(-1)
+    total_B1 = cdf_BN[:, -1:]
+    threshold_B1 = (uniform_B[:, None] * total_B1).long()
+    threshold_B1 = threshold_B1.minimum(total_B1 - 1)  # the product may be rounded up
+    block_B1 = first_above(cdf_BN, threshold_B1)
 
-    before_B1 = (cdf_BN - mass_BN).gather(1, block_B1)
-    chosen_BK = blocks_BNK.take_along_dim(block_B1[:, :, None], dim=1)[:, 0]
-    cdf_BK = chosen_BK.cumsum(-1, dtype=torch.float64)
-    within_B1 = first_above(cdf_BK, threshold_B1 - before_B1, chosen_BK)
+    chosen_BK = units_BNK.take_along_dim(block_B1[:, :, None], dim=1)[:, 0]
+    before_B1 = cdf_BN.gather(1, block_B1) - chosen_BK.sum(-1, keepdim=True)
+    within_B1 = first_above(chosen_BK.cumsum(-1), threshold_B1 - before_B1)
     return (block_B1 * BLOCK + within_B1)[:, 0]
 
 
-def first_above(cdf_BN, threshold_B1, mass_BN) -> torch.Tensor:
-    """The first index whose cumulative mass exceeds the threshold, [B, 1]; it has mass itself."""
+def first_above(cdf_BN, threshold_B1) -> torch.Tensor:
+    """The first index whose cumulative mass exceeds the threshold, [B, 1]."""
     index_B1 = torch.searchsorted(cdf_BN, threshold_B1, right=True)
-    index_B1 = index_B1.clamp(max=cdf_BN.shape[1] - 1)
-    heaviest_B1 = mass_BN.argmax(-1, keepdim=True)  # a sum in another order may wobble
-    return torch.where(mass_BN.gather(1, index_B1) > 0, index_B1, heaviest_B1)
+    return index_B1.clamp(max=cdf_BN.shape[1] - 1)  # acts on NaN alone, from a broken model
 
 
 def product_fp32(a, b) -> torch.Tensor:
