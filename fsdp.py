@@ -45,11 +45,14 @@ class Processes:
         return values
 
 
-def start_processes(timeout: int) -> Processes:
+def start_processes(timeout: int, *, deterministic: bool = False) -> Processes:
     """torchrun's ranks; without torchrun a world of one, which takes the same path.
 
-    timeout: seconds after which a rank gives up waiting for the others.
+    timeout: seconds after which a rank gives up waiting for the others. deterministic: the same
+    bits from run to run, see `use_deterministic_kernels`.
     """
+    if deterministic:
+        use_deterministic_kernels()
     rank, world, local = (int(os.environ.get(n, 0)) for n in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
     cuda = torch.cuda.is_available()
     if cuda:
@@ -62,6 +65,16 @@ def start_processes(timeout: int) -> Processes:
         backend = f"cpu:{backend},cuda:nccl"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **options)
     return Processes(rank, max(world, 1), torch.device(f"cuda:{local}" if cuda else "cpu"))
+
+
+def use_deterministic_kernels() -> None:
+    """From now on no kernel of this process adds in an order that depends on timing.
+
+    On a CPU none does anyhow. On CUDA PyTorch takes other kernels, slower ones, or raises where it
+    knows none; `policy.varlen_attention` tells flash-attn. cuBLAS reads its variable at first use.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
 
 
 def register_gloo() -> str:

@@ -558,7 +558,7 @@ def main(arguments: list[str] | None = None) -> None:
         say(f"note: {sentence}")
     stopped = training.watch_signals()
     with training.one_run():
-        ranks = fsdp.start_processes(config.timeout)
+        ranks = fsdp.start_processes(config.timeout, deterministic=config.deterministic)
         source = ensure_cold_start(config, ranks, stopped)
         if source is not None:
             run = training.prepare(

@@ -53,6 +53,7 @@ class Options:
     # fsdp2: PyTorch's fully_shard; by-hand: fsdp.py §3 in its place, without checkpoints
     sharding: Literal["fsdp2", "by-hand"] = "fsdp2"
     graphs: bool = True  # sample by captured CUDA graphs
+    deterministic: bool = False  # the same bits from run to run on GPUs too, by slower kernels
     kv_gb: float = 8.0  # memory for keys and values while sampling, GiB a rank
     timeout: int = 3600  # seconds ranks wait for each other; above the longest rollout
     seed: int = 0  # of data order, sampling noise and tiny weights [PR1 code: 42]

@@ -267,10 +267,13 @@ def borders(lengths: torch.Tensor) -> torch.Tensor:
 def varlen_attention(q_LHd, k_LKd, v_LKd, cu_q, cu_k, max_q: int, max_k: int, *, causal: bool):
     """Attention over sequences laid end to end (CUDA): flash-attn if installed, else PyTorch's.
 
-    Plain twin: the mask of `mask_layout`, or a loop over the sequences.
+    With --deterministic the backward adds in one order: flash-attn is told, PyTorch's own kernel
+    looks for itself. Plain twin: the mask of `mask_layout`, or a loop over the sequences.
     """
     if flash_attn_varlen_func is not None:
-        return flash_attn_varlen_func(q_LHd, k_LKd, v_LKd, cu_q, cu_k, max_q, max_k, causal=causal)
+        return flash_attn_varlen_func(
+            q_LHd, k_LKd, v_LKd, cu_q, cu_k, max_q, max_k, causal=causal,
+            deterministic=torch.are_deterministic_algorithms_enabled())
     options = {"window_size": (-1, 0 if causal else -1)}
     if "is_causal" in VARLEN_KEYWORDS:  # before torch 2.11
         options = {"is_causal": causal}

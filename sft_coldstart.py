@@ -175,7 +175,8 @@ def main(arguments: list[str] | None = None) -> None:
         return None
     stopped = training.watch_signals()
     with training.one_run():
-        train_after(config, fsdp.start_processes(config.timeout), stopped)
+        ranks = fsdp.start_processes(config.timeout, deterministic=config.deterministic)
+        train_after(config, ranks, stopped)
 
 
 if __name__ == "__main__":

@@ -165,6 +165,19 @@ def test_keys_are_repeated_only_where_pytorch_needs_it(monkeypatch, keywords, ke
     packing.varlen_attention(torch.randn(7, 4, 8), keys, keys, borders, borders, 7, 7, causal=True)
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_flash_attention_is_told_to_be_deterministic(monkeypatch, deterministic):
+    given = {}
+    monkeypatch.setattr(packing, "flash_attn_varlen_func", lambda q, *_, **options: given.update(options) or q)
+    queries, borders = torch.randn(7, 4, 8), torch.tensor([0, 7])
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        packing.varlen_attention(queries, queries, queries, borders, borders, 7, 7, causal=True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert given == dict(causal=True, deterministic=deterministic)
+
+
 def test_the_keywords_of_this_pytorch_are_known():
     assert {"window_size", "enable_gqa"} <= set(packing.VARLEN_KEYWORDS)  # as pinned in requirements.txt
 

@@ -1,6 +1,8 @@
 """The training step: ranks, micro-batches, variants, checkpoints; on the tiny stand-in."""
+import importlib
 import json
 import math
+import os
 import re
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from conftest import ROOT
 from ranks import by_length, full_weights, make_run, steps
 
 import data as datasets
+import fsdp
 import grpo_vl
 import policy
 import qwen_vl
@@ -269,6 +272,36 @@ def test_every_preset_takes_two_steps_on_a_file_in_the_true_format(alone, preset
     assert metrics[1]["step"] == 1 and metrics[1]["sampler_gap"] < 1e-5 and metrics[1]["groups"] == 2
     assert (tmp_path / "samples" / "step-0.json").exists()
     assert ("kl" in metrics[0]) == preset.startswith("pr1")
+
+
+def test_deterministic_kernels_change_nothing_on_a_cpu(alone, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    usual, usual_weights = ranks.steps(alone, count=2, beta=0.04)
+    fsdp.use_deterministic_kernels()
+    try:
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"  # of the two that PyTorch's reproducibility notes name
+        strict, strict_weights = ranks.steps(alone, count=2, beta=0.04)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for one, two in zip(usual, strict):
+        assert all(one[name] == two[name] for name in one if not name.startswith("seconds"))
+    assert all(torch.equal(usual_weights[name], strict_weights[name]) for name in usual_weights)
+
+
+@pytest.mark.parametrize("script, wanted", [("grpo_vl", True), ("grpo_vl", False), ("sft_coldstart", True)])
+def test_both_stages_pass_deterministic_on(script, wanted, tmp_path, monkeypatch):
+    class Started(Exception):
+        pass
+
+    def start(timeout, *, deterministic):
+        assert deterministic is wanted
+        raise Started
+
+    monkeypatch.setattr(fsdp, "start_processes", start)
+    options = ["--model", "tiny", "--out", str(tmp_path / "run"), *(["--deterministic"] if wanted else [])]
+    with pytest.raises(Started):
+        importlib.import_module(script).main(options)
 
 
 def test_overlong_rewards_by_hand(alone):
