@@ -31,7 +31,7 @@ import torch
 import fsdp
 import policy
 import qwen_vl
-import rewards
+import reward_function
 import run_folder
 import sft_coldstart
 import training
@@ -195,7 +195,7 @@ def score_groups(run: Run, step: int, groups: list[Group]) -> None:
     for group in groups:
         for completion in group.completions:
             completion.text = qwen_vl.decode(run.tokenizer, run.special, completion.tokens)
-            score = rewards.call_reward(
+            score = reward_function.call_reward(
                 run.reward, group.sample, completion.text, truncated=completion.truncated,
                 options=options)
             run.example = group.sample.answer, completion.text
@@ -550,8 +550,8 @@ def main(arguments: list[str] | None = None) -> None:
     if not run_folder.claim(config):
         return None
     try:
-        reward = rewards.load(config.reward)
-        rewards.check_options(json.loads(config.reward_options), reward)
+        reward = reward_function.load(config.reward)
+        reward_function.check_options(json.loads(config.reward_options), reward)
     except ValueError as error:
         raise SystemExit(f"--reward, --reward-options {config.reward_options}: {error}") from None
     for sentence in without_effect(config):

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import behaviours
 import formulas
 import rewards
+from reward_function import call_reward
 from rewards import correct, parse_boxes, parse_points, prompt, reference, score
 
 SCRIPT = Path(rewards.__file__)
@@ -799,102 +800,7 @@ def test_mistakes_are_named(args, options, sentence):
     assert sentence in str(error.value)
 
 
-# ---- rewards of one's own ----
-
-
-def sample(task="ocr", answer="word", image_size=(28, 56)):
-    return SimpleNamespace(task=task, answer=answer, image_size=image_size, question="q", id="s-7")
-
-
-def loaded(tmp_path, source):
-    path = tmp_path / "mine.py"
-    path.write_text(source, encoding="utf-8")
-    return rewards.load(f"{path}:mine")
-
-
-@pytest.mark.parametrize(
-    ("source", "expected"),
-    [
-        ("def mine(task, completion, answer, image_size): return len(task + completion + answer)", 10),
-        ("def mine(task, completion, answer): return len(completion)", 3),
-        ("def mine(t, c, a, size=None): return len(t + c + a) + size[0]", 38),  # by place
-        ("def mine(t, c, /): return len(c)", 3),
-        ("def mine(*all): return len(all)", 4),
-        ("def mine(completion, answer): return len(completion) - len(answer)", -1),  # by name
-        ("def mine(answer, completion): return len(completion) - len(answer)", -1),
-        ("def mine(completion, scale=2.0): return scale * len(completion)", 6),
-        ("def mine(completion, *, truncated): return 5 if truncated else 0", 5),
-        ("def mine(t, c, *, truncated): return 5 if truncated else len(c)", 5),
-        ("def mine(sample): return len(sample.id + sample.question)", 4),
-        ("def mine(**all): return len(all['sample'].id) + all['bonus']", 7),
-        ("def mine(completion, bonus): return bonus", 4),
-        ("def mine(t, c, a, **rest): return rest['image_size'][1] + rest['bonus']", 60),
-        ("class Mine:\n    def __call__(self, completion): return 9\nmine = Mine()", 9),
-    ],
-)
-def test_a_reward_gets_what_its_signature_takes(tmp_path, source, expected):
-    reward = loaded(tmp_path, source)
-    options = {"bonus": 4}
-    result = rewards.call_reward(reward, sample(), "abc", truncated=True, options=options)
-    assert result == rewards.Score(expected, {})
-
-
-def test_a_reward_may_pass_everything_on_to_score(tmp_path):
-    source = (
-        "import rewards\n"
-        "def mine(task, completion, answer, image_size=None, **rest):\n"
-        "    return rewards.score(task, completion, answer, image_size, **rest)\n"
-    )
-    reward = loaded(tmp_path, source)
-    options = {"iou_power": 2, "think": True}
-    said = "<think>a</think><answer>[0, 0, 10, 10]</answer>"
-    right = sample("grounding", [0, 0, 10, 20])
-    result = rewards.call_reward(reward, right, said, options=options)
-    assert result == rewards.Score(2.25, {"format": 1, "iou": 0.5, "think": 1})  # 1 + 0.5² + 1
-    assert reward("grounding", "[0, 0, 10, 10]", [0, 0, 10, 20], iou_power=2).total == 1.25
-
-
-def test_an_option_goes_to_the_tasks_that_have_it():
-    options = {"iou_power": 2, "matching": "detr"}
-    box = sample("grounding", [0, 0, 10, 20])
-    assert rewards.call_reward(score, box, "[0, 0, 10, 10]", options=options).total == 1.25
-    count = sample("counting", [[0, 0]], (30, 40))
-    assert rewards.call_reward(score, count, points((3, 4)), options=options).total == 0.9
-    cat = sample("detection", OBJECTS)
-    swapped = boxes((20, 20, 30, 30, "dog"), (0, 0, 10, 10, "cat"))
-    assert rewards.call_reward(score, cat, swapped, options=options).total == 3
-    with pytest.raises(ValueError, match="no option 'power'"):
-        rewards.call_reward(score, cat, swapped, options={"power": 2})
-
-
-@pytest.mark.parametrize("value", ["'high'", "None", "float('nan')", "float('inf')"])
-def test_a_reward_must_be_a_finite_number(tmp_path, value):
-    reward = loaded(tmp_path, f"def mine(completion): return {value}")
-    with pytest.raises(ValueError, match="a reward must be"):
-        rewards.call_reward(reward, sample(), "abc")
-
-
-def test_options_are_checked_before_training(tmp_path):
-    rewards.check_options({})
-    rewards.check_options({"iou_power": 2, "matching": "detr", "penalty": 3, "components": ["iou"]})
-    rewards.check_options({"think": "after", "format_weight": 0.1, "exact": True})
-    wrong = [
-        ({"power": 2}, "no task has an option 'power'; there are \\['components', 'exact', 'iou_power'"),
-        ({"iou_power": 3}, "iou_power can be \\(1, 2\\), not 3"),
-        ({"matching": "best"}, "matching can be .*'optimal'.*'detr'.*not 'best'"),
-        ({"penalty": -1}, "penalty can be"),
-        ({"components": ["size"]}, "components can be"),
-        ({"think": "during"}, "think can be before or after"),
-        ({"format_weight": "much"}, "format_weight must be a number"),
-    ]
-    for options, sentence in wrong:
-        with pytest.raises(ValueError, match=sentence):
-            rewards.check_options(options)
-    named = loaded(tmp_path, "def mine(completion, bonus=1): return bonus")
-    rewards.check_options({"bonus": 2}, named)
-    with pytest.raises(ValueError, match="takes no option 'malus'; its own are"):
-        rewards.check_options({"malus": 2}, named)
-    rewards.check_options({"malus": 2}, loaded(tmp_path, "def mine(completion, **rest): return 1"))
+# ---- the table ----
 
 
 def test_a_task_is_a_row():
@@ -916,7 +822,8 @@ def test_a_new_task_is_one_row(monkeypatch):
     assert reference("length", "4") == "xxxx"
     assert score("length", "xx", "4", power=2) == rewards.Score(0.25, {"length": 0.5})
     assert correct("length", "xx", "4") == 0.5
-    assert rewards.call_reward(score, sample("length", 4), "xx", options={"power": 2}).total == 0.25
+    sample = SimpleNamespace(task="length", answer=4, image_size=None)
+    assert call_reward(score, sample, "xx", options={"power": 2}).total == 0.25
 
 
 # ---- command line ----

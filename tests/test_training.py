@@ -330,15 +330,6 @@ def test_a_prompt_longer_than_the_limit_is_refused_not_cut(alone):
         training.make_prompt(run, run.data[0])
 
 
-def test_a_reward_of_ones_own_from_a_file(tmp_path, alone):
-    (tmp_path / "mine.py").write_text("def length(task, completion, answer, *a, **k):\n    return len(completion)\n")
-    reward = rewards.load(f"{tmp_path}/mine.py:length")
-    assert reward("ocr", "abc", "") == 3
-    for wrong in (f"{tmp_path}/mine.py:nothing", f"{tmp_path}/none.py:length"):
-        with pytest.raises(ValueError, match="--reward"):
-            rewards.load(wrong)
-
-
 # ── checkpoints ──
 def checkpoint_roundtrip(ranks, folder, **changes):
     """Six steps at once, against three, a fresh start from the checkpoint, and three more."""
