@@ -29,7 +29,7 @@ from typing import Literal
 import torch
 
 import fsdp
-import policy
+import packing
 import qwen_vl
 import reward_function
 import run_folder
@@ -369,7 +369,7 @@ def train_step(run: Run, step: int) -> dict:
     clock.append(time.perf_counter())
 
     # 2. Pack this rank's, the prompt once: [prompt | o_1 | … | o_G]. row_S: a token's rollout.
-    packs = policy.pack_for_ranks(groups, config.micro_tokens, run.special, ranks)
+    packs = packing.pack_for_ranks(groups, config.micro_tokens, run.special, ranks)
     sampler_logp = sampled_logps(rollouts, packs, ranks.device)
 
     # 3. log π_ref, if β > 0. k1 goes into the reward: r ← r − β·Σ_t (log π_sampler − log π_ref).
@@ -426,13 +426,13 @@ def as_PG(values_of: dict[int, list[float]], group: int) -> torch.Tensor:
     return torch.tensor(list(values_of.values()), dtype=torch.float64).view(-1, group)
 
 
-def sampled_logps(rollouts: list, packs: list[policy.Pack], device) -> list[torch.Tensor]:
+def sampled_logps(rollouts: list, packs: list[packing.Pack], device) -> list[torch.Tensor]:
     """The sampler's log-probability of each scored token, [S] a pack: packs keep their order."""
     flat = torch.tensor([logp for completion in rollouts for logp in completion.logps])
     return list(flat.to(device).split([len(pack.target_S) for pack in packs]))
 
 
-def reference_logps(run: Run, packs: list[policy.Pack]) -> list[torch.Tensor | None]:
+def reference_logps(run: Run, packs: list[packing.Pack]) -> list[torch.Tensor | None]:
     """log π_ref of each scored token, [S] a pack; None without a reference model (β = 0)."""
     if run.reference is None:
         return [None] * len(packs)

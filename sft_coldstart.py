@@ -20,7 +20,7 @@ import torch
 
 import data as datasets
 import fsdp
-import policy
+import packing
 import rewards
 import run_folder
 import training
@@ -98,7 +98,7 @@ def sft_step(run: Run, step: int) -> dict:
     groups = training.together(run, lambda: labelled_groups(run))
     targets = sum(ranks.gather(sum(len(group.completions[0].tokens) for group in groups)))
     total = 0.0
-    for pack in policy.pack_for_ranks(groups, config.micro_tokens, run.special, ranks):
+    for pack in packing.pack_for_ranks(groups, config.micro_tokens, run.special, ranks):
         logp_S, _ = run.policy(pack)
         loss = -logp_S.sum() / targets
         (loss * ranks.world).backward()  # FSDP averages over ranks; targets counts them all

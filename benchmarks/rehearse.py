@@ -44,8 +44,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import fsdp
+import packing
 import policy
-from policy import Pack, Policy
+from packing import Pack
+from policy import Policy
 from qwen_vl import Completion, Group, Prompt, rope_positions
 from sampler import Sampler
 
@@ -164,8 +166,8 @@ def make_groups(prompts: int, group: int, length: int) -> list[Group]:
 
 def fake_pack(groups: list[Group], mode: FakeTensorMode) -> Pack:
     """The pack as prepare_attention leaves it on CUDA."""
-    pack = policy.pack_groups(groups)
-    pack.attention = policy.varlen_layout(pack)
+    pack = packing.pack_groups(groups)
+    pack.attention = packing.varlen_layout(pack)
 
     def move(value):
         return mode.from_tensor(value).to(CUDA) if torch.is_tensor(value) else value

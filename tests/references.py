@@ -4,9 +4,10 @@ import torch
 from PIL import Image
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-import policy as packing
+import packing
 import qwen_vl
-from policy import Policy, pack_groups, scatter_BT
+from packing import pack_groups, scatter_BT
+from policy import Policy
 from qwen_vl import Completion, Group, SpecialIds, encode_chat
 
 CPU = torch.device("cpu")

@@ -5,7 +5,7 @@ import torch
 from conftest import ROOT
 
 import data
-import policy
+import packing
 import sft_coldstart
 import training
 from qwen_vl import Group
@@ -78,7 +78,7 @@ def test_samples_do_not_see_each_other(alone):
         response = sft_coldstart.Completion(sft_coldstart.response_tokens(run, sample))
         groups.append(Group(training.make_prompt(run, sample), [response]))
     def logps(chosen):
-        (pack,) = policy.pack_for_ranks(chosen, 10**6, run.special, alone)
+        (pack,) = packing.pack_for_ranks(chosen, 10**6, run.special, alone)
         with torch.no_grad():
             return run.policy(pack)[0]
     last = len(groups[3].completions[0].tokens)

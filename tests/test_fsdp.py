@@ -10,7 +10,8 @@ import fsdp
 import grpo_vl
 import qwen_vl
 from data import open_data
-from policy import Policy, pack_for_ranks, token_logprobs
+from packing import pack_for_ranks
+from policy import Policy, token_logprobs
 from qwen_vl import Completion, Group, SpecialIds
 
 WORLD = ["synthetic:grounding?size=56x56&distractors=0-2"]

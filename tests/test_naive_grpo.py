@@ -15,11 +15,12 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 import fsdp
 import grpo_vl
 import naive_grpo
-import policy as packing
+import packing
 import qwen_vl
 import rewards
 import tiny
 from naive_grpo import Rollout
+from policy import Policy
 from qwen_vl import Completion, Group
 
 TEMPERATURE = 0.8
@@ -83,7 +84,7 @@ def fast_side(folder, groups, *, beta, reference_folder, optimizer_class):
     def policy_of(source):
         model, tokenizer = qwen_vl.load(source)
         special = qwen_vl.SpecialIds.read(tokenizer, model.config)
-        return packing.Policy(model, special.banned_V), tokenizer, special
+        return Policy(model, special.banned_V), tokenizer, special
 
     policy, tokenizer, special = policy_of(folder)
     reference = policy_of(reference_folder)[0] if beta else None

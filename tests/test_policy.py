@@ -15,9 +15,11 @@ from references import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import policy as packing
+import packing
+import policy as policy_module
 import qwen_vl
-from policy import Policy, pack_groups
+from packing import pack_groups
+from policy import Policy
 from qwen_vl import Completion, Group, encode_chat
 
 
@@ -102,7 +104,7 @@ def test_vision_features_equal_huggingface(world):
     hooks = [block.attn.register_forward_pre_hook(lambda _, __, given: seen.append(given), with_kwargs=True)
              for block in policy.vision.blocks]
     with torch.no_grad():
-        found = packing.vision_features(policy.vision, pixels_ND, grids)
+        found = policy_module.vision_features(policy.vision, pixels_ND, grids)
         want = twin.model.visual(pixels_ND, grid_thw=grids).pooler_output
     for hook in hooks:
         hook.remove()
@@ -130,9 +132,9 @@ def test_the_tower_asks_the_device_for_nothing(world, monkeypatch):
             return forward(*args, **kwargs)
 
     monkeypatch.setattr(policy.vision, "forward", watched)
-    monkeypatch.setattr(packing, "window_attention", lambda q, *_: q)  # the CPU's, in the kernel's place
+    monkeypatch.setattr(policy_module, "window_attention", lambda q, *_: q)  # the CPU's, in the kernel's place
     with torch.no_grad():
-        packing.vision_features(policy.vision, prompts[2].pixels_ND, torch.tensor(prompts[2].grids))
+        policy_module.vision_features(policy.vision, prompts[2].pixels_ND, torch.tensor(prompts[2].grids))
 
 
 def test_varlen_layout_lists_the_keys_of_each_sequence():
@@ -158,28 +160,28 @@ def test_keys_are_repeated_only_where_pytorch_needs_it(monkeypatch, keywords, ke
         assert torch.equal(k[:, -1], keys[:, -1]) and torch.equal(k[:, 0], keys[:, 0])
         return q
 
-    monkeypatch.setattr(packing, "flash_attn_varlen_func", None)
-    monkeypatch.setattr(packing, "varlen_attn", kernel)
-    monkeypatch.setattr(packing, "VARLEN_KEYWORDS", keywords)
+    monkeypatch.setattr(policy_module, "flash_attn_varlen_func", None)
+    monkeypatch.setattr(policy_module, "varlen_attn", kernel)
+    monkeypatch.setattr(policy_module, "VARLEN_KEYWORDS", keywords)
     keys, borders = torch.randn(7, 2, 8), torch.tensor([0, 7])
-    packing.varlen_attention(torch.randn(7, 4, 8), keys, keys, borders, borders, 7, 7, causal=True)
+    policy_module.varlen_attention(torch.randn(7, 4, 8), keys, keys, borders, borders, 7, 7, causal=True)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_flash_attention_is_told_to_be_deterministic(monkeypatch, deterministic):
     given = {}
-    monkeypatch.setattr(packing, "flash_attn_varlen_func", lambda q, *_, **options: given.update(options) or q)
+    monkeypatch.setattr(policy_module, "flash_attn_varlen_func", lambda q, *_, **options: given.update(options) or q)
     queries, borders = torch.randn(7, 4, 8), torch.tensor([0, 7])
     torch.use_deterministic_algorithms(deterministic)
     try:
-        packing.varlen_attention(queries, queries, queries, borders, borders, 7, 7, causal=True)
+        policy_module.varlen_attention(queries, queries, queries, borders, borders, 7, 7, causal=True)
     finally:
         torch.use_deterministic_algorithms(False)
     assert given == dict(causal=True, deterministic=deterministic)
 
 
 def test_the_keywords_of_this_pytorch_are_known():
-    assert {"window_size", "enable_gqa"} <= set(packing.VARLEN_KEYWORDS)  # as pinned in requirements.txt
+    assert {"window_size", "enable_gqa"} <= set(policy_module.VARLEN_KEYWORDS)  # as pinned in requirements.txt
 
 
 def test_varlen_layout_computes_the_same_attention(world, monkeypatch):
@@ -199,7 +201,7 @@ def test_varlen_layout_computes_the_same_attention(world, monkeypatch):
             outs.append(torch.einsum("hqk,khd->qhd", weights, vi))
         return torch.cat(outs)
 
-    monkeypatch.setattr(packing, "varlen_attention", loop)
+    monkeypatch.setattr(policy_module, "varlen_attention", loop)
     pack = pack_groups(ragged_groups(prompts))
     with torch.no_grad():
         by_mask, entropy = policy(prepared(pack))

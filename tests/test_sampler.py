@@ -10,10 +10,11 @@ from references import CPU, image_inputs, make_world, noise_image, packed_logps,
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kv_cache
-import policy as packing
+import policy as policy_module
 import qwen_vl
 import sampler as sampler_module
-from policy import Policy, pack_groups
+from packing import pack_groups
+from policy import Policy
 from qwen_vl import Group, encode_chat
 from sampler import Sampler, inverse_cdf, keyed_uniforms
 
@@ -224,12 +225,12 @@ def test_a_bf16_copy_keeps_the_rotary_angles_in_fp32(world):
             assert buffer.dtype == torch.float32 and torch.equal(buffer, buffers[name]), name
     tower = deepcopy(policy.vision)
     tower.load_state_dict({name: weight.bfloat16() for name, weight in tower.state_dict().items()}, assign=True)
-    packing.replace_vision_forwards(tower)  # a copy's forwards are bound to the original
+    policy_module.replace_vision_forwards(tower)  # a copy's forwards are bound to the original
     seeing = [prompt for prompt in prompts if prompt.grids]
     pixels_ND = torch.cat([prompt.pixels_ND for prompt in seeing]).bfloat16()
     grids = torch.tensor([grid for prompt in seeing for grid in prompt.grids])
     with torch.no_grad():
-        want = packing.vision_features(tower, pixels_ND, grids)
+        want = policy_module.vision_features(tower, pixels_ND, grids)
         assert torch.equal(rounded.image_features(seeing), want)
 
 

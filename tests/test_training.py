@@ -15,7 +15,7 @@ from ranks import by_length, full_weights, make_run, steps
 import data as datasets
 import fsdp
 import grpo_vl
-import policy
+import packing
 import qwen_vl
 import rewards
 import run_folder
@@ -223,8 +223,8 @@ def test_kl_in_the_reward_is_subtracted_before_advantages(alone, monkeypatch):
     reference = ranks.make_run(alone)
     for index, group in enumerate(raw[1]):
         for g, c in enumerate(group.completions):
-            pack = policy.pack_groups([Group(group.prompt, [c])])
-            pack = policy.prepare_attention(pack, alone.device)
+            pack = packing.pack_groups([Group(group.prompt, [c])])
+            pack = packing.prepare_attention(pack, alone.device)
             with torch.no_grad():
                 kl = sum(c.logps) - reference.policy(pack)[0].sum().item()
             assert seen[1][index, g].item() == pytest.approx(c.reward - 0.5 * kl, abs=1e-4)

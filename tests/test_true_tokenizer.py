@@ -12,7 +12,8 @@ from PIL import Image
 import qwen_vl
 import rewards
 import tiny
-from policy import Policy, pack_groups, prepare_attention
+from packing import pack_groups, prepare_attention
+from policy import Policy
 from qwen_vl import Group, SpecialIds
 from sampler import Sampler, keyed_uniforms
 
