@@ -7,7 +7,7 @@ Each fast form has a plain twin that tests/test_policy.py holds it to:
   varlen layout       the same rule as a mask
 
 Shapes, as suffixes: L packed tokens, S scored completion tokens, P groups in a row, N image
-patches, I image tokens, B rollouts, T longest completion.
+patches, I image tokens, B rollouts.
 """
 import math
 from dataclasses import dataclass, field, replace
@@ -29,8 +29,7 @@ class Pack:
     segment_L: torch.Tensor  # 0 in a prompt, i in its i-th completion
     source_S: torch.Tensor  # where the hidden state lies that predicts scored token s
     target_S: torch.Tensor  # the scored token
-    row_S: torch.Tensor  # its place [row, column] in the [B, T] batch
-    column_S: torch.Tensor
+    row_S: torch.Tensor  # the rollout that it belongs to, an index into B
     image_slots: torch.Tensor  # indices into L, in the order of the image features
     pixels_ND: torch.Tensor | None
     grids_I3: torch.Tensor | None  # stays on the host
@@ -93,7 +92,7 @@ def pack_groups(groups: list[Group]) -> Pack:
     Plain twin: one completion at a time through Hugging Face's forward.
     """
     ids, positions, group_of, segment = [], [], [], []
-    source, target, row, column = [], [], [], []
+    source, target, row = [], [], []
     slots = []
     for index, group in enumerate(groups):
         prompt, start = group.prompt, len(ids)
@@ -108,7 +107,6 @@ def pack_groups(groups: list[Group]) -> Pack:
             source += [prompt_end, *range(first, first + length - 1)]
             target += completion.tokens
             row += [group.row + number] * length
-            column += range(length)
             ids += completion.tokens
             segment += [number + 1] * length
             own_positions, _ = rope_positions([length], prompt.next_position)
@@ -122,7 +120,6 @@ def pack_groups(groups: list[Group]) -> Pack:
         source_S=torch.tensor(source).long(),
         target_S=torch.tensor(target).long(),
         row_S=torch.tensor(row).long(),
-        column_S=torch.tensor(column).long(),
         image_slots=torch.tensor(slots).long(),
         **image_inputs([group.prompt for group in groups]))
 
@@ -173,11 +170,6 @@ def filler(special: SpecialIds) -> Pack:
     """One token, none scored."""
     nothing = Prompt([special.im_start], torch.zeros(3, 1).long(), next_position=1)
     return pack_groups([Group(nothing, completions=[])])
-
-
-def scatter_BT(values_S: torch.Tensor, pack: Pack, shape: tuple[int, int]) -> torch.Tensor:
-    """Scored tokens back into their places of the padded [B, T] batch, zero elsewhere."""
-    return values_S.new_zeros(shape).index_put((pack.row_S, pack.column_S), values_S)
 
 
 # §2 ───────────────────────────────────── who sees whom ───────────────────────────────────────

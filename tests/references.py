@@ -6,7 +6,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 import packing
 import qwen_vl
-from packing import pack_groups, scatter_BT
+from packing import pack_groups
 from policy import Policy
 from qwen_vl import Completion, Group, SpecialIds, encode_chat
 
@@ -96,11 +96,20 @@ def padded_logps(twin, banned_V, groups):
     return out
 
 
+def scatter_BT(values_S, row_S, shape):
+    """Scored tokens, in order within each row, back into their places of the padded [B, T] batch; zero elsewhere."""
+    column_S, lengths = [], {}
+    for row in row_S.tolist():
+        column_S.append(lengths.get(row, 0))
+        lengths[row] = column_S[-1] + 1
+    return values_S.new_zeros(shape).index_put((row_S, torch.tensor(column_S)), values_S)
+
+
 def packed_logps(policy, groups, budget=10**6, temperature=1.0):
     """([B, T] log-probs by shared-prefix packing, number of micro-batches)."""
     shape = (len(rows_of(groups)), longest_of(groups))
     packs = [prepared(pack_groups(part)) for part in packing.split_groups(groups, budget)]
-    return sum(scatter_BT(policy(p, temperature)[0], p, shape) for p in packs), len(packs)
+    return sum(scatter_BT(policy(p, temperature)[0], p.row_S, shape) for p in packs), len(packs)
 
 
 def gradients(module):
