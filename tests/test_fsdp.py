@@ -209,9 +209,9 @@ def test_forwards_without_gradients_agree(alone, pair):
 
 
 # ── the drawing ──
-# Numbers of tiny (width 128, MLP 384, 576 ids): a layer has 128·128 + 128 (q), 2·(64·128 + 64) (k, v), 128² (o),
-# 3·128·384 (MLP) and 2·128 (norms) = 197,120; the root 576·128 + 128 = 73,856; the tower the rest of 1,452,096.
-REDUCED = {"vision": 589_760, "layer": 197_120, "root": 73_856}
+# Numbers of tiny (width 128, MLP 384, 640 ids): a layer has 128·128 + 128 (q), 2·(64·128 + 64) (k, v), 128² (o),
+# 3·128·384 (MLP) and 2·128 (norms) = 197,120; the root 640·128 + 128 = 82,048; the tower the rest of 1,460,288.
+REDUCED = {"vision": 589_760, "layer": 197_120, "root": 82_048}
 
 
 @pytest.mark.parametrize("options", [dict(), dict(checkpointing=True)])
@@ -234,7 +234,7 @@ def test_a_frozen_tower_is_gathered_in_forward_alone(pair):
 
 def test_a_rank_keeps_half_of_weights_and_optimizer(pair):
     for kept, state, stand_ins in pair.run("test_fsdp.shares"):
-        assert kept == 1_452_096 // 2 and state == 2 * kept  # the whole model has 1,452,096; AdamW two moments
+        assert kept == 1_460_288 // 2 and state == 2 * kept  # the whole model has 1,460,288; AdamW two moments
         assert stand_ins["model.model.language_model.layers.0.mlp.down_proj.weight"] == (128, 384)
 
 
@@ -392,4 +392,4 @@ def test_a_plan_for_no_model_is_one_sentence(tmp_path):
 
 def test_the_stand_in_is_planned_too(capsys):
     fsdp.plan(grpo_vl.Config(plan="2x1", model="tiny"), 24)
-    assert capsys.readouterr().out.startswith("1,452,096 parameters on 2 GPUs")
+    assert capsys.readouterr().out.startswith("1,460,288 parameters on 2 GPUs")
