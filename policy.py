@@ -2,12 +2,13 @@
 
 §1 attention · §2 a packed row → log-probabilities, entropies
 
-The network itself (weights, norms, MLPs) is Hugging Face's `Qwen2_5_VLForConditionalGeneration`;
-its two attention forwards are replaced (§1), as packing is a statement about attention, and the
-patch embedding, a convolution that is a matrix product.
+The network itself (weights, MLPs) is Hugging Face's `Qwen2_5_VLForConditionalGeneration`; its two
+attention forwards are replaced (§1), as packing is a statement about attention, and what PyTorch
+has faster: norms, and the patch embedding, a convolution that is a matrix product.
 
 Each fast form has a plain twin that tests/test_policy.py holds it to:
   varlen attention    the same rule as a mask
+  norms               Hugging Face's formula
   patch embedding     Hugging Face's convolution
 
 Shapes, as suffixes: L packed tokens, S scored completion tokens, P groups in a row, N image
@@ -97,8 +98,26 @@ def decoder_attention(self, hidden_states, position_embeddings, layout: dict, **
     return self.o_proj(out_LHd.flatten(1))[None], None
 
 
+def rms_norm(x, weight, eps: float) -> torch.Tensor:
+    """x · weight / √(mean(x²) + eps), in fp32 and rounded once: one kernel on CUDA, not six."""
+    return F.rms_norm(x, x.shape[-1:], weight, eps)
+
+
+def replace_norms(module) -> None:
+    """`rms_norm` in each norm of vision tower or decoder. Plain twin: Hugging Face's forward."""
+    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
+
+    def forward(self, hidden_states):
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+
+    for part in module.modules():
+        if isinstance(part, Qwen2_5_VLRMSNorm):
+            part.forward = MethodType(forward, part)
+
+
 def replace_vision_forwards(vision) -> None:
-    """Our attention in each block, and the patch embedding as the matrix product that it is."""
+    """Our norms, our attention, and the patch embedding as the matrix product that it is."""
+    replace_norms(vision)
     vision.patch_embed.forward = MethodType(patch_embedding, vision.patch_embed)
     for block in vision.blocks:
         block.attn.forward = MethodType(vision_attention, block.attn)
@@ -213,6 +232,7 @@ class Policy(nn.Module):
         self.model = model
         self.register_buffer("banned_V", banned_V, persistent=False)
         replace_vision_forwards(self.vision)
+        replace_norms(self.decoder)
         for layer in self.decoder.layers:
             layer.self_attn.forward = MethodType(decoder_attention, layer.self_attn)
         if checkpointing:  # inside the modules' forward, so inside FSDP's hooks: no extra gathers

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from kv_cache import Batch, Cache
-from policy import replace_vision_forwards, rotate, vision_features
+from policy import replace_vision_forwards, rms_norm, rotate, vision_features
 from qwen_vl import Completion, Prompt, SpecialIds
 
 BLOCK = 64  # ids that `inverse_cdf` takes as one on its first level
@@ -229,7 +229,7 @@ class Sampler:
         """All decoder layers on x [..., D]; `attend(index, q, k, v)` sees [..., heads, d]."""
         heads = [self.heads, self.kv_heads, self.kv_heads]
         for index, layer in enumerate(self.layers):
-            normed = self.rms(x, layer.norm_in)
+            normed = rms_norm(x, layer.norm_in, self.eps)
             qkv = F.linear(normed, layer.qkv, layer.qkv_bias)
             qkv = qkv.unflatten(-1, (-1, self.head_width))
             q, k, v = qkv.split(heads, dim=-2)
@@ -238,17 +238,12 @@ class Sampler:
             out = attend(index, q, k, v).flatten(-2)
             x = x + F.linear(out, layer.out)
 
-            normed = self.rms(x, layer.norm_mlp)
+            normed = rms_norm(x, layer.norm_mlp, self.eps)
             both = F.linear(normed, layer.gate_up)
             gate, up = both.chunk(2, dim=-1)
             inner = F.silu(gate) * up
             x = x + F.linear(inner, layer.down)
         return x
-
-    def rms(self, x, weight):
-        """Rounded to x's dtype before the weight, as in Hugging Face's norm."""
-        width = x.shape[-1:]
-        return weight * F.rms_norm(x, width, eps=self.eps)
 
     def prefill(self, prompts: list[Prompt], cache: list[torch.Tensor]) -> torch.Tensor:
         """Vision tower and decoder once per prompt, right-padded to the longest.
@@ -493,7 +488,7 @@ class Sampler:
 
         `penalty` (evaluation only) makes ids in `seen_PGV`, of prompt and answer, less likely.
         """
-        normed_PGD = self.rms(hidden_PGD, self.norm)
+        normed_PGD = rms_norm(hidden_PGD, self.norm, self.eps)
         logits_PGV = F.linear(normed_PGD, self.head).float() / temperature
         if seen_PGV is not None:  # as in Hugging Face's and vLLM's repetition_penalty
             factor_PGV = torch.where(logits_PGV > 0, 1 / penalty, penalty)

@@ -14,6 +14,7 @@ from references import (
     rows_of,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
 
 import packing
 import policy as policy_module
@@ -112,6 +113,39 @@ def test_vision_features_equal_huggingface(world):
     # blocks 0 and 1 see windows of at most 8×8 patches, block 2 whole images: 18·10 patches the largest
     assert [given["max_seqlen"] for given in seen] == [64, 64, 180]
     assert all(given["cu_seqlens"].diff().max() == given["max_seqlen"] for given in seen)
+
+
+def huggingface_norm(dtype):
+    norm = Qwen2_5_VLRMSNorm(2048, 1e-6).to(dtype)
+    with torch.no_grad():
+        norm.weight.copy_(torch.rand(2048, generator=torch.Generator().manual_seed(1)))
+    return norm
+
+
+def test_the_norm_is_huggingfaces():
+    norm, x = huggingface_norm(torch.float32), 5 * torch.randn(100, 2048, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(policy_module.rms_norm(x, norm.weight, 1e-6), norm(x), rtol=1e-6, atol=0)
+
+
+def test_the_norm_in_bf16_is_rounded_once():
+    """Never farther from the exact value than half a bf16 step, 2⁻⁸ of it; Hugging Face's rounds twice."""
+    norm, x = huggingface_norm(torch.bfloat16), 5 * torch.randn(100, 2048, generator=torch.Generator().manual_seed(0))
+    x = x.bfloat16()
+    exact = norm.weight.double() * x.double() / (x.double().square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    ours, theirs = policy_module.rms_norm(x, norm.weight, 1e-6), norm(x)
+    error = lambda found: ((found.double() - exact).abs() / exact.abs().clamp(min=1e-30)).max().item()  # noqa: E731
+    assert ours.dtype == torch.bfloat16
+    assert error(ours) <= 1.001 * 2**-8 < error(theirs)
+
+
+def test_no_norm_of_huggingfaces_is_left(world, monkeypatch):
+    policy, _, _, _, prompts = world
+    norms = [part for part in policy.modules() if isinstance(part, Qwen2_5_VLRMSNorm)]
+    # two a layer and block (tiny: four and three), the decoder's last and the merger's
+    assert len(norms) == 2 * 4 + 2 * 3 + 2
+    monkeypatch.setattr(Qwen2_5_VLRMSNorm, "forward", lambda self, x: pytest.fail("the six-kernel norm ran"))
+    with torch.no_grad():
+        policy(prepared(pack_groups(ragged_groups(prompts))))
 
 
 class RefuseWaits(TorchDispatchMode):
