@@ -8,7 +8,7 @@ has faster: norms, and the patch embedding, a convolution that is a matrix produ
 
 Each fast form has a plain twin that tests/test_policy.py holds it to:
   varlen attention    the same rule as a mask
-  norms               Hugging Face's formula
+  norms, rotary       Hugging Face's formulas
   patch embedding     Hugging Face's convolution
 
 Shapes, as suffixes: L packed tokens, S scored completion tokens, P groups in a row, N image
@@ -77,11 +77,21 @@ def shared_prefix_attention(q_LHd, k_LKd, v_LKd, layout: dict) -> torch.Tensor:
     return out_PHLd.transpose(1, 2).flatten(0, 1)[layout["scatter_L"]]
 
 
+def half_negated(sin: torch.Tensor) -> torch.Tensor:
+    """[−sin₁, sin₂] of [sin₁, sin₂] along the head's width: computed once for all layers."""
+    first, second = sin.chunk(2, dim=-1)
+    return torch.cat([-first, second], dim=-1)
+
+
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary embedding: x·cos + rotate_half(x)·sin. x [..., H, d]; cos, sin [..., 1, d]."""
+    """Rotary embedding of x [..., H, d] = [x₁, x₂] by cos and `half_negated` sin, [..., 1, d].
+
+    Plain twin: x·cos + rotate_half(x)·sin with rotate_half(x) = [−x₂, x₁]. Here [x₂, x₁] is what is
+    multiplied: three passes over x instead of five.
+    """
     first, second = x.chunk(2, dim=-1)
-    turned = torch.cat([-second, first], dim=-1)
-    return x * cos + turned * sin
+    swapped = torch.cat([second, first], dim=-1)
+    return torch.addcmul(x * cos, swapped, sin)
 
 
 def decoder_attention(self, hidden_states, position_embeddings, layout: dict, **_):
@@ -118,9 +128,16 @@ def replace_norms(module) -> None:
 def replace_vision_forwards(vision) -> None:
     """Our norms, our attention, and the patch embedding as the matrix product that it is."""
     replace_norms(vision)
+    vision.rotary_pos_emb.forward = MethodType(vision_angles, vision.rotary_pos_emb)
     vision.patch_embed.forward = MethodType(patch_embedding, vision.patch_embed)
     for block in vision.blocks:
         block.attn.forward = MethodType(vision_attention, block.attn)
+
+
+def vision_angles(self, hidden_states, position_ids) -> tuple[torch.Tensor, torch.Tensor]:
+    """Hugging Face's angles of each patch, [N, d] fp32 each, ready for `rotate`."""
+    cos_Nd, sin_Nd = type(self).forward(self, hidden_states, position_ids)
+    return cos_Nd.float(), half_negated(sin_Nd.float())
 
 
 def patch_embedding(self, pixels_ND):
@@ -168,10 +185,10 @@ def vision_attention(self, hidden_states, cu_seqlens, position_embeddings, max_s
     Plain twin: Hugging Face's tower, which loops over the windows.
     """
     qkv = self.qkv(hidden_states).unflatten(-1, (3, self.num_heads, -1))
-    q_NHd, k_NHd, v_NHd = qkv.unbind(1)
-    cos_N1d, sin_N1d = (x[:, None].float() for x in position_embeddings)
-    q_NHd = rotate(q_NHd.float(), cos_N1d, sin_N1d).to(v_NHd.dtype)
-    k_NHd = rotate(k_NHd.float(), cos_N1d, sin_N1d).to(v_NHd.dtype)
+    v_NHd = qkv[:, 2]
+    cos_N11d, sin_N11d = (x[:, None, None] for x in position_embeddings)
+    qk = rotate(qkv[:, :2], cos_N11d, sin_N11d)  # in fp32, as the angles are
+    q_NHd, k_NHd = qk.to(v_NHd.dtype).unbind(1)
     if q_NHd.is_cuda:
         out_NHd = varlen_attention(
             q_NHd, k_NHd, v_NHd, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, causal=False)
@@ -260,7 +277,8 @@ class Policy(nn.Module):
             features_ID = features_ID.to(hidden_LD.dtype)
             hidden_LD = hidden_LD.index_copy(0, pack.image_slots, features_ID)
         hidden_1LD = hidden_LD[None]
-        cos_sin = decoder.rotary_emb(hidden_1LD, pack.positions_3L[:, None])
+        cos, sin = decoder.rotary_emb(hidden_1LD, pack.positions_3L[:, None])
+        cos_sin = cos, half_negated(sin)
         for layer in decoder.layers:
             hidden_1LD = layer(hidden_1LD, position_embeddings=cos_sin, layout=pack.attention)
         hidden_SD = decoder.norm(hidden_1LD[0, pack.source_S])

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from kv_cache import Batch, Cache
-from policy import replace_vision_forwards, rms_norm, rotate, vision_features
+from policy import half_negated, replace_vision_forwards, rms_norm, rotate, vision_features
 from qwen_vl import Completion, Prompt, SpecialIds
 
 BLOCK = 64  # ids that `inverse_cdf` takes as one on its first level
@@ -267,7 +267,7 @@ class Sampler:
             flat = x_PLD.view(-1, x_PLD.shape[-1])
             flat[torch.tensor(slots, device=self.device)] = self.image_features(prompts)
         cos_PLd, sin_PLd = self.rotary(x_PLD, positions_3PL.to(self.device))
-        cos_PL1d, sin_PL1d = cos_PLd[:, :, None], sin_PLd[:, :, None]
+        cos_PL1d, sin_PL1d = cos_PLd[:, :, None], half_negated(sin_PLd)[:, :, None]
 
         def attend(index, q_PLHd, k_PLKd, v_PLKd):
             q, k, v = (x.transpose(1, 2) for x in (q_PLHd, k_PLKd, v_PLKd))
@@ -330,7 +330,7 @@ class Sampler:
         position_3P1 = position_P.expand(3, -1)[:, :, None]
         cos_P1d, sin_P1d = self.rotary(x_PGD, position_3P1)
         cos_P11d = cos_P1d[:, :, None]
-        sin_P11d = sin_P1d[:, :, None]
+        sin_P11d = half_negated(sin_P1d)[:, :, None]
         place_T = torch.arange(places, device=self.device)
         mask_T = torch.zeros(places, device=self.device)
         mask_T = mask_T.masked_fill(place_T > batch.place_1, -math.inf)

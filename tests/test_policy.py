@@ -14,7 +14,10 @@ from references import (
     rows_of,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLRMSNorm
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
+    Qwen2_5_VLRMSNorm,
+    apply_rotary_pos_emb,
+)
 
 import packing
 import policy as policy_module
@@ -136,6 +139,19 @@ def test_the_norm_in_bf16_is_rounded_once():
     error = lambda found: ((found.double() - exact).abs() / exact.abs().clamp(min=1e-30)).max().item()  # noqa: E731
     assert ours.dtype == torch.bfloat16
     assert error(ours) <= 1.001 * 2**-8 < error(theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rotating_is_huggingfaces_formula(dtype):
+    generator = torch.Generator().manual_seed(0)
+    x, other = torch.randn(7, 3, 8, generator=generator).to(dtype), torch.randn(7, 3, 8, generator=generator).to(dtype)
+    angles = 3 * torch.randn(7, 4, generator=generator)
+    cos, sin = (torch.cat([part, part], -1).to(dtype) for part in (angles.cos(), angles.sin()))
+    want, _ = apply_rotary_pos_emb(x.transpose(0, 1)[None].double(), other.transpose(0, 1)[None].double(), cos[None].double(), sin[None].double())
+    found = policy_module.rotate(x, cos[:, None], policy_module.half_negated(sin)[:, None])
+    assert found.dtype == dtype
+    # two roundings of numbers below 4·√2: 2⁻²⁴ or 2⁻⁸ of it each
+    torch.testing.assert_close(found.double(), want[0].transpose(0, 1), rtol=0, atol=2**-20 if dtype == torch.float32 else 2**-4)
 
 
 def test_no_norm_of_huggingfaces_is_left(world, monkeypatch):
