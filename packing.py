@@ -35,15 +35,18 @@ class Pack:
     grids_I3: torch.Tensor | None  # stays on the host
     features_ID: torch.Tensor | None = None  # in place of pixels, where they are known
     attention: dict = field(default_factory=dict)  # §2's index tensors, from `prepare_attention`
+    vision: dict | None = None  # policy.vision_layout of the grids, kept by the first pass
 
     def to(self, device) -> "Pack":
-        def move(values: dict) -> dict:
-            return {k: v.to(device) if torch.is_tensor(v) else v for k, v in values.items()}
-
-        moved = move(vars(self))
-        moved["attention"] = move(self.attention)
-        moved["grids_I3"] = self.grids_I3  # `vision_features` reads them on the host
+        moved = on_device(vars(self), device)
+        moved["attention"] = on_device(self.attention, device)
+        moved["grids_I3"] = self.grids_I3  # `vision_layout` reads them on the host
         return Pack(**moved)
+
+
+def on_device(values: dict, device) -> dict:
+    """The same with its tensors on the device."""
+    return {k: v.to(device) if torch.is_tensor(v) else v for k, v in values.items()}
 
 
 def split_groups(groups: list[Group], budget: int) -> list[list[Group]]:

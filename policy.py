@@ -26,7 +26,7 @@ from torch import nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
-from packing import Pack
+from packing import Pack, borders, on_device
 
 try:  # the GPU extra; PyTorch's own variable-length attention stands in
     from flash_attn import flash_attn_varlen_func
@@ -149,33 +149,53 @@ def patch_embedding(self, pixels_ND):
     return F.linear(pixels_ND.to(weight.dtype), weight)
 
 
-def vision_features(vision, pixels_ND: torch.Tensor, grids_I3: torch.Tensor) -> torch.Tensor:
-    """Image features [image tokens, D] of pixels on the tower's device, grids on the host."""
-    layout = {}
-    for name, value in vision_layout(vision, grids_I3).items():
-        layout[name] = value.to(pixels_ND.device) if torch.is_tensor(value) else value
+def vision_features(vision, pixels_ND, grids_I3, layout: dict | None = None) -> torch.Tensor:
+    """Image features [image tokens, D] of pixels on the tower's device, grids on the host.
+
+    layout: what `vision_layout` gave for these grids, where it is known from an earlier pass.
+    """
+    layout = layout or on_device(vision_layout(vision, grids_I3), pixels_ND.device)
     return vision(pixels_ND, grid_thw=grids_I3, **layout).pooler_output
 
 
 def vision_layout(vision, grids_I3: torch.Tensor) -> dict:
-    """Windows and positions follow from the grids alone: computed on the host, once a pass.
+    """Windows and positions follow from the grids alone: on the host, once for equal grids.
 
     Hugging Face's forward takes them as keyword arguments; it would otherwise ask the device for
-    them, and each block for its longest window.
+    them, and each block for its longest window. Plain twin: what that forward computes itself.
     """
+    known, order, windows, frames, positions = {}, [], [], [], []
+    tokens = 0  # of the images so far
+    for grid in map(tuple, grids_I3.tolist()):
+        if grid not in known:
+            known[grid] = image_layout(vision, grid)
+        order_I, window_lengths, frame_lengths, positions_N2 = known[grid]
+        order.append(tokens + order_I)
+        windows.append(window_lengths)
+        frames.append(frame_lengths)
+        positions.append(positions_N2)
+        tokens += len(order_I)
+    windows, frames = torch.cat(windows), torch.cat(frames)
+    return {
+        "position_ids": torch.cat(positions),
+        "window_index": torch.cat(order),
+        "cu_window_seqlens": borders(windows),
+        "max_window_seqlen": int(windows.max()),
+        "cu_seqlens": borders(frames),
+        "max_seqlen": int(frames.max())}
+
+
+def image_layout(vision, grid: tuple[int, int, int]) -> tuple[torch.Tensor, ...]:
+    """One image alone: its tokens in the order of windows, patches of each window and of each
+    frame, and each patch's row and column."""
     from transformers import vision_utils
 
-    merge = vision.spatial_merge_size
-    window_index, cu_windows = vision_utils.get_vision_window_index(
-        grids_I3, merge, vision.window_size, vision.patch_size)
-    cu_images = vision_utils.get_vision_cu_seqlens(grids_I3)
-    return {
-        "position_ids": vision_utils.get_vision_position_ids(grids_I3, merge),
-        "window_index": window_index,
-        "cu_window_seqlens": cu_windows,
-        "max_window_seqlen": int(cu_windows.diff().max()),
-        "cu_seqlens": cu_images,
-        "max_seqlen": int(cu_images.diff().max())}
+    grid_13, merge = torch.tensor([grid]), vision.spatial_merge_size
+    order_I, cu_windows = vision_utils.get_vision_window_index(
+        grid_13, merge, vision.window_size, vision.patch_size)
+    cu_frames = vision_utils.get_vision_cu_seqlens(grid_13)
+    positions_N2 = vision_utils.get_vision_position_ids(grid_13, merge)
+    return order_I, cu_windows.diff(), cu_frames.diff(), positions_N2
 
 
 def vision_attention(self, hidden_states, cu_seqlens, position_embeddings, max_seqlen, **_):
@@ -270,7 +290,11 @@ class Policy(nn.Module):
         hidden_LD = decoder.embed_tokens(pack.ids_L)
         features_ID = pack.features_ID
         if pack.pixels_ND is not None:
-            features_ID = vision_features(self.vision, pack.pixels_ND, pack.grids_I3)
+            if pack.vision is None:  # the first of the passes over this pack
+                layout = vision_layout(self.vision, pack.grids_I3)
+                pack.vision = on_device(layout, pack.pixels_ND.device)
+            features_ID = vision_features(
+                self.vision, pack.pixels_ND, pack.grids_I3, pack.vision)
             hidden_LD = hidden_LD + 0.0 * features_ID.sum()  # a dummy's gradient exists: FSDP waits
         if features_ID is not None:
             features_ID = features_ID[: len(pack.image_slots)]  # a dummy image has no slot

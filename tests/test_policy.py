@@ -102,7 +102,8 @@ def test_order_of_groups_does_not_matter(world):
 def test_vision_features_equal_huggingface(world):
     """With what follows from the grids given, and longest windows right, of images of many sizes."""
     policy, twin, *_ = world
-    images = [qwen_vl.patchify(noise_image(w, h, w)) for w, h in ((84, 84), (56, 140), (280, 28), (28, 28), (252, 140))]
+    sizes = ((84, 84), (56, 140), (280, 28), (56, 140), (28, 28), (252, 140), (56, 140), (84, 84))
+    images = [qwen_vl.patchify(noise_image(w, h, w)) for w, h in sizes]
     pixels_ND, grids = torch.cat([pixels for pixels, _ in images]), torch.tensor([grid for _, grid in images])
     seen = []
     hooks = [block.attn.register_forward_pre_hook(lambda _, __, given: seen.append(given), with_kwargs=True)
@@ -162,6 +163,20 @@ def test_no_norm_of_huggingfaces_is_left(world, monkeypatch):
     monkeypatch.setattr(Qwen2_5_VLRMSNorm, "forward", lambda self, x: pytest.fail("the six-kernel norm ran"))
     with torch.no_grad():
         policy(prepared(pack_groups(ragged_groups(prompts))))
+
+
+def test_what_follows_from_a_grid_is_computed_once(world, monkeypatch):
+    """Three equal images and another; then the same pack again, as of a reference model or a later inner step."""
+    policy, _, tokenizer, special, _ = world
+    seen, image_layout = [], policy_module.image_layout
+    monkeypatch.setattr(policy_module, "image_layout", lambda vision, grid: seen.append(grid) or image_layout(vision, grid))
+    images = [noise_image(*size, seed) for seed, size in enumerate(((84, 84), (84, 84), (56, 140), (84, 84)))]
+    pack = prepared(pack_groups([Group(encode_chat(tokenizer, special, "four", images), [Completion([1, 2])])]))
+    with torch.no_grad():
+        first = policy(pack)[0]
+        again = policy(pack)[0]
+    assert seen == [(1, 6, 6), (1, 10, 4)]  # height and width in patches of 14 pixels
+    assert torch.equal(first, again)
 
 
 class RefuseWaits(TorchDispatchMode):
