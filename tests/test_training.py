@@ -358,6 +358,31 @@ def test_resume_is_exact(alone, pair, tmp_path):
             assert equal and left == ["checkpoint-6"]
 
 
+def optimizer_switch(ranks, folder, fused):
+    """Four steps of the fused AdamW or the plain one, a checkpoint, then four of the other: weights, and is it fused."""
+    run = make_run(ranks, optimizer="adamw", lr=1e-3, max_norm=1.0)
+    parameters = fsdp.trainable_parameters(run.policy)
+    run.optimizer = training.make_optimizer(run.config, parameters, on_gpu=fused[0])
+    for step in range(4):
+        grpo_vl.train_step(run, step)
+    run_folder.save_checkpoint(Path(folder), run.policy, run.optimizer, {"step": 4, "cursor": 0}, keep=1)
+    run.optimizer = training.make_optimizer(run.config, parameters, on_gpu=fused[1])
+    is_fused = [group["fused"] for group in run.optimizer.param_groups]
+    run_folder.load_checkpoint(Path(folder, "checkpoint-4"), run.policy, run.optimizer)
+    for step in range(4, 8):
+        grpo_vl.train_step(run, step)
+    return full_weights(run.policy), is_fused
+
+
+def test_the_fused_optimizer_and_the_plain_one_take_up_each_others_checkpoints(alone, tmp_path):
+    plain, no = optimizer_switch(alone, tmp_path / "plain", (False, False))
+    for name, fused in (("to", (False, True)), ("from", (True, False)), ("fused", (True, True))):
+        weights, is_fused = optimizer_switch(alone, tmp_path / name, fused)
+        assert close(weights, plain, 1e-5) and is_fused == [fused[1] or None] and no == [None]
+    start = full_weights(make_run(alone).policy)
+    assert not close(start, plain, 1e-4)  # eight steps of 1e-3 moved them
+
+
 def test_a_frozen_tower_is_not_run_by_a_training_pass(alone, monkeypatch):
     """Sampling's features serve it: without a forward of its own the policy's tower is not missed."""
     run = ranks.make_run(alone, freeze_vision=True)
