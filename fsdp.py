@@ -428,7 +428,7 @@ def held_by_a_rank(config, model: nn.Module, gpus: int, max_tokens: int) -> dict
         "keys and values, bf16": cache(config, text, prompts, max_tokens),
         "activations": saved(config, config.micro_tokens, text, layers),
         "vision activations": 0 if config.freeze_vision else pictures,
-        "logits of a chunk": 5 * 1024 * 4 * text.vocab_size}
+        "logits of a chunk": 10 * 1024 * text.vocab_size}  # two in fp32 and one in bf16
 
 
 def cache(config, text, prompts: int, max_tokens: int) -> int:

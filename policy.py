@@ -9,6 +9,7 @@ has faster: norms, and the patch embedding, a convolution that is a matrix produ
 Each fast form has a plain twin that tests/test_policy.py holds it to:
   varlen attention    the same rule as a mask
   norms, rotary       Hugging Face's formulas
+  token_logprobs      log_softmax and autograd
   patch embedding     Hugging Face's convolution
 
 Shapes, as suffixes: L packed tokens, S scored completion tokens, P groups in a row, N image
@@ -34,6 +35,8 @@ except ImportError:
     flash_attn_varlen_func = None
 # Which keywords this PyTorch's varlen_attn knows: they changed from release to release.
 VARLEN_KEYWORDS = inspect.signature(varlen_attn).parameters
+
+KEPT_BYTES = 2**26  # of π over all ids, of a pack: what is more is computed again in backward
 
 
 # §1 ─────────────────────────────────────── attention ────────────────────────────────────────
@@ -231,29 +234,68 @@ def window_attention(q_NHd, k_NHd, v_NHd, cu_seqlens) -> torch.Tensor:
 
 
 # §2 ───────────────────────────────────────── policy ─────────────────────────────────────────
-def token_logprobs(hidden_SD, lm_head, target_S, banned_V, temperature: float, chunk: int = 1024):
+class TokenLogprobs(torch.autograd.Function):
+    """log π(y | …) of scored tokens y and the entropy of π, chunk by chunk: see `token_logprobs`.
+
+        z = h·Wᵀ / T, −∞ where banned    log π(y) = z_y − log Σ_j e^(z_j)    H = −Σ_j π_j·log π_j
+        ∂ log π(y) / ∂z_j = 1[j = y] − π_j,    and the gradient of H is wanted by nobody
+
+    Plain twin: `log_softmax` and autograd, which write each [chunk, V] in fp32 six times over.
+    """
+
+    @staticmethod
+    def forward(context, hidden_SD, weight_VD, target_S, banned_V, temperature, chunk):
+        context.temperature, context.chunk = temperature, chunk
+        keep = 4 * len(target_S) * len(weight_VD) <= KEPT_BYTES
+        logps, entropies, kept = [], [], []
+        for hidden, target in zip(hidden_SD.split(chunk), target_S.split(chunk)):
+            logp_SV = log_softmax(hidden, weight_VD, banned_V, temperature)
+            logps.append(logp_SV.gather(1, target[:, None])[:, 0])
+            pi_SV = logp_SV.exp_()
+            entropies.append(torch.special.entr(pi_SV).sum(1))
+            if keep:
+                kept.append(pi_SV)
+        context.save_for_backward(hidden_SD, weight_VD, target_S, banned_V, *kept)
+        entropy_S = torch.cat(entropies)
+        context.mark_non_differentiable(entropy_S)
+        return torch.cat(logps), entropy_S
+
+    @staticmethod
+    def backward(context, grad_S, _):
+        hidden_SD, weight_VD, target_S, banned_V, *kept = context.saved_tensors
+        hidden_grad_SD = torch.empty_like(hidden_SD)
+        weight_grad_VD = torch.zeros_like(weight_VD) if context.needs_input_grad[1] else None
+        parts = [x.split(context.chunk) for x in (hidden_SD, target_S, grad_S, hidden_grad_SD)]
+        for index, (hidden, target, grad, hidden_grad) in enumerate(zip(*parts)):
+            if kept:
+                pi_SV = kept[index]
+            else:
+                pi_SV = log_softmax(hidden, weight_VD, banned_V, context.temperature).exp_()
+            grad_S1 = grad[:, None] / context.temperature
+            z_grad_SV = pi_SV * -grad_S1
+            z_grad_SV.scatter_add_(1, target[:, None], grad_S1)
+            z_grad_SV = z_grad_SV.to(weight_VD.dtype)
+            torch.mm(z_grad_SV, weight_VD, out=hidden_grad)
+            if weight_grad_VD is not None:
+                weight_grad_VD.addmm_(z_grad_SV.T, hidden)
+        return hidden_grad_SD, weight_grad_VD, None, None, None, None
+
+
+def log_softmax(hidden_SD, weight_VD, banned_V, temperature: float) -> torch.Tensor:
+    """log π over all ids, [S, V] fp32; −∞ where banned."""
+    logits_SV = F.linear(hidden_SD, weight_VD).float()
+    if temperature != 1:
+        logits_SV = logits_SV / temperature
+    return logits_SV.masked_fill_(banned_V, -math.inf).log_softmax(1)
+
+
+def token_logprobs(hidden_SD, weight_VD, target_S, banned_V, temperature: float, chunk=1024):
     """log π(target | …) and the entropy of π, each [S] fp32, without ever holding [S, V] logits.
 
     π is the distribution that is sampled from: same temperature, same banned ids. Each chunk is
-    computed again in the backward pass, so memory is one chunk of logits: chunk · V · 4 bytes.
+    computed again in the backward pass, unless all of them are small.
     """
-
-    def one_chunk(hidden_SD, target_S):
-        logits_SV = lm_head(hidden_SD).float() / temperature
-        logits_SV = logits_SV.masked_fill(banned_V, -math.inf)
-        logp_SV = logits_SV.log_softmax(dim=-1)
-        with torch.no_grad():  # H = −Σ p·log p, for the logs only
-            finite_SV = logp_SV.masked_fill(banned_V, 0.0)
-            entropy_S = -(logp_SV.exp() * finite_SV).sum(-1)
-        logp_S = logp_SV.gather(-1, target_S[:, None]).squeeze(-1)
-        return logp_S, entropy_S
-
-    logps, entropies = [], []
-    for hidden, target in zip(hidden_SD.split(chunk), target_S.split(chunk)):
-        logp, entropy = checkpoint(one_chunk, hidden, target, use_reentrant=False)
-        logps.append(logp)
-        entropies.append(entropy)
-    return torch.cat(logps), torch.cat(entropies)
+    return TokenLogprobs.apply(hidden_SD, weight_VD, target_S, banned_V, temperature, chunk)
 
 
 class Policy(nn.Module):
@@ -307,4 +349,4 @@ class Policy(nn.Module):
             hidden_1LD = layer(hidden_1LD, position_embeddings=cos_sin, layout=pack.attention)
         hidden_SD = decoder.norm(hidden_1LD[0, pack.source_S])
         return token_logprobs(
-            hidden_SD, self.model.lm_head, pack.target_S, self.banned_V, temperature)
+            hidden_SD, self.model.lm_head.weight, pack.target_S, self.banned_V, temperature)

@@ -79,6 +79,46 @@ def test_checkpointing_changes_nothing(world):
         torch.testing.assert_close(got, want[name])
 
 
+def plain_logprobs(hidden_SD, weight_VD, target_S, banned_V, temperature):
+    logits_SV = (hidden_SD @ weight_VD.T / temperature).masked_fill(banned_V, float("-inf"))
+    logp_SV = logits_SV.log_softmax(-1)
+    entropy_S = -(logp_SV.exp() * logp_SV.masked_fill(banned_V, 0.0)).sum(-1)
+    return logp_SV[torch.arange(len(target_S)), target_S], entropy_S
+
+
+@pytest.mark.parametrize("kept_bytes", [0, 10**6])  # π computed again in backward, and kept
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_scored_tokens_equal_log_softmax_and_autograd(monkeypatch, kept_bytes, temperature):
+    monkeypatch.setattr(policy_module, "KEPT_BYTES", kept_bytes)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(7, 5, generator=generator).requires_grad_()
+    weight = torch.randn(11, 5, generator=generator).requires_grad_()
+    target, factor = torch.tensor([0, 4, 4, 10, 7, 1, 9]), torch.randn(7, generator=generator)
+    banned = torch.zeros(11, dtype=torch.bool)
+    banned[[2, 3]] = True
+    logp, entropy = policy_module.token_logprobs(hidden, weight, target, banned, temperature, chunk=3)
+    want, want_entropy = plain_logprobs(hidden, weight, target, banned, temperature)
+    torch.testing.assert_close(logp, want)
+    torch.testing.assert_close(entropy, want_entropy)
+    assert not entropy.requires_grad
+    found = torch.autograd.grad((logp * factor).sum(), (hidden, weight))
+    for mine, theirs in zip(found, torch.autograd.grad((want * factor).sum(), (hidden, weight))):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+    weight.requires_grad_(False)  # a frozen head, under LoRA
+    logp, _ = policy_module.token_logprobs(hidden, weight, target, banned, temperature, chunk=3)
+    assert torch.equal(torch.autograd.grad((logp * factor).sum(), hidden)[0], found[0])
+
+
+def test_a_chunk_is_computed_again_only_where_it_is_large(monkeypatch):
+    calls, log_softmax = [], policy_module.log_softmax
+    monkeypatch.setattr(policy_module, "log_softmax", lambda *given: calls.append(len(given[0])) or log_softmax(*given))
+    hidden, weight = torch.randn(5, 4, requires_grad=True), torch.randn(8, 4, requires_grad=True)
+    for kept_bytes in (5 * 8 * 4, 5 * 8 * 4 - 1):
+        monkeypatch.setattr(policy_module, "KEPT_BYTES", kept_bytes)
+        policy_module.token_logprobs(hidden, weight, torch.arange(5), torch.zeros(8).bool(), 1.0, chunk=3)[0].sum().backward()
+    assert calls == [3, 2, 3, 2, 3, 2]  # forward alone, then both
+
+
 def test_a_completion_depends_on_its_own_prompt_and_image_only(world):
     policy, _, tokenizer, special, prompts = world
     groups = ragged_groups(prompts)
