@@ -245,7 +245,8 @@ def step_metrics(ranks, rollouts: list, rewards_PG: torch.Tensor, sums: dict, cl
     rollouts: this rank's completions; rewards_PG: of all ranks, NaN where undecided; sums: name →
     this rank's [sum, count]; clock: seconds before sampling and after each of the step's parts.
     """
-    own = {name: pair.tolist() for name, pair in sums.items()}
+    pairs = torch.stack([*sums.values()]).tolist()  # read from the device once
+    own = dict(zip(sums, pairs))
     for completion in rollouts:
         values = {"length": len(completion.tokens), "truncated": completion.truncated}
         if not math.isnan(completion.reward):
