@@ -138,6 +138,17 @@ def gathered(policy):
         yield name, parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
 
 
+def empty_tower(vision, dtype: torch.dtype):
+    """Its twin to be filled, of this dtype. Buffers, the angles, are computed, and stay fp32."""
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights():
+        twin = type(vision)(vision.config)
+    for parameter in twin.parameters():
+        parameter.data = torch.empty_like(parameter, dtype=dtype)
+    return twin.eval().requires_grad_(False)
+
+
 class Sampler:
     """Owns the weight copy; `refresh` fills it, `generate` samples from it.
 
@@ -173,12 +184,9 @@ class Sampler:
 
     def allocate_weights(self, model) -> None:
         """This copy's tensors; `targets` says where in it each of the policy's parameters lies."""
-        decoder, vision = model.model.language_model, model.model.visual
+        decoder = model.model.language_model
         self.rotary = type(decoder.rotary_emb)(model.config.text_config).to(self.device)
-        self.vision = type(vision)(vision.config).to(self.device)
-        self.vision.eval().requires_grad_(False)
-        for parameter in self.vision.parameters():  # buffers, the angles, stay fp32
-            parameter.data = parameter.data.to(self.dtype)
+        self.vision = empty_tower(model.model.visual, self.dtype).to(self.device)
         replace_vision_forwards(self.vision)
 
         self.targets = dict(self.vision.named_parameters("model.model.visual"))

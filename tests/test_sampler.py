@@ -213,6 +213,14 @@ def test_refresh_takes_a_policy_or_pairs(world, sampler):
         other.refresh([("nobody's.weight", torch.zeros(1))])
 
 
+def test_a_new_copy_draws_no_random_weights(world):
+    """Each would be overwritten by the first refresh."""
+    policy, _, _, special, _ = world
+    before = torch.get_rng_state()
+    Sampler(policy.model, special)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_a_bf16_copy_keeps_the_rotary_angles_in_fp32(world):
     """Its buffers are the policy's, and its features those of the policy's tower with weights cast and no buffer."""
     policy, _, _, special, prompts = world
