@@ -92,9 +92,13 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     Plain twin: x·cos + rotate_half(x)·sin with rotate_half(x) = [−x₂, x₁]. Here [x₂, x₁] is what is
     multiplied: three passes over x instead of five.
     """
+    return torch.addcmul(x * cos, halves_swapped(x), sin)
+
+
+def halves_swapped(x: torch.Tensor) -> torch.Tensor:
+    """[x₂, x₁] of [x₁, x₂], the halves of the last dimension."""
     first, second = x.chunk(2, dim=-1)
-    swapped = torch.cat([second, first], dim=-1)
-    return torch.addcmul(x * cos, swapped, sin)
+    return torch.cat([second, first], dim=-1)
 
 
 def decoder_attention(self, hidden_states, position_embeddings, layout: dict, **_):

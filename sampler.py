@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from kv_cache import Batch, Cache
-from policy import half_negated, replace_vision_forwards, rms_norm, rotate, vision_features
+from policy import half_negated, halves_swapped, replace_vision_forwards, rms_norm, vision_features
 from qwen_vl import Completion, Prompt, SpecialIds
 
 BLOCK = 64  # ids that `inverse_cdf` takes as one on its first level
@@ -234,23 +234,28 @@ class Sampler:
 
     # §3 ────────────────────────────────────── prefill ───────────────────────────────────────
     def run_layers(self, x, cos, sin, attend) -> torch.Tensor:
-        """All decoder layers on x [..., D]; `attend(index, q, k, v)` sees [..., heads, d]."""
-        heads = [self.heads, self.kv_heads, self.kv_heads]
+        """All decoder layers on x [P, T, D], in place: what decoding waits for is starting kernels.
+
+        `attend(index, q, kv)` sees queries [P, T, H, d], and keys and values [P, T, 2, K, d].
+        """
+        flat = x.flatten(0, 1)
         for index, layer in enumerate(self.layers):
             normed = rms_norm(x, layer.norm_in, self.eps)
             qkv = F.linear(normed, layer.qkv, layer.qkv_bias)
             qkv = qkv.unflatten(-1, (-1, self.head_width))
-            q, k, v = qkv.split(heads, dim=-2)
-            q = rotate(q, cos, sin)
-            k = rotate(k, cos, sin)
-            out = attend(index, q, k, v).flatten(-2)
-            x = x + F.linear(out, layer.out)
+            rotated = qkv[..., : self.heads + self.kv_heads, :]
+            swapped = halves_swapped(rotated)
+            rotated.mul_(cos).addcmul_(swapped, sin)  # `policy.rotate` in place
+            q = qkv[..., : self.heads, :]
+            kv = qkv[..., self.heads :, :].unflatten(-2, (2, self.kv_heads))
+            out = attend(index, q, kv)
+            flat.addmm_(out.flatten(0, 1).flatten(1), layer.out.T)  # x += out·Wᵀ
 
             normed = rms_norm(x, layer.norm_mlp, self.eps)
             both = F.linear(normed, layer.gate_up)
             gate, up = both.chunk(2, dim=-1)
             inner = F.silu(gate) * up
-            x = x + F.linear(inner, layer.down)
+            flat.addmm_(inner.flatten(0, 1), layer.down.T)
         return x
 
     def prefill(self, prompts: list[Prompt], cache: list[torch.Tensor]) -> torch.Tensor:
@@ -277,12 +282,11 @@ class Sampler:
         cos_PLd, sin_PLd = self.rotary(x_PLD, positions_3PL.to(self.device))
         cos_PL1d, sin_PL1d = cos_PLd[:, :, None], half_negated(sin_PLd)[:, :, None]
 
-        def attend(index, q_PLHd, k_PLKd, v_PLKd):
-            q, k, v = (x.transpose(1, 2) for x in (q_PLHd, k_PLKd, v_PLKd))
-            keys, values = cache[index]
-            keys[:, :, :longest] = k
-            values[:, :, :longest] = v
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        def attend(index, q_PLHd, kv_PL2Kd):
+            kv = kv_PL2Kd.permute(2, 0, 3, 1, 4)  # [2, P, K, L, d]
+            cache[index][:, :, :, :longest] = kv
+            q_PHLd = q_PLHd.transpose(1, 2)
+            out = F.scaled_dot_product_attention(q_PHLd, *kv, is_causal=True, enable_gqa=True)
             return out.transpose(1, 2)
 
         x_PLD = self.run_layers(x_PLD, cos_PL1d, sin_PL1d, attend)
@@ -340,45 +344,44 @@ class Sampler:
         cos_P11d = cos_P1d[:, :, None]
         sin_P11d = half_negated(sin_P1d)[:, :, None]
         place_T = torch.arange(places, device=self.device)
-        mask_T = torch.zeros(places, device=self.device)
-        mask_T = mask_T.masked_fill(place_T > batch.place_1, -math.inf)
+        ahead_T = torch.zeros(places, device=self.device)
+        ahead_T = ahead_T.masked_fill(place_T > batch.place_1, -math.inf)
+        ahead_P11T = ahead_T.expand(len(position_P), 1, 1, -1)
+        mask_P11S = torch.cat([batch.padding_P11L, ahead_P11T], dim=-1)
 
-        def attend(index, q_PGHd, k_PGKd, v_PGKd):
-            keys_PKGTd, values_PKGTd = batch.own[index]
-            for cached, new_PGKd in ((keys_PKGTd, k_PGKd), (values_PKGTd, v_PGKd)):
-                new_PKG1d = new_PGKd.transpose(1, 2)[:, :, :, None]
-                cached.index_copy_(3, batch.place_1, new_PKG1d)
-            own = keys_PKGTd[:, :, :, :places], values_PKGTd[:, :, :, :places]
-            prompt = batch.prompt[index]
-            return self.shared_attention(q_PGHd, prompt, own, batch.padding_P11L, mask_T)
+        def attend(index, q_PGHd, kv_PG2Kd):
+            own = batch.own[index]  # [2, P, K, G, T, d]
+            new = kv_PG2Kd.permute(2, 0, 3, 1, 4)
+            own.index_copy_(4, batch.place_1, new[..., None, :])
+            return self.shared_attention(
+                q_PGHd, batch.prompt[index], own[..., :places, :], mask_P11S)
 
         return self.run_layers(x_PGD, cos_P11d, sin_P11d, attend)
 
-    def shared_attention(self, q_PGHd, prompt, own, padding_P11L, mask_T) -> torch.Tensor:
-        """Each row attends to [its group's prompt | its own tokens]: one softmax over both.
+    def shared_attention(self, q_PGHd, prompt, own, mask_P11S) -> torch.Tensor:
+        """Each row attends to S = [its group's prompt | its own tokens]: one softmax over both.
 
         A prompt's keys are read once a group, not once a row. Returns [P, G, H, d].
         """
         keys_PKLd, values_PKLd = prompt
         keys_PKGTd, values_PKGTd = own
-        q_PKGRd = q_PGHd.unflatten(2, (self.kv_heads, -1)).transpose(1, 2)
+        q_PGKRd = q_PGHd.unflatten(2, (self.kv_heads, -1))
+        q_PKGRd = q_PGKRd.transpose(1, 2).contiguous()
         to_prompt = product_fp32(q_PKGRd.flatten(2, 3), keys_PKLd.mT)
-        to_prompt = to_prompt + padding_P11L
         to_own = product_fp32(q_PKGRd, keys_PKGTd.mT)
-        to_own = (to_own + mask_T).flatten(2, 3)
+        sizes = [to_prompt.shape[-1], to_own.shape[-1]]
 
-        # softmax(q·kᵀ/√d)
-        scores = torch.cat([to_prompt, to_own], dim=-1)  # [P, K, G·R, L + T]
-        scores = scores * self.head_width**-0.5
+        # softmax(q·kᵀ/√d + mask)
+        scores = torch.cat([to_prompt, to_own.flatten(2, 3)], dim=-1)  # [P, K, G·R, S]
+        scores = torch.add(mask_P11S, scores, alpha=self.head_width**-0.5)
         weights = scores.softmax(-1).to(q_PGHd.dtype)
 
-        sizes = [to_prompt.shape[-1], to_own.shape[-1]]
         of_prompt, of_own = weights.split(sizes, dim=-1)
-        of_own = of_own.unflatten(2, q_PKGRd.shape[2:4])
-        from_prompt = (of_prompt @ values_PKLd).view_as(q_PKGRd)
-        from_own = of_own @ values_PKGTd
-        out_PKGRd = from_prompt + from_own
-        return out_PKGRd.transpose(1, 2).flatten(2, 3)
+        out = (of_prompt @ values_PKLd).view_as(q_PKGRd)
+        of_own = of_own.unflatten(2, q_PKGRd.shape[2:4]).flatten(0, 2)
+        of_values = values_PKGTd.flatten(0, 2)
+        out.flatten(0, 2).baddbmm_(of_own, of_values)  # out += in place: it is contiguous
+        return out.transpose(1, 2).flatten(2, 3)
 
     def next_hidden(self, batch: Batch, t: int) -> torch.Tensor:
         """`decode` at place t; on CUDA a graph captured once a shape: one launch, not hundreds."""

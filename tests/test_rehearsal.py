@@ -29,11 +29,17 @@ def report(tmp_path_factory):
 
 
 def test_a_decoding_step_neither_waits_nor_copies(report):
-    """A graph is captured of it: neither would survive. Kernels: 59 a layer, its norms written out."""
+    """A graph is captured of it: neither would survive."""
     decoding = report["decoding"]
     assert (decoding["step"]["waits"], decoding["step"]["copies"]) == (0, 0)
-    assert decoding["step"]["kernels_a_layer"] <= 60
     assert decoding["hidden"] == "torch.bfloat16"
+
+
+def test_a_layer_of_a_decoding_step_takes_22_kernels(report):
+    """Products: queries, keys and values at once; two of scores, two of values; out, gate and up at once, down: 8.
+    Norms 2, rotating 3, queries in the order of keys 1, the cache 1, scores joined, scaled and masked 2, softmax and
+    its rounding 2, the heads side by side 1, silu and its product 2."""
+    assert report["decoding"]["kernels_a_layer"] == 22
 
 
 def test_a_round_waits_for_nothing_but_the_living_rows(report):
