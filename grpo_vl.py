@@ -35,10 +35,10 @@ import reward_function
 import run_folder
 import sft_coldstart
 import training
+from noise import keyed_uniforms
 from options import Options, check_data, given, parse_config
 from qwen_vl import Group
 from run_folder import say
-from sampler import keyed_uniforms
 from tiny import BASE, TINY, WORLD
 from training import Run, draw_groups, learning_rate, optimizer_step
 

@@ -1,77 +1,32 @@
 """Group sampling: G completions a prompt, the prompt computed once.
 
-§1 keyed noise · §2 the weights' copy · §3 prefill: vision tower and prompt, once per prompt · §4
-decode: all rows of a group read the same prompt keys · §5 sample
+§1 rows, and who samples them · §2 prefill: vision tower and prompt, once per prompt · §3 decode:
+all rows of a group read the same prompt keys · §4 sample
 
 Decoding issues no collectives: ranks finish at different lengths, and a collective would hang.
 Plain twins (tests/test_sampler.py): tokens ↔ Hugging Face's `generate`, log-probabilities ↔ the
 policy's, padded shapes ↔ exact ones, a small budget ↔ a large one.
 
 Words: a *row* is one completion being sampled; a *batch* is what decodes together, P prompts with G
-rows each. Where its keys and values lie is kv_cache.py's business.
+rows each. Where its keys and values lie is kv_cache.py's business, the weights', weight_copy.py's.
 
-Shapes: P prompts, G rows a prompt, L prompt places, T own places, V vocabulary, D width, F width of
-the MLP, H query heads, K key/value heads, R = H/K queries that share a key head, d head width,
-B rows in the order of the results, N image patches, I image tokens.
+Shapes: P prompts, G rows a prompt, L prompt places, T own places, S = L + T, V vocabulary, D width,
+H query heads, K key/value heads, R = H/K queries that share a key head, d head width, B rows in the
+order of the results, N image patches, I image tokens.
 """
-import hashlib
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 from kv_cache import Batch, Cache
-from policy import half_negated, halves_swapped, replace_vision_forwards, rms_norm, vision_features
+from noise import inverse_cdf
+from policy import rms_norm, vision_features
 from qwen_vl import Completion, Prompt, SpecialIds
+from weight_copy import WeightCopy
 
-BLOCK = 64  # ids that `inverse_cdf` takes as one on its first level
 PREFILL = 16_384  # prompt tokens in one pass: what they need beside the cache has no other bound
-
-
-# §1 ───────────────────────────────────────── noise ──────────────────────────────────────────
-def keyed_uniforms(seed: int, step: int, sample_id: str, group: int, length: int) -> torch.Tensor:
-    """Uniforms in [0, 1) for the G completions of one sample: [G, T] float64.
-
-    A pure function: a rollout is the same on any rank, in any batch, after a resume.
-    """
-    digest = hashlib.sha256(sample_id.encode()).digest()
-    sample_key = int.from_bytes(digest[:8], "little")
-    rows = []
-    for g in range(group):
-        generator = np.random.default_rng([seed, step, sample_key, g])
-        rows.append(generator.random(length))
-    return torch.from_numpy(np.stack(rows))
-
-
-def inverse_cdf(probabilities_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
-    """The first id whose cumulative probability exceeds u: ids [B], never one of probability 0.
-
-    Sums are of whole numbers, 2⁶² to a probability of 1: exact, and so the same in any order and on
-    any device. They run on two levels, over blocks of ids, then within the block that u falls in.
-    Plain twin: one cumulative sum over all ids.
-    """
-    behind = -probabilities_BV.shape[1] % BLOCK
-    if behind:
-        probabilities_BV = F.pad(probabilities_BV, (0, behind))
-    units_BNK = (probabilities_BV * 2.0**62).long().unflatten(1, (-1, BLOCK))
-    cdf_BN = units_BNK.sum(-1).cumsum(-1)
-    total_B1 = cdf_BN[:, -1:]
-    threshold_B1 = (uniform_B[:, None] * total_B1).long()
-    threshold_B1 = threshold_B1.minimum(total_B1 - 1)  # the product may be rounded up
-    block_B1 = first_above(cdf_BN, threshold_B1)
-
-    chosen_BK = units_BNK.take_along_dim(block_B1[:, :, None], dim=1)[:, 0]
-    before_B1 = cdf_BN.gather(1, block_B1) - chosen_BK.sum(-1, keepdim=True)
-    within_B1 = first_above(chosen_BK.cumsum(-1), threshold_B1 - before_B1)
-    return (block_B1 * BLOCK + within_B1)[:, 0]
-
-
-def first_above(cdf_BN, threshold_B1) -> torch.Tensor:
-    """The first index whose cumulative mass exceeds the threshold, [B, 1]."""
-    index_B1 = torch.searchsorted(cdf_BN, threshold_B1, right=True)
-    return index_B1.clamp(max=cdf_BN.shape[1] - 1)  # acts on NaN alone, from a broken model
 
 
 def product_fp32(a, b) -> torch.Tensor:
@@ -89,30 +44,7 @@ class Interrupted(Exception):
     """A rollout was abandoned because the run shall end."""
 
 
-# §2 ──────────────────────────────────────── weights ─────────────────────────────────────────
-@dataclass
-class Layer:
-    """A decoder layer's weights. Reading them bounds a step, so some are stacked: fewer reads."""
-
-    norm_in: torch.Tensor  # [D]
-    qkv: torch.Tensor  # [(H + 2K)·d, D]
-    qkv_bias: torch.Tensor  # [(H + 2K)·d]
-    out: torch.Tensor  # [D, H·d]
-    norm_mlp: torch.Tensor  # [D]
-    gate_up: torch.Tensor  # [2F, D]
-    down: torch.Tensor  # [D, F]
-
-
-LAYER_PARTS = {  # Hugging Face's parameters in each of a Layer's tensors
-    "norm_in": ["input_layernorm.weight"],
-    "qkv": ["self_attn.q_proj.weight", "self_attn.k_proj.weight", "self_attn.v_proj.weight"],
-    "qkv_bias": ["self_attn.q_proj.bias", "self_attn.k_proj.bias", "self_attn.v_proj.bias"],
-    "out": ["self_attn.o_proj.weight"],
-    "norm_mlp": ["post_attention_layernorm.weight"],
-    "gate_up": ["mlp.gate_proj.weight", "mlp.up_proj.weight"],
-    "down": ["mlp.down_proj.weight"]}
-
-
+# §1 ──────────────────────────────── rows, and who samples them ──────────────────────────────
 @dataclass
 class Rows:
     """What has been sampled so far, in the order of the results."""
@@ -130,23 +62,6 @@ class Rows:
             truncated = tokens[length - 1] not in stops
             results.append(Completion(tokens[:length], logps[:length], truncated))
         return results
-
-
-def gathered(policy):
-    """Pairs (name, full tensor) of the policy's parameters, one gathered at a time."""
-    for name, parameter in policy.named_parameters():
-        yield name, parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-
-
-def empty_tower(vision, dtype: torch.dtype):
-    """Its twin to be filled, of this dtype. Buffers, the angles, are computed, and stay fp32."""
-    from transformers.initialization import no_init_weights
-
-    with no_init_weights():
-        twin = type(vision)(vision.config)
-    for parameter in twin.parameters():
-        parameter.data = torch.empty_like(parameter, dtype=dtype)
-    return twin.eval().requires_grad_(False)
 
 
 class Sampler:
@@ -169,95 +84,19 @@ class Sampler:
         self.banned_V = special.banned_V.to(device)
         self.stops = torch.tensor(special.stops, device=device)
 
-        text = model.config.text_config
-        self.heads = text.num_attention_heads
-        self.kv_heads = text.num_key_value_heads
-        self.head_width = text.hidden_size // self.heads
-        self.eps = text.rms_norm_eps
-
+        self.copy = WeightCopy(model, device=self.device, dtype=dtype)
         self.cache = Cache(
-            layers=text.num_hidden_layers, kv_heads=self.kv_heads, head_width=self.head_width,
-            kv_gb=kv_gb, device=self.device, dtype=dtype, graphs=graphs)
+            layers=len(self.copy.layers), kv_heads=self.copy.kv_heads,
+            head_width=self.copy.head_width, kv_gb=kv_gb, device=self.device, dtype=dtype,
+            graphs=graphs)
         if self.cache.captures:
             self.capture_stream = torch.cuda.Stream()
-        self.allocate_weights(model)
 
-    def allocate_weights(self, model) -> None:
-        """This copy's tensors; `targets` says where in it each of the policy's parameters lies."""
-        decoder = model.model.language_model
-        self.rotary = type(decoder.rotary_emb)(model.config.text_config).to(self.device)
-        self.vision = empty_tower(model.model.visual, self.dtype).to(self.device)
-        replace_vision_forwards(self.vision)
-
-        self.targets = dict(self.vision.named_parameters("model.model.visual"))
-        shapes = {f"model.{name}": weight.shape for name, weight in model.named_parameters()}
-        prefix = "model.model.language_model."
-        self.layers = []
-        for index in range(len(decoder.layers)):
-            parts = {}
-            for name, sources in LAYER_PARTS.items():
-                parts[name] = self.allocate(shapes, f"{prefix}layers.{index}.", sources)
-            self.layers.append(Layer(**parts))
-        self.norm = self.allocate(shapes, prefix, ["norm.weight"])
-        self.embed = self.allocate(shapes, prefix, ["embed_tokens.weight"])
-        self.head = self.embed
-        if "model.lm_head.weight" in shapes:  # not tied
-            self.head = self.allocate(shapes, "model.", ["lm_head.weight"])
-        self.never_given = set(self.targets)
-
-    def allocate(self, shapes: dict, prefix: str, names: list[str]) -> torch.Tensor:
-        """One tensor for several parameters stacked along their first dimension."""
-        names = [prefix + name for name in names]
-        rows = [shapes[name][0] for name in names]
-        stacked_shape = (sum(rows), *shapes[names[0]][1:])
-        stacked = torch.empty(stacked_shape, device=self.device, dtype=self.dtype)
-        self.targets.update(zip(names, stacked.split(rows)))
-        return stacked
-
-    @torch.no_grad()
     def refresh(self, source) -> None:
-        """Copy the policy's weights here.
+        """Copy the policy's weights here, see WeightCopy.refresh."""
+        self.copy.refresh(source)
 
-        source: the policy, gathered parameter by parameter (a collective: all ranks must call it
-        together); or pairs (its parameter's name, full tensor), as an iterator gathers them.
-        Errors: ValueError naming parameters that are unknown, or were never given.
-        """
-        pairs = gathered(source) if isinstance(source, torch.nn.Module) else source
-        for name, full in pairs:
-            if name not in self.targets:
-                raise ValueError(f"{name} is no parameter of the policy that this sampler copies")
-            self.targets[name].copy_(full)
-            self.never_given.discard(name)
-        if self.never_given:
-            raise ValueError(f"the sampler never got {', '.join(sorted(self.never_given)[:3])} …: "
-                             "the first refresh takes every parameter of the policy")
-
-    # §3 ────────────────────────────────────── prefill ───────────────────────────────────────
-    def run_layers(self, x, cos, sin, attend) -> torch.Tensor:
-        """All decoder layers on x [P, T, D], in place: what decoding waits for is starting kernels.
-
-        `attend(index, q, kv)` sees queries [P, T, H, d], and keys and values [P, T, 2, K, d].
-        """
-        flat = x.flatten(0, 1)
-        for index, layer in enumerate(self.layers):
-            normed = rms_norm(x, layer.norm_in, self.eps)
-            qkv = F.linear(normed, layer.qkv, layer.qkv_bias)
-            qkv = qkv.unflatten(-1, (-1, self.head_width))
-            rotated = qkv[..., : self.heads + self.kv_heads, :]
-            swapped = halves_swapped(rotated)
-            rotated.mul_(cos).addcmul_(swapped, sin)  # `policy.rotate` in place
-            q = qkv[..., : self.heads, :]
-            kv = qkv[..., self.heads :, :].unflatten(-2, (2, self.kv_heads))
-            out = attend(index, q, kv)
-            flat.addmm_(out.flatten(0, 1).flatten(1), layer.out.T)  # x += out·Wᵀ
-
-            normed = rms_norm(x, layer.norm_mlp, self.eps)
-            both = F.linear(normed, layer.gate_up)
-            gate, up = both.chunk(2, dim=-1)
-            inner = F.silu(gate) * up
-            flat.addmm_(inner.flatten(0, 1), layer.down.T)
-        return x
-
+    # §2 ────────────────────────────────────── prefill ───────────────────────────────────────
     def prefill(self, prompts: list[Prompt], cache: list[torch.Tensor]) -> torch.Tensor:
         """Vision tower and decoder once per prompt, right-padded to the longest.
 
@@ -275,12 +114,11 @@ class Sampler:
             positions_3PL[:, p, : lengths[p]] = prompt.positions_3L
             slots += [p * longest + slot for slot in prompt.image_slots]
 
-        x_PLD = F.embedding(ids_PL.to(self.device), self.embed)
+        x_PLD = F.embedding(ids_PL.to(self.device), self.copy.embed)
         if slots:
             flat = x_PLD.view(-1, x_PLD.shape[-1])
             flat[torch.tensor(slots, device=self.device)] = self.image_features(prompts)
-        cos_PLd, sin_PLd = self.rotary(x_PLD, positions_3PL.to(self.device))
-        cos_PL1d, sin_PL1d = cos_PLd[:, :, None], half_negated(sin_PLd)[:, :, None]
+        cos_PL1d, sin_PL1d = self.copy.angles(x_PLD, positions_3PL.to(self.device))
 
         def attend(index, q_PLHd, kv_PL2Kd):
             kv = kv_PL2Kd.permute(2, 0, 3, 1, 4)  # [2, P, K, L, d]
@@ -289,7 +127,7 @@ class Sampler:
             out = F.scaled_dot_product_attention(q_PHLd, *kv, is_causal=True, enable_gqa=True)
             return out.transpose(1, 2)
 
-        x_PLD = self.run_layers(x_PLD, cos_PL1d, sin_PL1d, attend)
+        x_PLD = self.copy.run_layers(x_PLD, cos_PL1d, sin_PL1d, attend)
         last_P = torch.tensor(lengths, device=self.device) - 1
         return x_PLD[torch.arange(len(prompts), device=self.device), last_P]
 
@@ -299,7 +137,7 @@ class Sampler:
         pixels_ND = torch.cat([prompt.pixels_ND for prompt in seeing])
         pixels_ND = pixels_ND.to(self.device, self.dtype)
         grids = torch.tensor([grid for prompt in seeing for grid in prompt.grids])
-        features_ID = vision_features(self.vision, pixels_ND, grids).to(self.dtype)
+        features_ID = vision_features(self.copy.vision, pixels_ND, grids).to(self.dtype)
         parts = features_ID.split([len(prompt.image_slots) for prompt in seeing])
         for prompt, part_ID in zip(seeing, parts):
             prompt.features_ID = part_ID if self.keep_features else None
@@ -329,7 +167,7 @@ class Sampler:
         batch.alive_PG.fill_(True)
         return batch, hidden_PD[:, None].expand(-1, group, -1)
 
-    # §4 ─────────────────────────────────────── decode ───────────────────────────────────────
+    # §3 ─────────────────────────────────────── decode ───────────────────────────────────────
     def decode(self, batch: Batch, places: int) -> torch.Tensor:
         """One token of every row through the decoder; its key and value join the cache.
 
@@ -337,12 +175,10 @@ class Sampler:
         are read, those past `place_1` masked. Returns hidden states [P, G, D].
         Plain twin: Hugging Face's `generate`, and the policy's log-probabilities.
         """
-        x_PGD = F.embedding(batch.ids_PG, self.embed)
+        x_PGD = F.embedding(batch.ids_PG, self.copy.embed)
         position_P = batch.next_P + batch.place_1
         position_3P1 = position_P.expand(3, -1)[:, :, None]
-        cos_P1d, sin_P1d = self.rotary(x_PGD, position_3P1)
-        cos_P11d = cos_P1d[:, :, None]
-        sin_P11d = half_negated(sin_P1d)[:, :, None]
+        cos_P11d, sin_P11d = self.copy.angles(x_PGD, position_3P1)
         place_T = torch.arange(places, device=self.device)
         ahead_T = torch.zeros(places, device=self.device)
         ahead_T = ahead_T.masked_fill(place_T > batch.place_1, -math.inf)
@@ -356,7 +192,7 @@ class Sampler:
             return self.shared_attention(
                 q_PGHd, batch.prompt[index], own[..., :places, :], mask_P11S)
 
-        return self.run_layers(x_PGD, cos_P11d, sin_P11d, attend)
+        return self.copy.run_layers(x_PGD, cos_P11d, sin_P11d, attend)
 
     def shared_attention(self, q_PGHd, prompt, own, mask_P11S) -> torch.Tensor:
         """Each row attends to S = [its group's prompt | its own tokens]: one softmax over both.
@@ -365,7 +201,7 @@ class Sampler:
         """
         keys_PKLd, values_PKLd = prompt
         keys_PKGTd, values_PKGTd = own
-        q_PGKRd = q_PGHd.unflatten(2, (self.kv_heads, -1))
+        q_PGKRd = q_PGHd.unflatten(2, (self.copy.kv_heads, -1))
         q_PKGRd = q_PGKRd.transpose(1, 2).contiguous()
         to_prompt = product_fp32(q_PKGRd.flatten(2, 3), keys_PKLd.mT)
         to_own = product_fp32(q_PKGRd, keys_PKGTd.mT)
@@ -373,7 +209,7 @@ class Sampler:
 
         # softmax(q·kᵀ/√d + mask)
         scores = torch.cat([to_prompt, to_own.flatten(2, 3)], dim=-1)  # [P, K, G·R, S]
-        scores = torch.add(mask_P11S, scores, alpha=self.head_width**-0.5)
+        scores = torch.add(mask_P11S, scores, alpha=self.copy.head_width**-0.5)
         weights = scores.softmax(-1).to(q_PGHd.dtype)
 
         of_prompt, of_own = weights.split(sizes, dim=-1)
@@ -412,7 +248,7 @@ class Sampler:
             hidden_PGD = self.decode(batch, places)
         return graph, hidden_PGD
 
-    # §5 ─────────────────────────────────────── sample ───────────────────────────────────────
+    # §4 ─────────────────────────────────────── sample ───────────────────────────────────────
     @torch.no_grad()
     def generate(self, prompts: list[Prompt], noise, max_tokens: int, temperature: float = 1.0,
                  repetition_penalty: float = 1.0) -> list[list[Completion]]:
@@ -499,8 +335,8 @@ class Sampler:
 
         `penalty` (evaluation only) makes ids in `seen_PGV`, of prompt and answer, less likely.
         """
-        normed_PGD = rms_norm(hidden_PGD, self.norm, self.eps)
-        logits_PGV = F.linear(normed_PGD, self.head).float() / temperature
+        normed_PGD = rms_norm(hidden_PGD, self.copy.norm, self.copy.eps)
+        logits_PGV = F.linear(normed_PGD, self.copy.head).float() / temperature
         if seen_PGV is not None:  # as in Hugging Face's and vLLM's repetition_penalty
             factor_PGV = torch.where(logits_PGV > 0, 1 / penalty, penalty)
             logits_PGV = torch.where(seen_PGV, logits_PGV * factor_PGV, logits_PGV)

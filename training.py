@@ -23,11 +23,12 @@ import qwen_vl
 import rewards
 import run_folder
 from fsdp import Processes
+from noise import keyed_uniforms
 from options import data_options, think_of
 from policy import Policy
 from qwen_vl import Group, Prompt, SpecialIds
 from run_folder import say
-from sampler import Interrupted, Sampler, keyed_uniforms
+from sampler import Interrupted, Sampler
 from sources import Sample, chance
 
 

@@ -219,10 +219,10 @@ def rehearse_decoding(config, banned_V) -> dict:
         with Count() as count:
             hidden_PGD = sampler.decode(batch, shape[3])
         report["step"] = count.report()
-        layers, sampler.layers = sampler.layers, []
+        layers, sampler.copy.layers = sampler.copy.layers, []
         with Count() as around:
             sampler.decode(batch, shape[3])
-        sampler.layers = layers
+        sampler.copy.layers = layers
         report["kernels_a_layer"] = (count.total() - around.total()) / len(layers)
         report["hidden"] = str(hidden_PGD.dtype)
         with Count() as count:

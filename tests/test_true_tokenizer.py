@@ -12,10 +12,11 @@ from PIL import Image
 import qwen_vl
 import rewards
 import tiny
+from noise import keyed_uniforms
 from packing import pack_groups, prepare_attention
 from policy import Policy
 from qwen_vl import Group, SpecialIds
-from sampler import Sampler, keyed_uniforms
+from sampler import Sampler
 
 
 def merge_parts(token, rank_of, rank):
