@@ -144,7 +144,8 @@ def run(model: str, task: Task, data: Data, out: Out, samples: Samples = 0, thin
         prompt_of, penalty = training.make_prompt, 1.0
     config = grpo_vl.Config(
         model=model, data=tuple(data), eval_data=tuple(data), heldout=0.0, eval_every=1,
-        think=think, system_prompt=system_prompt, blind=blind, max_pixels=16384 * 28 * 28)
+        think=think, system_prompt=system_prompt, blind=blind, max_pixels=16384 * 28 * 28,
+        timeout=4 * 86_400)  # ranks end at other times: answers may have 49,152 tokens
     check_packages(task)
     if annotations:
         protocols.read_annotations(annotations)

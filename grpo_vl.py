@@ -98,7 +98,8 @@ PRESETS = {  # of grpo_vl.py: differences from its defaults
     "ovr-rl": dict(  # [OVR §3.2, §4.1]; the loss as in its base, Open-Reasoner-Zero [ORZ code]
         model="Qwen/Qwen2.5-VL-7B-Instruct", data=("ovr_rl.jsonl",), cold_start="runs/coldstart",
         prompts=512, group=16, scale="batch", loss="dapo", warmup=50, beta2=0.95, steps=900,
-        max_tokens=24 * 1024, max_tokens_at=("300:32768", "700:49152"), eval_every=10)}
+        max_tokens=24 * 1024, max_tokens_at=("300:32768", "700:49152"), eval_every=10,
+        timeout=4 * 86_400)}  # a rank of 8 may sample for days: 1,024 rows, few of them at once
 
 
 def clip_range(config: Config) -> tuple[float, float]:

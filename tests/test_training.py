@@ -304,6 +304,22 @@ def test_both_stages_pass_deterministic_on(script, wanted, tmp_path, monkeypatch
         importlib.import_module(script).main(options)
 
 
+# Layers, key/value heads and head width of the published 3B and 7B: bytes a token of keys and values, in bf16.
+KV_BYTES = {"3B": 2 * 2 * 36 * 2 * 128, "7B": 2 * 2 * 28 * 4 * 128}
+
+
+@pytest.mark.parametrize("preset", [name for name, options in grpo_vl.PRESETS.items() if "Qwen" in options.get("model", "")] + [None])
+def test_a_presets_timeout_is_above_its_longest_rollout(preset):
+    """On 8 GPUs, when every answer has the greatest length and a token of all rows takes 12 ms (7B's weights and 8 GiB
+    of keys and values are 23 GB, 7 ms at an H100's 3.35 TB/s)."""
+    config = grpo_vl.Config(**grpo_vl.PRESETS.get(preset, {}))
+    limit = grpo_vl.longest(config, config.steps)
+    rows = -(-config.prompts // 8) * config.group
+    at_once = max(1, config.kv_gb * 2**30 // KV_BYTES[re.search("[37]B", config.model)[0]] // (limit + config.max_prompt / config.group))
+    batches = -(-rows // min(at_once, rows))
+    assert config.timeout > batches * limit * 0.012
+
+
 def test_overlong_rewards_by_hand(alone):
     run = ranks.make_run(alone, reward=lambda *a, **k: 1.0, max_tokens=10, overlong_buffer=4)
     sample = run.data[0]
