@@ -135,7 +135,9 @@ def load_policy(source: str, processes: Processes, config, *, freeze_vision=Fals
     """
     model, tokenizer = qwen_vl.load(source, weights=processes.rank == 0, seed=config.seed)
     special = SpecialIds.read(tokenizer, model.config)
-    policy = Policy(model, special.banned_V, checkpointing=config.checkpointing)
+    policy = Policy(
+        model, special.banned_V, checkpointing=config.checkpointing,
+        checkpoint_every=config.checkpoint_every)
     policy.vision.requires_grad_(not freeze_vision)
     for parameter in policy.parameters():
         parameter.data = parameter.data.to(dtype or torch.float32)
@@ -443,8 +445,10 @@ def cache(config, text, prompts: int, max_tokens: int) -> int:
 
 
 def saved(config, tokens: int, shape, layers: int) -> int:
-    """Bytes that the backward needs in bf16: each layer's input, and what is inside of one layer
-    (with checkpointing) or of all: counted, 14 tensors of the layer's width, 6 of its MLP's."""
+    """Bytes that the backward needs in bf16: each layer's input, and what is inside of those that
+    are not checkpointed and of one: counted, 14 tensors of the layer's width, 6 of its MLP's."""
     inside = 14 * shape.hidden_size + 6 * shape.intermediate_size
-    open_layers = 1 if config.checkpointing else layers
+    open_layers = layers
+    if config.checkpointing:
+        open_layers = 1 + layers - math.ceil(layers / config.checkpoint_every)
     return 2 * tokens * (layers * shape.hidden_size + open_layers * inside)

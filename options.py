@@ -49,6 +49,7 @@ class Options:
     max_bad_steps: int = 5  # skipped steps in a row (gradient not finite) that end the run
     micro_tokens: int = 16384  # tokens of a packed micro-batch
     checkpointing: bool = True  # recompute activations in the backward pass [PR1 code: on]
+    checkpoint_every: int = 1  # with --checkpointing: of every n-th layer; 2: faster, more memory
     offload: bool = False  # sharded weights and optimizer in host memory
     # fsdp2: PyTorch's fully_shard; by-hand: fsdp.py §3 in its place, without checkpoints
     sharding: Literal["fsdp2", "by-hand"] = "fsdp2"
@@ -73,7 +74,7 @@ class Options:
 
 AT_LEAST_ONE = ("prompts", "group", "max_tokens", "eval_tokens", "inner_steps", "micro_tokens",
                 "steps", "batch", "keep", "save_every", "eval_samples", "max_bad_steps",
-                "overlong_buffer")
+                "overlong_buffer", "checkpoint_every")
 AT_LEAST_ZERO = ("skip_bad", "warmup", "dynamic_sampling", "beta", "tis", "eval_every",
                  "pictures_every")
 

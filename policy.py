@@ -306,11 +306,12 @@ class Policy(nn.Module):
     """Wraps the Hugging Face model so that one `forward` does all that touches weights.
 
     That makes it the FSDP root: vision tower, decoder and chunked lm_head run inside,
-    log-probabilities come out, and the loss is computed outside in fp32.
+    log-probabilities come out, and the loss is computed outside in fp32. checkpointing: of every
+    n-th layer what lies between its input and output is computed again in the backward pass.
     Plain twin: Hugging Face's forward on one completion at a time.
     """
 
-    def __init__(self, model, banned_V: torch.Tensor, *, checkpointing: bool = False):
+    def __init__(self, model, banned_V: torch.Tensor, *, checkpointing=False, checkpoint_every=1):
         super().__init__()
         self.model = model
         self.register_buffer("banned_V", banned_V, persistent=False)
@@ -319,7 +320,9 @@ class Policy(nn.Module):
         for layer in self.decoder.layers:
             layer.self_attn.forward = MethodType(decoder_attention, layer.self_attn)
         if checkpointing:  # inside the modules' forward, so inside FSDP's hooks: no extra gathers
-            for layer in [*self.decoder.layers, *self.vision.blocks]:
+            layers = self.decoder.layers[::checkpoint_every]
+            blocks = self.vision.blocks[::checkpoint_every]
+            for layer in [*layers, *blocks]:
                 layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
     @property

@@ -33,8 +33,8 @@ MISSING = "not known to that version"
 FREE = {
     "steps", "seconds", "out", "resume", "log", "keep", "save_every", "max_bad_steps", "skip_bad",
     "eval_every", "eval_data", "eval_samples", "eval_tokens", "blind", "pictures_every", "timeout",
-    "kv_gb", "max_prompt", "micro_tokens", "checkpointing", "offload", "graphs", "deterministic",
-    "check", "plan"}
+    "kv_gb", "max_prompt", "micro_tokens", "checkpointing", "checkpoint_every", "offload",
+    "graphs", "deterministic", "check", "plan"}
 
 
 def say(sentence: str) -> None:

@@ -350,6 +350,12 @@ def held(gpus=8, **options):
         "keys and values, bf16": 469_762_048, "vision activations": 8_098_800_000}),
     (dict(prompts=800), {  # 18 prompts in 8 GiB; no more than 16,384 image tokens in a micro-batch
         "keys and values, bf16": 8_455_716_864, "vision activations": 2 * 65_536 * 79_400}),
+    (dict(checkpoint_every=2), {  # 14 layers and 16 blocks are kept open, and one is while it is computed again
+        "activations": 2 * 16_384 * (28 * 3584 + 15 * 163_840),
+        "vision activations": 2 * 10_200 * (32 * 1280 + 17 * 38_440)}),
+    (dict(checkpoint_every=2, checkpointing=False), {
+        "activations": 2 * 16_384 * (28 * 3584 + 28 * 163_840),
+        "vision activations": 2 * 10_200 * (32 * 1280 + 32 * 38_440)}),
     (dict(checkpointing=False), {  # all 28 layers and 32 blocks are open
         "activations": 2 * 16_384 * (28 * 3584 + 28 * 163_840),
         "vision activations": 2 * 10_200 * (32 * 1280 + 32 * 38_440)}),

@@ -66,10 +66,14 @@ def test_packed_gradients_equal_the_padded_form(world, budget):
             assert relative_error(got[name], want[name]) <= 1e-4, name
 
 
-def test_checkpointing_changes_nothing(world):
+@pytest.mark.parametrize("every, again", [(1, 4 + 3), (2, 2 + 2), (9, 1 + 1)])  # tiny: four layers, three blocks
+def test_checkpointing_changes_nothing(world, every, again):
     policy, _, _, _, prompts = world
     model, _ = qwen_vl.load("tiny" if policy.model.config.tie_word_embeddings else "tiny-untied")
-    twin = Policy(model, policy.banned_V, checkpointing=True).train()
+    twin = Policy(model, policy.banned_V, checkpointing=True, checkpoint_every=every).train()
+    ran = []
+    for part in [*twin.decoder.layers, *twin.vision.blocks]:
+        part.mlp.register_forward_pre_hook(lambda *_: ran.append(1))
     groups = ragged_groups(prompts)
     for module in (policy, twin):
         module.zero_grad()
@@ -77,6 +81,7 @@ def test_checkpointing_changes_nothing(world):
     want = gradients(policy)
     for name, got in gradients(twin).items():
         torch.testing.assert_close(got, want[name])
+    assert len(ran) == 4 + 3 + again
 
 
 def plain_logprobs(hidden_SD, weight_VD, target_S, banned_V, temperature):
