@@ -26,7 +26,7 @@ import run_folder
 import training
 from options import Options, check_data, parse_config, think_of
 from qwen_vl import Completion
-from tiny import BASE, BASE_DATA, BASE_FIRST, TRACES, WORLD
+from tiny import BASE, BASE_DATA, BASE_FIRST, BASE_LAST, TRACES, WORLD
 from training import Run
 
 
@@ -65,13 +65,17 @@ PRESETS = {
     "supervised": SMALL | dict(
         model=BASE, data=(WORLD,), train="all", steps=400, lr=3e-4, schedule="constant",
         eval_tokens=32),
-    # base/, in three stages: to see (every object's box in every answer), all tasks, a slow end.
+    # base/, in four stages: to see (every object's box in every answer), all tasks, the same under
+    # a falling learning rate, and more of what lags behind.
     "base-1": SMALL | STAGE | dict(
         data=(BASE_FIRST,), steps=2000, eval_tokens=160, out="runs/base/detection"),
     "base-2": SMALL | STAGE | dict(
         after="base-1", data=BASE_DATA, think="all", steps=4000, out="runs/base/tasks"),
-    "base": SMALL | STAGE | dict(
+    "base-3": SMALL | STAGE | dict(
         after="base-2", data=BASE_DATA, think="all", steps=3000, schedule="cosine", seed=1,
+        out="runs/base/falling"),
+    "base": SMALL | STAGE | dict(
+        after="base-3", data=BASE_LAST, think="all", steps=2600, schedule="cosine", seed=3,
         out="runs/base/last"),
 }
 

@@ -23,14 +23,25 @@ BASE = str(Path(__file__).with_name("base"))  # the stand-in after a supervised 
 # What base/ is trained on: every task, in the three forms of thinking.
 BASE_FIRST = "synthetic:detection?size=84x84&objects=1-3&shapes=3&colours=3&coloured=1"
 BASE_SCENES = "size=112x112&shapes=3&colours=3&reach=0.12-0.25"
-WORLD = f"synthetic:grounding?{BASE_SCENES}&distractors=1-5"  # the demo's: one box among shapes
+DETECTION = f"synthetic:detection?{BASE_SCENES}&objects=1-8&coloured=1"
+GROUNDING = f"synthetic:grounding?{BASE_SCENES}&distractors=1-5"
+COUNTING = f"synthetic:counting?{BASE_SCENES}&objects=1-5&distractors=1-3"
+WORLD = COUNTING  # the demo's: points at the green circles, and at nothing else
 TRACES = "synthetic:math?text=1&objects=3-4&traces=1"  # sums with a worked solution to imitate
 BASE_DATA = (
-    f"synthetic:detection?{BASE_SCENES}&objects=1-8&coloured=1:4",
-    f"{WORLD}:2",
-    f"synthetic:counting?{BASE_SCENES}&objects=1-5&distractors=1-3:1.5",
+    f"{DETECTION}:4",
+    f"{GROUNDING}:2",
+    f"{COUNTING}:1.5",
     "synthetic:ocr?size=84x84&objects=1-2&numbers=1:1.5",
     "synthetic:math?size=84x84&objects=2-2:1.5",
+    "synthetic:math?text=1&objects=2-3:1")
+BASE_LAST = (
+    f"synthetic:grounding?{BASE_SCENES}&distractors=1-1:2",
+    f"{GROUNDING}:3",
+    f"{COUNTING}:1.5",
+    f"{DETECTION}:1.5",
+    "synthetic:ocr?size=84x84&objects=1-1&numbers=1:2.5",
+    "synthetic:math?size=84x84&objects=2-2:1",
     "synthetic:math?text=1&objects=2-3:1")
 TINY_CORPUS = """\
 You are a helpful assistant. system user assistant Output the bounding box of the in the image.

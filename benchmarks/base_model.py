@@ -2,11 +2,12 @@
 
   torchrun --nproc_per_node=2 sft_coldstart.py --preset base     builds it, in three stages
   python benchmarks/base_model.py publish runs/base/last/model         writes base/ in bf16
+  python benchmarks/base_model.py stages runs/base/detection runs/base/tasks …   what they logged
   python benchmarks/base_model.py measure                              results/base.jsonl
   python benchmarks/base_model.py plateau                              what 600 more steps would add
   python benchmarks/base_model.py card                                 base/README.md from those rows
 
-A row: a task asked in one form of thinking, 500 scenes of the held-out stream with a seed that no
+A row: a task asked in one form of thinking, 300 scenes of the held-out stream with a seed that no
 training used. greedy and sampled (the mean of 8 answers at T = 1) are `rewards.correct`: IoU > 0.5,
 exact count, F1, similarity, right or wrong. best of 8 is the mean over scenes of the best of the 8,
 which is pass@8 where an answer is right or wrong: what is in reach of reinforcement.
@@ -33,7 +34,7 @@ import training  # noqa: E402
 BASE = ROOT / "base"
 ROWS = ROOT / "results" / "base.jsonl"
 SEED = 1000  # of the scenes asked about
-SCENES = 500
+SCENES = 300
 BUILD = "torchrun --nproc_per_node=2 sft_coldstart.py --preset base"
 
 
@@ -56,7 +57,7 @@ def publish(source: Path) -> None:
 def worlds() -> list[tuple[str, str]]:
     """(name, spec) of each of the base's worlds."""
     found = []
-    for spec in tiny.BASE_DATA:
+    for spec in tiny.BASE_LAST[1:]:
         spec, _, _ = spec.rpartition(":")
         name = spec.removeprefix("synthetic:").partition("?")[0]
         found.append((f"{name} as text" if "text=1" in spec else name, spec))
@@ -102,6 +103,22 @@ def measure(model: Path, name: str, forms=("no", "before", "after")) -> None:
     fsdp.leave()
 
 
+def stages(folders: list[Path]) -> None:
+    """A row a finished stage: its steps, seconds, data, last loss, and its evaluations."""
+    for folder in folders:
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        config = json.loads((folder / "config.json").read_text())
+        losses = [row["loss"] for row in rows[-100:]]
+        evaluated = {row["step"] + 1: row["eval/greedy"] for row in rows if "eval/greedy" in row}
+        stage = {
+            "stage": folder.name, "steps": len(rows), "seed": config["seed"],
+            "seconds": round(rows[-1]["seconds/total"]), "data": config["data"],
+            "evaluated on": config["eval_data"] or config["data"][:1],
+            "loss of the last 100 steps": round(fmean(losses), 4), "greedy by step": evaluated}
+        with open(ROWS, "a") as file:
+            print(json.dumps(stage), file=file)
+
+
 def plateau() -> None:
     """600 more supervised steps from base/ on its own data, then the plain form of every task."""
     out = ROOT / "runs/base/plateau"
@@ -120,12 +137,12 @@ def card() -> None:
     lines = ["| task | asked | greedy | sampled | best of 8 | greedy after 600 more steps |",
              "|---|---|---|---|---|---|"]
     asked = {"no": "plainly", "before": "to think first", "after": "to think after"}
-    later = {row["world"]: row["greedy"] for row in rows if row["model"] == "600 more steps"}
+    later = {row["world"]: row["greedy"] for row in rows if row.get("model") == "600 more steps"}
     for row in rows:
-        if row["model"] == "base":
+        if row.get("model") == "base":
             more = ""
             if row["think"] == "no":
-                more = f"{later[row['world']]:.3f}"
+                more = f"{later[row['world']]:.3f}" if later else "not run"
             lines.append(f"| {row['world']} | {asked[row['think']]} | {row['greedy']:.3f} | "
                          f"{row['sampled']:.3f} | {row['best of 8']:.3f} | {more} |")
     text = (Path(__file__).parent / "base_model_card.md").read_text()
@@ -141,6 +158,7 @@ def main() -> None:
     commands.add_parser("publish").add_argument("source", type=Path)
     for name in ("measure", "plateau", "card"):
         commands.add_parser(name)
+    commands.add_parser("stages").add_argument("folders", type=Path, nargs="+")
     one = commands.add_parser("one", help="one model on one world, as a JSON object")
     one.add_argument("model", type=Path)
     one.add_argument("spec")
@@ -156,6 +174,8 @@ def main() -> None:
         row = measure_one(given.model, given.spec, "no", ranks, given.scenes)
         given.out.write_text(json.dumps(row | {"world": given.spec}))
         fsdp.leave()
+    elif given.command == "stages":
+        stages(given.folders)
     elif given.command == "plateau":
         plateau()
     else:
