@@ -1,6 +1,6 @@
 """GRPO on Qwen2.5-VL, top to bottom: sample groups → reward → advantage → clipped loss → step.
 
-  python grpo_vl.py                             no GPU: the tiny base/ learns to point exactly
+  python grpo_vl.py                             no GPU: the tiny stand-in, cold start included
   torchrun --nproc_per_node=8 grpo_vl.py        GPUs: Qwen2.5-VL-3B counts shapes in drawn scenes
   torchrun --nproc_per_node=8 grpo_vl.py --data my.jsonl --model Qwen/Qwen2.5-VL-7B-Instruct
 
@@ -39,7 +39,7 @@ from noise import keyed_uniforms
 from options import Options, check_data, given, parse_config
 from qwen_vl import Group
 from run_folder import say
-from tiny import BASE, TINY, WORLD
+from tiny import TINY, WORLD
 from training import Run, draw_groups, learning_rate, optimizer_step
 
 
@@ -87,8 +87,9 @@ PR1 = dict(  # what its tasks share, where it differs from the defaults  [PR1 §
     model="Qwen/Qwen2.5-VL-3B-Instruct", prompts=14, beta=0.04, schedule="linear", seed=42)
 PRESETS = {  # of grpo_vl.py: differences from its defaults
     "tiny": dict(  # what a machine without a GPU trains in minutes; no paper's values
-        model=BASE, data=(WORLD,), max_tokens=32, prompts=16, steps=150, lr=2e-4,
-        eval_every=25, checkpointing=False, micro_tokens=4096),
+        model="tiny", data=(WORLD,), cold_start="runs/coldstart", max_tokens=24, prompts=32,
+        steps=400, lr=1e-4, warmup=10, schedule="linear", reward_options='{"iou_power": 2}',
+        eval_every=50, checkpointing=False, micro_tokens=4096),
     # steps: samples used / 14 prompts a step [PR1 T7, code]; max_tokens [PR1 code]
     "pr1-grounding": PR1 | dict(data=("refcoco-pr1:refcoco_train.json",), steps=357),
     "pr1-counting": PR1 | dict(data=("pixmo-pr1:pixmo_count_train.json",), steps=714),
@@ -525,7 +526,7 @@ def ensure_cold_start(config: Config, ranks: fsdp.Processes, stopped) -> str | N
         return config.model
     folder = Path(config.cold_start)
     model = ranks.gather(sft_coldstart.find_model(folder))[0]  # rank 0's look at the file system
-    if model is None and config.model not in (*TINY, BASE):
+    if model is None and config.model not in TINY:
         raise SystemExit(f"there is no cold start in {folder}: python sft_coldstart.py --model "
                          f"{config.model} --data … --out {folder} makes one")
     if model is None:

@@ -1,18 +1,24 @@
 """GRPO on a vision-language model, all of it, in one plain file. Start reading here.
 
-The model sees a picture of a sum and is asked for its result. It is never shown a solution. It
-answers G times, a rule grades each answer, and answers better than the average of their group
-become more likely, worse ones less likely. That is GRPO. `train_step` puts the steps together.
+The model sees a drawn scene and is asked for "the bounding box of the red circle". It is never
+shown an answer. It answers G times, a rule grades each answer, and answers better than the average
+of their group become more likely, worse ones less likely. That is GRPO. The functions below are
+its steps in order; `train_step` puts them together.
 
-  python naive_grpo.py    no GPU: base/, a tiny Qwen2.5-VL that sees; a GPU: the 3B (not run)
+  python sft_coldstart.py    no GPU: a tiny stand-in learns the form of an answer, 3 minutes
+  python naive_grpo.py       no GPU: GRPO on that stand-in
+  python naive_grpo.py       with a GPU: Qwen2.5-VL-3B-Instruct (not run)
 
-Every ten steps it prints the mean reward and the share of right sums. `python naive_grpo.py FOLDER`
-trains another checkpoint. The 3B trains in fp32: 4 bytes a weight, 4 for its gradient, 8 for AdamW,
-so 60 GB, and activations on top: an 80 GB GPU. grpo_vl.py does the same fast and on many GPUs; a
-test holds it to this file's loss, gradients and weights.
+Every ten steps it prints the mean reward and the accuracy (the share of boxes with IoU above 0.5)
+of the answers it sampled. The 3B trains in fp32: 4 bytes for a weight, 4 for its gradient, 8 for
+AdamW, so 60 GB, and activations on top: an 80 GB GPU. `python naive_grpo.py FOLDER` trains another
+checkpoint. The stand-in's cold start sees little: there the reward creeps up while the accuracy
+falls (results/naive_grpo.txt), most likely because plain IoU pays a box that hedges; the demo of
+grpo_vl.py squares the IoU.
 
-[DSM] is DeepSeekMath, arXiv 2402.03300, where GRPO comes from; [PR1] is Perception-R1, 2504.07954.
-Shapes: B rollouts, L tokens of a row, T tokens of an answer, V vocabulary.
+grpo_vl.py does the same fast and on many GPUs; a test holds it to this file's loss, gradients and
+weights. [DSM] is DeepSeekMath, arXiv 2402.03300, where GRPO comes from; [PR1] is Perception-R1,
+arXiv 2504.07954. Shapes: B rollouts, L tokens of a row, T tokens of an answer, V vocabulary.
 """
 import copy
 import math
@@ -20,25 +26,25 @@ import random
 import re
 import statistics
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw
-from tqdm import trange
 from transformers import AutoImageProcessor, AutoTokenizer, GenerationConfig
 from transformers import Qwen2_5_VLForConditionalGeneration as Qwen
 
 GPU = torch.cuda.is_available()
-MODEL = "Qwen/Qwen2.5-VL-3B-Instruct" if GPU else str(Path(__file__).with_name("base"))
-SIZE = 280 if GPU else 84  # side of a picture in pixels; the model reads 28×28 of them as one token
-TERMS, LARGEST = (6, 99) if GPU else (2, 20)  # of a sum
-PROMPTS, GROUP = 8, 8  # pictures a step; G, answers a picture [PR1 §4.3: G 8]
-QUESTION = "What is the result of the sum in the image?\nPut the final answer in \\boxed{}."
-FORMAT = 0.1  # reward of the right form alone; 1 more for the right result
-MAX_TOKENS = 12  # longer answers are cut
+MODEL = "Qwen/Qwen2.5-VL-3B-Instruct" if GPU else "runs/coldstart/model"
+SIZE = 280 if GPU else 56  # side of a scene in pixels; the model reads 28×28 of them as one token
+NAMES = ("red circle", "red square", "green circle", "green square", "blue circle", "blue square")
+PROMPTS = 8  # scenes a step
+GROUP = 8  # G, answers a scene [PR1 §4.3: 8]
+FORMAT = 0.1  # reward of the right form alone; the box's IoU comes on top [PR1 §4.1: 1]
+MAX_TOKENS = 64 if GPU else 24  # longer answers are cut
 STEPS = 150
-LR = 1e-6 if GPU else 1e-4  # AdamW's learning rate [PR1 §4.3: 1e-6]
+LR = 1e-6 if GPU else 3e-4  # AdamW's learning rate [PR1 §4.3: 1e-6]
 INNER_STEPS = 1  # µ, optimizer steps on the same answers [PR1: 1]
 CLIP = 0.2  # ε, how far the ratio π/π_old may move a token's probability
 BETA = 0.0  # β, weight of the KL term; 0: no reference model is kept [PR1 §4.3: 0.04]
@@ -58,44 +64,65 @@ class Rollout:
     ref_logp_T: torch.Tensor | None = None  # log π_ref, by the weights before training, if β > 0
 
 
-# ── a picture, a question, a reward ──
-def draw_sum(rng):
-    """(a picture of a sum, a number a line; its result)."""
-    result = rng.randint(1, LARGEST)
-    lines = [str(result)]
-    for _ in range(TERMS - 1):
-        sign, number = rng.choice("+-"), rng.randint(1, LARGEST)
-        result = result + number if sign == "+" else result - number
-        lines.append(f"{sign} {number}")
+# ── a scene, a question, a reward ──
+def draw_scene(rng):
+    """Two shapes on white: (image, the last shape's name, its box [x1, y1, x2, y2] in pixels)."""
     image = Image.new("RGB", (SIZE, SIZE), "white")
-    corner = rng.randint(1, SIZE // 5), rng.randint(1, SIZE // 5)
-    height = SIZE * 0.6 / TERMS
-    ImageDraw.Draw(image).multiline_text(corner, "\n".join(lines), "black", font_size=height)
-    return image, result
+    pen = ImageDraw.Draw(image)
+    half = SIZE // 2
+    quarters = [(0, 0), (half, 0), (0, half), (half, half)]  # a shape in each, so none overlap
+    for name, (left, top) in zip(rng.sample(NAMES, 2), rng.sample(quarters, 2)):
+        side = rng.randint(SIZE * 3 // 10, half)
+        x = left + rng.randint(0, half - side)
+        y = top + rng.randint(0, half - side)
+        box = (x, y, x + side, y + side)
+        colour, shape = name.split()
+        paint = pen.ellipse if shape == "circle" else pen.rectangle
+        paint((x, y, x + side - 1, y + side - 1), fill=colour)
+    return image, name, box
 
 
-def encode(tokenizer, image_processor, image, question):
+def encode(tokenizer, image_processor, image, name):
     """The question in Qwen's chat format, up to where the model speaks, and the image's pixels."""
     pixels = image_processor(image, return_tensors="pt")
     image_tokens = int(pixels["image_grid_thw"].prod()) // 4  # 2×2 patches of 14×14 are one token
     text = (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
         "<|vision_start|>" + "<|image_pad|>" * image_tokens + "<|vision_end|>"
-        f"{question}<|im_end|>\n<|im_start|>assistant\n")
+        f"Output the bounding box of the {name} in the image.<|im_end|>\n<|im_start|>assistant\n")
     return {"ids": tokenizer.encode(text, add_special_tokens=False), **pixels}
 
 
-def grade(text, result):
-    """r = format + (the result is right), 0 in any other form."""
-    form = re.fullmatch(r"(?s:.*)\\boxed\{(-?\d+)\}\.?<\|im_end\|>", text)
-    return FORMAT + float(int(form[1]) == result) if form else 0.0
+FORM = re.compile(  # one box, perhaps in a fence, then the stop token
+    r'(?:```json)?\s*\[\s*\{"bbox_2d": \[(\d+), (\d+), (\d+), (\d+)\], "label": "[^"]*"\}\s*\]\s*'
+    r"(?:```)?<\|im_end\|>")
+
+
+def grade(text, box):
+    """The reward: FORMAT for an answer in the right form + its box's IoU, 0 in any other form."""
+    form = FORM.fullmatch(text)
+    if not form:
+        return 0.0
+    x1, y1, x2, y2 = map(int, form.groups())
+    if x1 > x2 or y1 > y2:  # no box
+        return 0.0
+    left, top, right, bottom = box
+    width = min(x2, right) - max(x1, left)
+    height = min(y2, bottom) - max(y1, top)
+    # r = format + |A ∩ B| / |A ∪ B|  [PR1 §4.1]
+    both = max(width, 0) * max(height, 0)
+    either = (x2 - x1) * (y2 - y1) + (right - left) * (bottom - top) - both
+    return FORMAT + both / either
 
 
 # ── the model as a policy π: sample answers, score them ──
 def load(folder):
     """(model in fp32, tokenizer, image processor); `model.generation_config` says what π is."""
+    if not folder.startswith("Qwen/") and not Path(folder).is_dir():
+        sys.exit(f"{folder} is missing: `python sft_coldstart.py --preset tiny` writes "
+                 "runs/coldstart/model in 3 minutes; or name a folder of Qwen2.5-VL")
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = Qwen.from_pretrained(folder, dtype=torch.float32).to("cuda" if GPU else "cpu")
+    model = Qwen.from_pretrained(folder, dtype=torch.float32)
     # A placeholder that the model wrote would be taken for an image when the answer is read again,
     # and Qwen's vocabulary has rows for ids that the tokenizer lacks: π never says either.
     placeholders = ("image_pad", "video_pad", "vision_start", "vision_end", "vision_pad")
@@ -107,6 +134,7 @@ def load(folder):
         suppress_tokens=banned, max_new_tokens=MAX_TOKENS,
         eos_token_id=tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]),
         pad_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>"))
+    model.to("cuda" if GPU else "cpu")
     return model, tokenizer, AutoImageProcessor.from_pretrained(folder)
 
 
@@ -225,13 +253,13 @@ def update(model, optimizer, groups):
 
 def train_step(model, reference, tokenizer, image_processor, optimizer, rng):
     """Ask, answer, grade, compare, learn [DSM Algorithm 1]. Returns the rewards of all answers."""
-    sums = [draw_sum(rng) for _ in range(PROMPTS)]
-    prompts = [encode(tokenizer, image_processor, image, QUESTION) for image, _ in sums]
+    scenes = [draw_scene(rng) for _ in range(PROMPTS)]
+    prompts = [encode(tokenizer, image_processor, image, name) for image, name, _ in scenes]
     groups = []
-    for prompt, (_, result), answers in zip(prompts, sums, sample(model, prompts)):
+    for prompt, (_, _, box), answers in zip(prompts, scenes, sample(model, prompts)):
         group = []
         for tokens in answers:
-            reward = grade(tokenizer.decode(tokens), result)
+            reward = grade(tokenizer.decode(tokens), box)
             group.append(Rollout(prompt, tokens, reward))
         set_advantages(group)
         keep_logprobs(model, reference, group)
@@ -247,12 +275,13 @@ def main(folder=MODEL):
     model, tokenizer, image_processor = load(folder)
     reference = copy.deepcopy(model) if BETA > 0 else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0)
-    rewards = []
-    for step in trange(1, STEPS + 1):
+    rewards, start = [], time.time()
+    for step in range(1, STEPS + 1):
         rewards += train_step(model, reference, tokenizer, image_processor, optimizer, rng)
-        if step % 10 == 0:
-            right = statistics.mean(reward > 1 for reward in rewards)
-            print(f"\rstep {step:4}  reward {statistics.mean(rewards):.3f}  right {right:.3f}")
+        if step % 10 == 0 or step == STEPS:
+            accuracy = statistics.mean(reward > FORMAT + 0.5 for reward in rewards)
+            print(f"step {step:4}  reward {statistics.mean(rewards):.3f}  accuracy {accuracy:.3f}  "
+                  f"{time.time() - start:.0f} s", flush=True)
             rewards = []
 
 

@@ -1,11 +1,11 @@
 """Stage 1, the cold start: supervised fine-tuning on prompt → response, before any reinforcement.
 
-  python sft_coldstart.py                  no GPU: the tiny base/ learns to reason about sums
-  python sft_coldstart.py --preset base    builds base/ again: an hour on two cores
+  python sft_coldstart.py                  the tiny stand-in learns the answer's form
+  torchrun --nproc_per_node=2 sft_coldstart.py --preset base      all drawn tasks, 75 minutes of CPU
   torchrun --nproc_per_node=8 sft_coldstart.py --data traces.jsonl      GPUs, OVR's settings
 
 [OVR §3.1] tunes the language model alone (--train llm) on text-only reasoning traces; --train all
-also tunes vision tower and merger, as base/ was: it started from random weights.
+also tunes vision tower and merger, which the tiny stand-in needs: it starts from random weights.
 
 A sample is a packed group with one completion: the prompt is masked from the loss, positions
 restart with each sample, and no sample sees another (qwen_vl.py §3). Texts and images mix freely.
@@ -26,7 +26,7 @@ import run_folder
 import training
 from options import Options, check_data, parse_config, think_of
 from qwen_vl import Completion
-from tiny import BASE, BASE_DATA, BASE_FIRST, BASE_LAST, TRACES, WORLD
+from tiny import BASE_DATA, BASE_FIRST, BASE_LAST, WORLD
 from training import Run
 
 
@@ -57,16 +57,11 @@ STAGE = dict(
     eval_tokens=256, save_every=400, keep=1)
 PRESETS = {
     "ovr-coldstart": dict(data=("traces:cold_start.jsonl",)),  # the defaults are OVR's
-    # What a CPU does in minutes, from base/: reasoning in text alone, as OVR's cold start.
-    "tiny": SMALL | dict(
-        model=BASE, data=(TRACES,), think="before", steps=300, lr=1e-3, schedule="cosine",
-        eval_tokens=192),
-    # The demo's control: the demo's prompts, with their true answers to imitate.
-    "supervised": SMALL | dict(
-        model=BASE, data=(WORLD,), train="all", steps=400, lr=3e-4, schedule="constant",
-        eval_tokens=32),
-    # base/, in four stages: to see (every object's box in every answer), all tasks, the same under
-    # a falling learning rate, and more of what lags behind.
+    "tiny": SMALL | dict(  # what a CPU learns in minutes, from random weights
+        model="tiny", data=(WORLD,), train="all", steps=500, lr=1e-3, schedule="constant",
+        eval_tokens=24),
+    # A longer one, in four stages: to see (every object's box in every answer), all tasks, the same
+    # under a falling learning rate, and more of what lags behind.
     "base-1": SMALL | STAGE | dict(
         data=(BASE_FIRST,), steps=2000, eval_tokens=160, out="runs/base/detection"),
     "base-2": SMALL | STAGE | dict(

@@ -4,7 +4,6 @@ A ~1 M-parameter `Qwen2_5_VLForConditionalGeneration` for teaching and tests, ne
 papers' models.
 """
 import math
-from pathlib import Path
 
 import torch
 
@@ -19,15 +18,14 @@ QWEN_SPLIT = (  # Qwen2.5's pre-tokenizer: words, single digits, punctuation, wh
     r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 
 TINY = ("tiny", "tiny-untied")  # names of the stand-in
-BASE = str(Path(__file__).with_name("base"))  # the stand-in after a supervised training: it sees
-# What base/ is trained on: every task, in the three forms of thinking.
+# What it is trained on: small scenes, few shapes and colours, so that minutes on a CPU suffice.
+WORLD = "synthetic:grounding?size=56x56&shapes=2&colours=3&distractors=1-2&reach=0.3-0.5"
+# What a longer training draws (sft_coldstart.py --preset base): every task, all forms of thinking.
 BASE_FIRST = "synthetic:detection?size=84x84&objects=1-3&shapes=3&colours=3&coloured=1"
 BASE_SCENES = "size=112x112&shapes=3&colours=3&reach=0.12-0.25"
 DETECTION = f"synthetic:detection?{BASE_SCENES}&objects=1-8&coloured=1"
 GROUNDING = f"synthetic:grounding?{BASE_SCENES}&distractors=1-5"
 COUNTING = f"synthetic:counting?{BASE_SCENES}&objects=1-5&distractors=1-3"
-WORLD = COUNTING  # the demo's: points at the green circles, and at nothing else
-TRACES = "synthetic:math?text=1&objects=3-4&traces=1"  # sums with a worked solution to imitate
 BASE_DATA = (
     f"{DETECTION}:4",
     f"{GROUNDING}:2",

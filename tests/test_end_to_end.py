@@ -44,7 +44,7 @@ def test_cold_start_then_grpo_under_torchrun(cold_start, tmp_path):
         path.name for path in out.iterdir()}
     pictures = sorted((out / "samples").glob("*.png"), key=lambda path: len(path.name))  # -best.png behind
     texts = json.loads((out / "samples" / "step-1.json").read_text())
-    assert Image.open(pictures[0]).size == (112, 112)  # as the model saw it
+    assert Image.open(pictures[0]).size == (56, 56)  # as the model saw it
     assert Image.open(pictures[-1]).size[0] >= 400 and pictures[-1].name.endswith("-best.png")
     assert {"id", "task", "question", "text", "answer", "reward"} <= set(texts[0])
     # one more step from the checkpoint, with the saved configuration

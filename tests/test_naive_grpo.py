@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from PIL import Image, ImageDraw
+from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import fsdp
@@ -30,7 +30,7 @@ LR = 1e-3
 @pytest.fixture(autouse=True)
 def constants(monkeypatch):
     """The CPU's constants on any machine, and few answers."""
-    few = dict(GPU=False, SIZE=84, TERMS=2, LARGEST=20, FORMAT=0.5, MAX_TOKENS=6, PROMPTS=2, GROUP=3, STEPS=10, TEMPERATURE=TEMPERATURE)
+    few = dict(GPU=False, SIZE=56, FORMAT=1.0, MAX_TOKENS=6, PROMPTS=2, GROUP=3, STEPS=2, TEMPERATURE=TEMPERATURE)
     for name, value in few.items():
         monkeypatch.setattr(naive_grpo, name, value)
 
@@ -66,7 +66,7 @@ def naive_groups(tokenizer, image_processor):
     stops = {-1: "<|im_end|>", -2: "<|endoftext|>"}
     groups = []
     for (name, size), answers, grades in zip(QUESTIONS, ANSWERS, REWARDS):
-        prompt = naive_grpo.encode(tokenizer, image_processor, noise_image(*size), rewards.prompt("grounding", name))
+        prompt = naive_grpo.encode(tokenizer, image_processor, noise_image(*size), name)
         group = []
         for answer, reward in zip(answers, grades):
             tokens = [tokenizer.convert_tokens_to_ids(stops[t]) if t < 0 else t for t in answer]
@@ -196,44 +196,39 @@ def test_it_stands_alone():
     assert imported <= allowed | standard
 
 
-def test_a_drawn_sum_is_read_as_drawn(monkeypatch):
-    """The lines handed to the pen add up to the result; the ink touches no border."""
-    written = []
-    real = ImageDraw.ImageDraw.multiline_text
-
-    def write(pen, corner, text, *rest, **options):
-        written.append(text)
-        real(pen, corner, text, *rest, **options)
-
-    monkeypatch.setattr(ImageDraw.ImageDraw, "multiline_text", write)
+def test_a_drawn_box_holds_its_shape_and_nothing_else():
     rng = random.Random(4)
-    for _ in range(200):
-        image, result = naive_grpo.draw_sum(rng)
-        first, second = written[-1].split("\n")
-        sign, number = second.split(" ")
-        assert result == int(first) + {"+": 1, "-": -1}[sign] * int(number)
-        pixels = np.array(image)
-        assert pixels.min() < 100
-        for border in (pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]):
-            assert border.min() == 255
+    for _ in range(30):
+        image, name, box = naive_grpo.draw_scene(rng)
+        colour = Image.new("RGB", (1, 1), name.split()[0]).getpixel((0, 0))
+        ours = np.all(np.array(image) == colour, axis=-1)
+        x1, y1, x2, y2 = box
+        assert 0 <= x1 < x2 <= 56 and 0 <= y1 < y2 <= 56
+        inside = ours[y1:y2, x1:x2]
+        assert inside[0].any() and inside[-1].any() and inside[:, 0].any() and inside[:, -1].any()
+        assert inside.all() == name.endswith("square")
 
 
-@pytest.mark.parametrize("text, reward", [  # the result is −4; the form alone is 0.5 here
-    ("\\boxed{-4}<|im_end|>", 1.5),
-    ("10 - 14 is \\boxed{-4}.<|im_end|>", 1.5),
-    ("\\boxed{4}<|im_end|>", 0.5),
-    ("\\boxed{-4}", 0.0),  # without its stop token
-    ("\\boxed{}<|im_end|>", 0.0),
-    ("-4<|im_end|>", 0.0),
-    ("\\boxed{-4} or so<|im_end|>", 0.0),
+GOOD = '[{"bbox_2d": [0, 0, 10, 10], "label": "red circle"}]'
+CASES = [  # the true box is [0, 0, 10, 20]
+    (GOOD + "<|im_end|>", 1.5),  # 1 + 100/200
+    ("```json\n" + GOOD + "\n```<|im_end|>", 1.5),
+    (GOOD.replace("0, 0, 10, 10", "5, 10, 15, 30") + "<|im_end|>", 1.0 + 50 / 350),
+    (GOOD.replace("0, 0, 10, 10", "30, 30, 40, 40") + "<|im_end|>", 1.0),
+    (GOOD.replace("0, 0, 10, 10", "10, 10, 0, 0") + "<|im_end|>", 0.0),  # corners exchanged
+    (GOOD[:-1] + "<|im_end|>", 0.0),
+    ("I see " + GOOD + "<|im_end|>", 0.0),
     ("", 0.0),
-])
+]
+
+
+@pytest.mark.parametrize("text, reward", CASES)
 def test_grades(text, reward):
-    assert naive_grpo.grade(text, -4) == reward
+    assert naive_grpo.grade(text, (0, 0, 10, 20)) == pytest.approx(reward)
 
 
-def test_it_asks_as_the_base_was_asked():
-    assert rewards.prompt("math", "What is the result of the sum in the image?") == naive_grpo.QUESTION
+def test_an_answer_without_its_stop_token_earns_nothing():
+    assert naive_grpo.grade(GOOD, (0, 0, 10, 20)) == 0.0
 
 
 def test_advantages_of_one_and_zero():
@@ -319,4 +314,9 @@ def test_it_trains(folder, monkeypatch, capsys, beta, inner_steps):
     monkeypatch.setattr(naive_grpo, "grade", lambda text, box: float(len(text)))
     naive_grpo.main(folder)
     lines = capsys.readouterr().out.strip().splitlines()
-    assert len(lines) == 1 and re.match(r"step +10  reward \d+\.\d+  right [01]\.\d+", lines[0])
+    assert len(lines) == 1 and re.match(r"step +2  reward \d+\.\d+  accuracy [01]\.\d+  \d+ s", lines[0])
+
+
+def test_a_missing_cold_start_is_one_sentence(tmp_path):
+    with pytest.raises(SystemExit, match=r"no/model is missing: `python sft_coldstart.py"):
+        naive_grpo.main(str(tmp_path / "no" / "model"))

@@ -5,14 +5,13 @@ import pytest
 
 import grpo_vl
 from options import parse_config
-from tiny import BASE
 
 
 def test_presets_and_command_line(tmp_path):
     tiny = parse_config(grpo_vl.Config, [], grpo_vl.PRESETS, "", False)
-    assert tiny.model == BASE  # no GPU, nothing asked for
+    assert tiny.model == "tiny"  # no GPU, nothing asked for
     changed = parse_config(grpo_vl.Config, ["--lr", "0.5", "--no-checkpointing"], grpo_vl.PRESETS, "", False)
-    assert (changed.lr, changed.checkpointing, changed.model) == (0.5, False, BASE)
+    assert (changed.lr, changed.checkpointing, changed.model) == (0.5, False, "tiny")
     named = parse_config(grpo_vl.Config, ["--model", "x/y"], grpo_vl.PRESETS, "", False)
     assert (named.model, named.lr) == ("x/y", 1e-6)
     saved = tmp_path / "config.json"
