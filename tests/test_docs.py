@@ -91,7 +91,8 @@ def test_readme_flags_exist():
     options = {"--" + f.name.replace("_", "-") for m in (grpo_vl, sft_coldstart) for f in dataclasses.fields(m.Config)}
     options |= set(re.findall(r"--[a-z][a-z-]+", (ROOT / "benchmarks" / "bench_step.py").read_text()))
     options |= {"--no-checkpointing", "--no-graphs", "--preset", "--config", "--help", "--seeds", "--nproc"}
-    options |= set(re.findall(r"--[a-z][a-z-]+", source("eval").split('"""')[1]))  # its commands
+    for script in ("eval", "benchmarks/claims"):  # their commands
+        options |= set(re.findall(r"--[a-z][a-z-]+", source(script).split('"""')[1]))
     used = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README.replace("--nproc_per_node", "--nproc")))
     assert used <= options, used - options
 

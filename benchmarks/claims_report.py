@@ -1,0 +1,341 @@
+"""What the raw rows of benchmarks/claims.py say: tables, figures, and the table in the README.
+
+§1 raw rows · §2 means, errors and verdicts · §3 a claim's page · §4 its figure · §5 the README
+
+A raw file is an arm with a seed, results/claims/NAME/ARM-SEED.jsonl.gz, in lines of three kinds:
+the first is about the arm (commands, what its training took, eval.py's metrics); a line a training
+step, thinned; a line a held-out scene, {"greedy": [score], "sampled": [8 scores]}, in their order.
+A score is rewards.correct: the answer alone, no points for form. Worked examples are the tests.
+"""
+import gzip
+import json
+import math
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+
+from claims_table import Claim, Contrast
+
+SPENT = ("step", "prompts", "rollouts", "tokens", "seconds")  # what training took
+KEPT = ("step", "reward", "reward_std", "zero_variance", "length", "truncated", "entropy", "loss",
+        "grad_norm", "tokens", "eval/greedy", "eval/sampled", "seconds/total")
+STEP_LINES = 200  # about so many are kept of a run's, and all that were evaluated
+MARKS = "<!-- claims -->", "<!-- /claims -->"
+NOTHING = "Nothing has been measured yet."  # between the marks while there are no raw rows
+
+
+# §1 ─────────────────────────────────────── raw rows ─────────────────────────────────────────────
+@dataclass(frozen=True)
+class Result:
+    """An arm with a seed: what it is about, its training steps, its scores a held-out scene."""
+    about: dict
+    steps: list[dict]
+    greedy: list[list[float]]
+    sampled: list[list[float]]
+
+
+def read_rows(path: Path) -> list[dict]:
+    """The rows of a JSONL file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write(path: Path, about: dict, steps: list[dict], greedy: list, sampled: list) -> None:
+    """One rename makes the file appear: it is whole or not there. The same rows, the same bytes."""
+    lines = [about]
+    every = max(1, len(steps) // STEP_LINES)
+    for row in steps:
+        if row["step"] % every == 0 or "eval/greedy" in row:
+            lines.append({name: short(row[name]) for name in KEPT if name in row})
+    for number, scores in enumerate(greedy):
+        scene = {"greedy": [short(score) for score in scores]}
+        if sampled:
+            scene["sampled"] = [short(score) for score in sampled[number]]
+        lines.append(scene)
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(gzip.compress(text.encode(), mtime=0))
+    partial.rename(path)
+
+
+def short(value):
+    """A number to five digits."""
+    if isinstance(value, float):
+        return float(f"{value:.5g}")
+    return value
+
+
+def read(path: Path) -> Result:
+    about, *rows = [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
+    steps = [row for row in rows if "step" in row]
+    scenes = [row for row in rows if "greedy" in row]
+    greedy = [scene["greedy"] for scene in scenes]
+    sampled = [scene["sampled"] for scene in scenes if "sampled" in scene]
+    return Result(about, steps, greedy, sampled)
+
+
+def read_claim(claim: Claim, folder: Path) -> dict[str, dict[int, Result]]:
+    """{arm's name: {seed: Result}} of what is finished."""
+    results = {}
+    for arm in claim.arms:
+        results[arm.name] = {}
+        for file in folder.glob(f"{arm.slug}-*.jsonl.gz"):
+            seed = file.name.removeprefix(f"{arm.slug}-").removesuffix(".jsonl.gz")
+            if seed.isdigit():  # else another arm, whose name is longer
+                results[arm.name][int(seed)] = read(file)
+    return results
+
+
+# §2 ──────────────────────────── means, errors and verdicts ──────────────────────────────────────
+@dataclass(frozen=True)
+class Estimate:
+    mean: float
+    error: float | None  # one standard error; None: not known
+    seeds: int
+
+
+def scores(result: Result, metric: str) -> list[float]:
+    """A score a held-out scene: of its greedy answer, the mean of its sampled ones, their best.
+
+    Where answers are right or wrong, the mean of the best is pass@8. [] if there are none.
+    """
+    if metric == "greedy":
+        return [own[0] for own in result.greedy]
+    if metric == "sampled":
+        return [fmean(own) for own in result.sampled]
+    if metric == "pass@8":
+        return [max(own) for own in result.sampled]
+    raise ValueError(f"metric {metric!r}: choose greedy, sampled, pass@8 or AP")
+
+
+def score(result: Result, metric: str) -> float | None:
+    """The arm's, with this seed. AP is eval.py's own, of greedy answers; None if there is none."""
+    if metric == "AP":
+        return result.about.get("metrics", {}).get("AP")
+    own = scores(result, metric)
+    return fmean(own) if own else None
+
+
+def estimate(results: dict, weights: dict[str, float], metric: str) -> Estimate | None:
+    """Σ weight · score over the arms, from the seeds that all of them have; None without such.
+
+    The standard error is s/√n over n seeds. Of one seed it is that over scenes, whose differences
+    are taken scene by scene (arms of two worlds have other scenes: any pairing serves).
+    """
+    common = set.intersection(*(set(results[name]) for name in weights))
+    values = []
+    for seed in sorted(common):
+        own = {name: score(results[name][seed], metric) for name in weights}
+        if None not in own.values():
+            values.append(sum(weight * own[name] for name, weight in weights.items()))
+    if not values:
+        return None
+    if len(values) > 1:
+        return Estimate(fmean(values), stdev(values) / math.sqrt(len(values)), len(values))
+    if metric == "AP":
+        return Estimate(values[0], None, 1)
+    (seed,) = common
+    columns = []
+    for name, weight in weights.items():
+        columns.append([weight * value for value in scores(results[name][seed], metric)])
+    differences = [sum(row) for row in zip(*columns, strict=True)]
+    return Estimate(values[0], stdev(differences) / math.sqrt(len(differences)), 1)
+
+
+def verdict(found: Estimate | None) -> str:
+    """Is Σ weight · score above 0, as the claim says?
+
+    seen: by more than two standard errors; reversed: below 0 by more than two; not seen: else.
+    With three seeds this is a weak rule: where nothing differs, t with two degrees of freedom is
+    beyond 2 in 9 of 100 cases on each side. Over 500 scenes of one seed it is 2 or 3 of 100, but
+    another seed may train otherwise.
+    """
+    if found is None:
+        return "not run"
+    if found.error is None:
+        return "one seed, error unknown"
+    if found.mean > 2 * found.error:
+        return "seen"
+    if found.mean < -2 * found.error:
+        return "reversed"
+    return "not seen"
+
+
+def points(found: Estimate | None, sign: str = "") -> str:
+    """In percent: mean ± one standard error. sign: "+" writes it before a gain too."""
+    if found is None:
+        return "–"
+    mean = f"{100 * found.mean:{sign}.1f}"
+    if found.error is None:
+        return mean
+    return f"{mean} ± {100 * found.error:.1f}"
+
+
+def measured(results: dict, contrast: Contrast) -> tuple[str, str]:
+    """A contrast in words: (what was measured, the verdict)."""
+    found = estimate(results, contrast.weights, contrast.metric)
+    if found is None:
+        return "not run", verdict(found)
+    text = points(found, "+")
+    if len(contrast.weights) == 2:
+        higher, lower = contrast.weights
+        first = estimate(results, {lower: 1.0}, contrast.metric)
+        second = estimate(results, {higher: 1.0}, contrast.metric)
+        text = f"{100 * first.mean:.1f} → {100 * second.mean:.1f}: {text}"
+    seeds = "one seed" if found.seeds == 1 else f"{found.seeds} seeds"
+    return f"{text} ({seeds})", verdict(found)
+
+
+# §3 ──────────────────────────────────── a claim's page ──────────────────────────────────────────
+METRICS = ("greedy", "sampled", "pass@8", "AP")
+
+
+def page(name: str, claim: Claim, results: dict) -> str:
+    """NAME.md: what the claim's contrasts say, all arms, the commands of one seed."""
+    lines = [f"# {name}: {claim.title}", "", f"{command_of(name)}. Scores are in percent, on "
+             "held-out scenes, by the answer alone; ± is one standard error over seeds, with one "
+             "seed over scenes. Seen: in the claimed direction by more than two of them."]
+    if claim.note:
+        lines += ["", claim.note]
+    lines += ["", "| claim | the paper | here | verdict |", "|---|---|---|---|"]
+    for contrast in claim.contrasts:
+        here, decided = measured(results, contrast)
+        lines.append(f"| {contrast.text} | {contrast.paper} | {here} | {decided} |")
+    lines += ["", f"![{claim.title}]({name}.png)", "", *arm_table(claim, results)]
+    lines += ["", "The commands, with one seed:", "", "```", *commands(claim, results), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def command_of(name: str) -> str:
+    return f"`python benchmarks/claims.py {name} --seeds 0 1 2`"
+
+
+def arm_table(claim: Claim, results: dict) -> list[str]:
+    """A line an arm: what its training took, in the mean over seeds, and its scores."""
+    lines = [f"| arm | seeds | {' | '.join(SPENT)} | {' | '.join(METRICS)} |",
+             "|---" * (2 + len(SPENT) + len(METRICS)) + "|"]
+    for arm in claim.arms:
+        own = results[arm.name]
+        if not own:
+            continue
+        cells = [arm.name, ", ".join(map(str, sorted(own)))]
+        if any(result.about.get("cut") for result in own.values()):
+            cells[0] += " (cut by the time limit)"
+        for quantity in SPENT:
+            mean = fmean(result.about.get(quantity, 0) for result in own.values())
+            cells.append(f"{mean:,.0f}")
+        for metric in METRICS:
+            cells.append(points(estimate(results, {arm.name: 1.0}, metric)))
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def commands(claim: Claim, results: dict) -> list[str]:
+    """What was typed for each arm, with its first seed."""
+    lines = []
+    for arm in claim.arms:
+        if results[arm.name]:
+            first = results[arm.name][min(results[arm.name])]
+            lines.append(f"# {arm.name}")
+            for command in first.about["commands"]:
+                lines.append(f"python {shlex.join(command)}")
+    return lines
+
+
+def write_claim(name: str, claim: Claim, folder: Path) -> Path:
+    """NAME.md and NAME.png beside the raw rows in folder/NAME/: the page's path."""
+    results = read_claim(claim, folder / name)
+    path = folder / f"{name}.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page(name, claim, results))
+    if any(results.values()):
+        draw(claim, results, folder / f"{name}.png")
+    return path
+
+
+# §4 ─────────────────────────────────────── its figure ───────────────────────────────────────────
+def draw(claim: Claim, results: dict, path: Path) -> None:
+    """Greedy and sampled scores ± one standard error: a place on the x-axis, a colour an arm."""
+    from matplotlib.figure import Figure
+
+    places = [*dict.fromkeys(arm.where for arm in claim.arms)]
+    kinds = [*dict.fromkeys(arm.what for arm in claim.arms if results[arm.name])]
+    figure = Figure(figsize=(11, 4.6), layout="constrained")
+    for column, metric in enumerate(("greedy", "sampled"), 1):
+        axis = figure.add_subplot(1, 2, column, title=f"{metric}, % of the answer alone")
+        for number, kind in enumerate(kinds):
+            shift = 0.6 * ((number + 0.5) / len(kinds) - 0.5)  # side by side
+            draw_kind(axis, claim, results, metric, kind, places, shift)
+        axis.set_xticks(range(len(places)), places)
+        axis.grid(axis="y", alpha=0.3)
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(path, dpi=90)
+
+
+def draw_kind(axis, claim: Claim, results: dict, metric: str, kind: str, places: list, shift):
+    """One kind of arm, `shift` beside its places."""
+    xs, means, errors = [], [], []
+    for arm in claim.arms:
+        found = estimate(results, {arm.name: 1.0}, metric)
+        if arm.what == kind and found is not None:
+            xs.append(places.index(arm.where) + shift)
+            means.append(100 * found.mean)
+            errors.append(100 * (found.error or 0.0))
+    if xs:
+        line = "-" if claim.ordinal else "none"
+        axis.errorbar(xs, means, errors, label=kind, marker="o", linestyle=line, capsize=2)
+
+
+# §5 ─────────────────────────────────────── the README ───────────────────────────────────────────
+FIGURE = "P2"  # the claim whose figure stands there
+
+
+def readme_part(claims: dict[str, Claim], folder: Path) -> str:
+    """The table between the README's marks, and the figure once it is drawn."""
+    lines = ["| claim | the paper | here | verdict | command |", "|---|---|---|---|---|"]
+    measured_any = False
+    for name, claim in claims.items():
+        results = read_claim(claim, folder / name)
+        if any(results.values()):
+            measured_any = True
+        lines += headlines(name, claim, results)
+    if not measured_any:
+        return NOTHING
+    if (folder / f"{FIGURE}.png").exists():
+        title = claims[FIGURE].title
+        lines += ["", f"![{title}: scores over the number of objects](results/claims/{FIGURE}.png)"]
+    return "\n".join(lines)
+
+
+def headlines(name: str, claim: Claim, results: dict) -> list[str]:
+    """A claim's lines of that table; the first also holds its title and its command."""
+    lines = []
+    text, command = f"**[{name}](results/claims/{name}.md)** {claim.title}<br>", command_of(name)
+    for contrast in claim.contrasts:
+        if contrast.headline:
+            here, decided = measured(results, contrast)
+            cells = [text + contrast.text, contrast.paper, here, decided, command]
+            lines.append(f"| {' | '.join(cells)} |")
+            text, command = "", ""
+    return lines
+
+
+def write_all(claims: dict[str, Claim], folder: Path, readme: Path) -> None:
+    """The pages, the figures of claims with results, and the README's table.
+
+    Errors: SystemExit if the README has no place for it.
+    """
+    if readme_part(claims, folder) != NOTHING:  # then the table has a link to each page
+        for name, claim in claims.items():
+            print(write_claim(name, claim, folder))
+    text = readme.read_text()
+    opening, closing = MARKS
+    before, opened, rest = text.partition(opening)
+    _, closed, after = rest.partition(closing)
+    if not opened or not closed:
+        raise SystemExit(f"{readme} has no {opening} … {closing} for the table to stand between")
+    part = readme_part(claims, folder)
+    readme.write_text(f"{before}{opening}\n{part}\n{closing}{after}")
+    print(readme)

@@ -1,0 +1,283 @@
+"""The papers' claims in miniature, as tables: what is chosen, and each claim's arms and contrasts.
+
+§1 rows · §2 what is chosen · §3 Perception-R1's claims
+
+An arm is one trained (or only answered) policy; a contrast is what the claim says of some arms:
+Σ weight · score is above 0. claims.py runs the arms, claims_report.py judges the contrasts.
+[PR1] Perception-R1, arXiv 2504.07954: the papers' numbers are from its T1-T3 and T5, in percent.
+"""
+import re
+from dataclasses import dataclass, replace
+
+GRPO, SFT = "grpo_vl.py", "sft_coldstart.py"  # what trains an arm
+CHANCE = "chance"  # no policy: one fixed answer to all scenes (claims.py §5)
+
+
+# §1 ───────────────────────────────────────── rows ───────────────────────────────────────────────
+@dataclass(frozen=True)
+class World:
+    """A task as it is drawn, trained and answered."""
+    task: str
+    scene: str  # options of synthetic:TASK
+    steps: int  # of GRPO; SFT is saved as often
+    lr: float  # of GRPO
+    sft_lr: float
+    max_tokens: int  # longest answer
+    prompts: int = 16  # a step, of GRPO and of SFT
+    group: int = 8  # G
+    think: str = "no"  # no, before, after
+    reward_options: str = "{}"
+    sft_every: int = 3  # SFT is looked at after every so many times `steps`
+    looked_at: int = 200  # held-out scenes that a step is looked at by
+    samples: int = 500  # held-out scenes that are answered at the end
+
+
+@dataclass(frozen=True)
+class Arm:
+    """`where what` is its name, as "grounding GRPO"."""
+    where: str  # its place on the figure's x-axis
+    what: str  # its mark there
+    world: World
+    script: str = ""  # GRPO, SFT or CHANCE; "": nothing is trained
+    options: tuple[str, ...] = ()  # of the script, beside those that follow from the world
+    start: str = ""  # the arm to start from, or to answer; "CLAIM/ARM" of another; "": the base
+    like: str = ""  # SFT trains for as many seconds as this arm; see `at`
+    # which step is answered: last; best, by held-out accuracy; or that with as many prompts or
+    # tokens as `like` had
+    at: str = "last"
+    blind: bool = False  # answered on grey images
+
+    @property
+    def name(self) -> str:
+        return f"{self.where} {self.what}"
+
+    @property
+    def slug(self) -> str:
+        """The name as a file's."""
+        return re.sub(r"\W+", "-", self.name).lower()
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """The claim says that Σ weight · score is above 0."""
+    text: str
+    weights: dict[str, float]  # arm's name: weight
+    paper: str = ""  # its numbers
+    metric: str = "greedy"  # or sampled, pass@8, AP
+    headline: bool = False  # it stands in the README
+
+
+@dataclass(frozen=True)
+class Claim:
+    title: str
+    arms: list[Arm]  # an arm stands after those that it waits for
+    contrasts: list[Contrast]
+    ordinal: bool = False  # the places on the x-axis have an order: marks are joined
+    note: str = ""
+
+
+# §2 ─────────────────────────── what is chosen, on seeds 10 and above ────────────────────────────
+# The scenes are those that --preset base is trained on; steps and learning rates are the demo's order of
+# size. None of them has been tuned yet.
+SCENE = "size=112x112&shapes=3&colours=3&reach=0.12-0.25"
+GROUNDING = World(
+    task="grounding", scene=f"{SCENE}&distractors=1-5",
+    steps=100, lr=2e-4, sft_lr=3e-4, max_tokens=32)
+COUNTING = World(
+    task="counting", scene=f"{SCENE}&objects=1-5&distractors=1-3",
+    steps=100, lr=2e-4, sft_lr=3e-4, max_tokens=96)
+OCR = World(
+    task="ocr", scene="size=84x84&objects=1-2&numbers=1",
+    steps=100, lr=2e-4, sft_lr=3e-4, max_tokens=24)
+DETECTION = World(
+    task="detection", scene=f"{SCENE}&objects=3-6&coloured=1",
+    steps=100, lr=2e-4, sft_lr=3e-4, max_tokens=160)
+TASKS = (GROUNDING, COUNTING, OCR, DETECTION)
+
+CROWD = f"{SCENE}&coloured=1"  # P2: detection of exactly so many objects
+OBJECTS = (1, 2, 4, 8)
+GROUPS = (2, 4, 8, 16, 32)  # P5: G
+LR_OF_GROUP: dict[int, float] = {}  # learning rates of other G than 8; empty: not tuned
+THOUGHT = 48  # P3: more tokens for an answer with thinking
+
+
+# §3 ──────────────────────────────── Perception-R1's claims ──────────────────────────────────────
+LIFT = {  # [PR1 T1, T2, T3] base → RL
+    "grounding": "RefCOCO+ val, mean, 58.4 → 62.6", "counting": "PixMo-Count val 60.2 → 78.1",
+    "ocr": "PageOCR en, 1 − edit distance, 92.0 → 97.2", "detection": "COCO AP 16.1 → 31.9"}
+OVER_SFT = {  # [PR1 T5] SFT → RL
+    "grounding": "RefCOCO+ val 80.7 → 81.7", "counting": "PixMo-Count val 58.0 → 78.1",
+    "ocr": "PageOCR F1 97.2 → 98.2", "detection": "COCO AP 25.9 → 31.9"}
+NO_THINKING = {  # [PR1 T5] with → without thinking
+    "grounding": "RefCOCO+ val 67.9 → 81.7", "counting": "PixMo-Count val 74.9 → 78.1",
+    "ocr": "PageOCR F1 93.8 → 98.2", "detection": "COCO AP 25.7 → 28.1"}
+MATCHING = "RL over SFT: PixMo-Count +20.1, COCO AP +6.0; RefCOCO+ +1.0, PageOCR F1 +1.0"
+
+
+def over(first: str, second: str) -> dict[str, float]:
+    """Weights of "the first scores more than the second"."""
+    return {first: 1.0, second: -1.0}
+
+
+def p1() -> Claim:
+    """RL against the base, against SFT, and against rewards that know nothing."""
+    arms, contrasts = [], []
+    for world in TASKS:
+        task = world.task
+        base, grpo, sft = f"{task} base", f"{task} GRPO", f"{task} SFT"
+        best, fair, noise = f"{sft}, best step", f"{sft}, same prompts", f"{task} random reward"
+        arms += [
+            Arm(task, "base", world),
+            Arm(task, "GRPO", world, GRPO),
+            Arm(task, "random reward", world, GRPO, control("random_reward")),
+            Arm(task, "SFT", world, SFT, like=grpo),
+            Arm(task, "SFT, best step", world, start=sft, at="best"),
+            Arm(task, "SFT, same prompts", world, start=sft, at="prompts", like=grpo),
+        ]
+        contrasts += [
+            Contrast(f"{task}: base → GRPO", over(grpo, base), LIFT[task], headline=True),
+            Contrast(f"{task}: base → GRPO, sampled", over(grpo, base), metric="sampled"),
+            Contrast(f"{task}: base → GRPO, pass@8", over(grpo, base), metric="pass@8"),
+            Contrast(f"{task}: SFT → GRPO", over(grpo, sft), OVER_SFT[task]),
+            Contrast(f"{task}: SFT, best step → GRPO", over(grpo, best), OVER_SFT[task]),
+            Contrast(f"{task}: SFT, same prompts → GRPO", over(grpo, fair)),
+            Contrast(f"{task}: base → random reward (a control)", over(noise, base)),
+        ]
+        if task != "ocr":  # whose answers have no form that could be wrong
+            arms.append(Arm(task, "format only", world, GRPO, control("format_only")))
+            formed = over(f"{task} format only", base)
+            contrasts.append(Contrast(f"{task}: base → format only (a control)", formed))
+    detection = over("detection GRPO", "detection base")
+    contrasts += [
+        Contrast("detection: base → GRPO, AP", detection, LIFT["detection"], "AP"),
+        where_matched(),
+    ]
+    return Claim("RL lifts each perception task over its base", arms, contrasts)
+
+
+def control(reward: str) -> tuple[str, ...]:
+    return "--reward", f"benchmarks/control_rewards.py:{reward}"
+
+
+def where_matched() -> Contrast:
+    """GRPO over SFT where objects are matched (counting, detection), less where they are not."""
+    weights = {}
+    for task, sign in (("counting", 0.5), ("detection", 0.5), ("grounding", -0.5), ("ocr", -0.5)):
+        weights[f"{task} GRPO"] = sign
+        weights[f"{task} SFT, best step"] = -sign
+    return Contrast("GRPO over SFT: more in counting, detection than in grounding, OCR (claim P2)",
+                    weights, MATCHING, headline=True)
+
+
+def p2() -> Claim:
+    """GRPO, whose reward knows no order of objects, against SFT on a random and a fixed order."""
+    arms, contrasts = [], []
+    for count in OBJECTS:
+        where = objects(count)
+        world = replace(DETECTION, scene=f"{CROWD}&objects={count}-{count}")
+        in_order = replace(world, scene=f"{world.scene}&ordered=1")  # the same scenes
+        grpo, free, fixed = f"{where} GRPO", f"{where} SFT", f"{where} SFT, sorted"
+        arms += [
+            Arm(where, "base", world),
+            Arm(where, "GRPO", world, GRPO),
+            Arm(where, "SFT", world, SFT, like=grpo, at="best"),
+            Arm(where, "SFT, sorted", in_order, SFT, like=grpo, at="best"),
+            Arm(where, "SFT, sorted, then GRPO", world, GRPO, start=fixed),
+        ]
+        contrasts += [
+            Contrast(f"{where}: SFT → GRPO", over(grpo, free)),
+            Contrast(f"{where}: SFT, sorted → GRPO", over(grpo, fixed)),
+            Contrast(f"{where}: SFT → SFT, sorted", over(fixed, free)),
+            Contrast(f"{where}: SFT, sorted → then GRPO", over(f"{fixed}, then GRPO", fixed)),
+        ]
+    contrasts += [more_with_objects("SFT"), more_with_objects("SFT, sorted")]
+    return Claim("RL beats SFT where many objects are to be matched", arms, contrasts, ordinal=True)
+
+
+def objects(count: int) -> str:
+    return "1 object" if count == 1 else f"{count} objects"
+
+
+def more_with_objects(sft: str) -> Contrast:
+    """GRPO over SFT with the most objects, less that with one."""
+    many, one = objects(OBJECTS[-1]), objects(OBJECTS[0])
+    weights = {
+        f"{many} GRPO": 1.0,
+        f"{many} {sft}": -1.0,
+        f"{one} GRPO": -1.0,
+        f"{one} {sft}": 1.0,
+    }
+    text = f"GRPO over {sft}: more with {many} than with {one}"
+    return Contrast(text, weights, MATCHING, headline=True)
+
+
+def p3() -> Claim:
+    """Answers alone, thoughts before, thoughts after: at as many steps, and at as many tokens."""
+    arms, contrasts = [], []
+    for world in TASKS:
+        task, plain = world.task, f"{world.task} plain"
+        arms += [Arm(task, "base", world), Arm(task, "plain", world, GRPO)]
+        for form, what in (("before", "think"), ("after", "think after")):
+            thought = replace(world, think=form, max_tokens=world.max_tokens + THOUGHT)
+            long, same = f"{task} {what}", f"{task} {what}, same tokens"
+            base, base_long = f"{task} base", f"{task} base, {what}"
+            arms += [
+                Arm(task, f"base, {what}", thought),
+                Arm(task, what, thought, GRPO),
+                Arm(task, f"{what}, same tokens", thought, start=long, at="tokens", like=plain),
+            ]
+            paper = NO_THINKING[task] if form == "before" else ""
+            contrasts += [
+                Contrast(f"{task}: {what} → plain", over(plain, long), paper, headline=bool(paper)),
+                Contrast(f"{task}: {what} → plain, same tokens", over(plain, same)),
+                Contrast(f"{task}: {what} → plain, of the base", over(base, base_long)),
+            ]
+    return Claim("thinking does not help perception", arms, contrasts)
+
+
+def p5() -> Claim:
+    """G at as many prompts a step, and at as many rollouts a step."""
+    arms, contrasts = [], []
+    for world in (GROUNDING, COUNTING):
+        task = world.task
+        arms.append(Arm("no RL", task, world))
+        for group in GROUPS:
+            where = f"G = {group}"
+            prompts, rollouts = f"{task}, same prompts", f"{task}, same rollouts"
+            own = replace(world, group=group, lr=LR_OF_GROUP.get(group, world.lr))
+            arms.append(Arm(where, prompts, own, GRPO))
+            if group == world.group:  # one run for both
+                arms.append(Arm(where, rollouts, own, start=f"{where} {prompts}"))
+            else:
+                fewer = replace(own, prompts=world.prompts * world.group // group)
+                arms.append(Arm(where, rollouts, fewer, GRPO))
+        for like in ("prompts", "rollouts"):
+            low, high = f"G = {GROUPS[0]}", f"G = {GROUPS[-1]}"
+            gain = over(f"{high} {task}, same {like}", f"{low} {task}, same {like}")
+            text = f"{task}: {low} → {GROUPS[-1]}, as many {like}"
+            contrasts.append(Contrast(text, gain, "Fig. 2: rises (no numbers)", headline=True))
+    note = "" if LR_OF_GROUP else "The learning rate was tuned for G = 8 alone."
+    return Claim("more rollouts help", arms, contrasts, ordinal=True, note=note)
+
+
+def c1() -> Claim:
+    """P1's policies with their eyes and without; `chance`: the best fixed answer to all scenes."""
+    arms, contrasts = [], []
+    for world in TASKS:
+        task = world.task
+        arms.append(Arm(task, "chance", world, CHANCE))
+        for what in ("base", "GRPO", "SFT, best step"):
+            seeing, blind = f"{task} {what}", f"{task} {what}, blind"
+            arms.append(Arm(task, what, world, start=f"P1/{seeing}"))
+            arms.append(Arm(task, f"{what}, blind", world, start=f"P1/{seeing}", blind=True))
+            first = what == "GRPO"
+            guess = f"{task}: chance → {what}, blind (should not be seen)"
+            contrasts += [
+                Contrast(f"{task}: {what}, blind → seeing", over(seeing, blind), headline=first),
+                Contrast(guess, over(blind, f"{task} chance")),
+            ]
+    return Claim("the answer is in the picture", arms, contrasts)
+
+
+def all_claims() -> dict[str, Claim]:
+    return {"P1": p1(), "P2": p2(), "P3": p3(), "P5": p5(), "C1": c1()}
