@@ -1,0 +1,223 @@
+"""The papers' claims in miniature: verdicts, chance, which step is answered, what is run again."""
+import json
+import sys
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT
+
+import rewards
+
+sys.path.append(str(ROOT / "benchmarks"))
+import claims
+import claims_report
+import claims_table
+from claims_report import Result, estimate, verdict
+from claims_table import GRPO, Arm, Claim, Contrast, World
+
+WORLD = World("grounding", "size=56x56", steps=4, lr=1e-4, sft_lr=1e-4, max_tokens=32)
+GAIN = {"after": 1.0, "before": -1.0}
+HERE, BETWEEN, THERE = [0, 0, 10, 10], [20, 20, 30, 30], [40, 40, 50, 50]
+
+
+def of_seeds(*means):
+    """A seed each, of two scenes whose greedy scores are that mean; sampled ones too."""
+    return {seed: Result({}, [], [[mean], [mean]], [[mean], [mean]]) for seed, mean in enumerate(means)}
+
+
+@pytest.mark.parametrize("after, mean, error, expected", [
+    # gains 0.1, 0.2, 0.3: s = 0.1, s/√3 = 0.057735, and 0.2 is above 2 · 0.0577 = 0.1155
+    ((0.6, 0.7, 0.8), 0.2, 0.057735, "seen"),
+    ((0.4, 0.3, 0.2), -0.2, 0.057735, "reversed"),
+    # gains −0.1, 0.1, 0.3: s = 0.2, s/√3 = 0.115470, and 0.1 is within 0.2309 of 0
+    ((0.4, 0.6, 0.8), 0.1, 0.115470, "not seen"),
+    ((0.6, 0.4, 0.2), -0.1, 0.115470, "not seen"),
+])
+def test_verdict_over_seeds(after, mean, error, expected):
+    found = estimate({"before": of_seeds(0.5, 0.5, 0.5), "after": of_seeds(*after)}, GAIN, "greedy")
+    assert (found.mean, found.error, found.seeds) == (pytest.approx(mean), pytest.approx(error, abs=1e-6), 3)
+    assert verdict(found) == expected
+
+
+def test_only_seeds_that_all_arms_have_count():
+    # seeds 0 and 1 gain 0.1 and 0.3: mean 0.2, s = 0.141421, s/√2 = 0.1; 0.9 of seed 2 has no match
+    found = estimate({"before": of_seeds(0.5, 0.5), "after": of_seeds(0.6, 0.8, 0.9)}, GAIN, "greedy")
+    assert (found.mean, found.error, found.seeds) == (pytest.approx(0.2), pytest.approx(0.1), 2)
+    assert verdict(estimate({"before": {}, "after": of_seeds(0.6)}, GAIN, "greedy")) == "not run"
+
+
+def test_one_seed_has_the_error_over_scenes():
+    # differences 1, 1, 0, 0: mean 0.5, s = √(4 · 0.25 / 3) = 0.577350, s/√4 = 0.288675
+    before = {0: Result({"metrics": {"AP": 0.2}}, [], [[0], [0], [1], [0]], [])}
+    after = {0: Result({"metrics": {"AP": 0.3}}, [], [[1], [1], [1], [0]], [])}
+    found = estimate({"before": before, "after": after}, GAIN, "greedy")
+    assert (found.mean, found.error, found.seeds) == (0.5, pytest.approx(0.288675, abs=1e-6), 1)
+    assert verdict(found) == "not seen"  # 0.5 is within 0.577
+    of_all = estimate({"before": before, "after": after}, GAIN, "AP")
+    assert (of_all.mean, of_all.error) == (pytest.approx(0.1), None)
+    assert verdict(of_all) == "one seed, error unknown"
+
+
+def test_metrics_of_an_arm():
+    # two scenes: greedy 1 and 0; sampled 1 of 4 and 0 of 4 right; the best of each 1 and 0
+    result = Result({}, [], [[1.0], [0.0]], [[0, 1, 0, 0], [0, 0, 0, 0]])
+    assert [claims_report.score(result, name) for name in ("greedy", "sampled", "pass@8")] == [0.5, 0.125, 0.5]
+    assert claims_report.score(result, "AP") is None
+
+
+def test_chance_is_the_best_fixed_answer(monkeypatch):
+    """HERE is right in three of these four scenes, THERE in one."""
+    said = [rewards.reference("grounding", box) for box in (THERE, HERE)]
+    assert claims.fixed_answer("grounding", said, [HERE, THERE, HERE, HERE]) == said[1]
+
+    # Of 300 other scenes the first 100 say the answers, HERE and THERE. The next 200 choose THERE,
+    # right 60 times, HERE 40 (of all 300, HERE would be right more often; BETWEEN was not said).
+    # Then THERE is right in one of the four scenes that are measured.
+    def drawn(world, seed, count):
+        others = [HERE] * 99 + [THERE] + [THERE] * 60 + [HERE] * 40 + [BETWEEN] * 100
+        boxes = {2007: others, 7: [HERE, HERE, THERE, HERE]}[seed]
+        return [SimpleNamespace(answer=box, question="") for box in boxes]
+
+    monkeypatch.setattr(claims, "drawn", drawn)
+    assert claims.chance(WORLD, 7) == [[0.0], [0.0], [1.0], [0.0]]
+
+
+def test_scenes_of_a_seed_are_its_own_and_the_same_again():
+    def boxes(seed):
+        return [sample.answer for sample in claims.drawn(claims_table.GROUNDING, seed, 5)]
+
+    assert boxes(3) == boxes(3) != boxes(4)
+
+
+def test_the_step_that_is_answered():
+    rows = []
+    for step in range(6):  # 2 tokens · 16 prompts · 8 answers = 256 tokens a step
+        rows.append({"step": step, "length": 2.0, "seconds/total": step + 1.0})
+    rows[1]["eval/greedy"], rows[3]["eval/greedy"], rows[5]["eval/greedy"] = 0.1, 0.5, 0.5
+
+    def wanted(at, **like):
+        return claims.wanted_step(Arm("a", "b", WORLD, GRPO, at=at), rows, like)
+
+    assert wanted("last") == 6
+    assert wanted("best") == 4  # after step 3, the first of the two best
+    assert wanted("prompts", prompts=80) == 5  # 80 / 16
+    assert wanted("tokens", tokens=600) == 2  # 512, and a third step would make 768
+    assert claims.spent(rows[:2], Arm("a", "b", WORLD, GRPO)) == dict(
+        step=2, prompts=32, rollouts=256, tokens=512, seconds=2.0)
+
+
+def test_steps_are_answered_from_what_was_saved(tmp_path):
+    for step in (10, 20):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    assert [claims.saved_step(tmp_path, wanted) for wanted in (5, 10, 19, 99)] == [10, 10, 10, 20]
+    with pytest.raises(RuntimeError, match="run its arm again"):
+        claims.saved_step(tmp_path / "none", 5)
+
+
+def test_finished_arms_are_not_run_again(tmp_path, monkeypatch):
+    """Training fails once; the arm alone begins anew, and a third call starts nothing."""
+    started, faults = [], ["the disk is full"]
+
+    def call(job, command, seconds):
+        started.append((job.arm.what, command[0]))
+        if command[0] == GRPO:
+            out = job.folder / "train"
+            (out / "model").mkdir(parents=True)
+            if faults:
+                raise RuntimeError(faults.pop())
+            row = {"step": 0, "length": 2.0, "reward": 0.5, "seconds/total": 3.0}
+            (out / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+            return "", False
+        out = ROOT / command[command.index("--out") + 1]
+        tries = int(command[command.index("--samples-per-question") + 1])
+        out.mkdir(parents=True)
+        rows = []
+        for number, said in enumerate((HERE, THERE)):  # the truth is HERE: the first is right
+            row = dict(id=str(number), task="grounding", answer=HERE, image_size=[56, 56],
+                       completion=rewards.reference("grounding", said))
+            rows += [json.dumps(row)] * tries
+        (out / "predictions.jsonl").write_text("\n".join(rows))
+        return json.dumps({"accuracy": 50.0}), False
+
+    monkeypatch.setattr(claims, "call", call)
+    arms = [Arm("boxes", "base", WORLD), Arm("boxes", "GRPO", WORLD, GRPO)]
+    bench = claims.Bench("base", tmp_path / "runs", tmp_path / "results", {"X": Claim("x", arms, [])})
+    assert claims.run_seed(bench, "X", 0, "") == ["the disk is full"]
+    assert sorted(started) == [("GRPO", GRPO), ("base", "eval.py"), ("base", "eval.py")]
+    assert [file.name for file in (tmp_path / "results/X").iterdir()] == ["boxes-base-0.jsonl.gz"]
+
+    started.clear()
+    assert claims.run_seed(bench, "X", 0, "") == []
+    assert started == [("GRPO", GRPO), ("GRPO", "eval.py"), ("GRPO", "eval.py")]
+    result = claims_report.read(tmp_path / "results/X/boxes-grpo-0.jsonl.gz")
+    assert (result.greedy, result.sampled) == ([[1.0], [0.0]], [[1.0] * 8, [0.0] * 8])
+    assert result.about["tokens"] == 256 and result.steps[0]["reward"] == 0.5
+
+    started.clear()
+    assert claims.run_seed(bench, "X", 0, "") == [] and started == []
+
+
+@pytest.mark.parametrize("name", claims_table.all_claims())
+def test_arms_stand_after_those_they_wait_for(name):
+    every = claims_table.all_claims()
+    claim, before = every[name], set()
+    known = {f"{other}/{arm.name}" for other in every for arm in every[other].arms}
+    for arm in claim.arms:
+        for needed in filter(None, (arm.start, arm.like)):
+            assert needed in before or needed in known, (arm.name, needed)
+        before.add(arm.name)
+    assert len({arm.slug for arm in claim.arms}) == len(claim.arms)  # a file each
+    for contrast in claim.contrasts:
+        assert set(contrast.weights) <= before, contrast.text
+        assert sum(contrast.weights.values()) == 0
+
+
+def test_seeds_for_results_take_no_settings():
+    for arguments in (["P1", "--seeds", "0", "--set", "lr=1"], ["P1", "--seeds", "0", "10"]):
+        with pytest.raises(SystemExit) as stopped:
+            claims.main(arguments)
+        assert stopped.value.code == 2
+    with pytest.raises(SystemExit, match="there is no 'speed'"):
+        claims.main(["P1", "--seeds", "10", "--set", "speed=1"])
+
+
+def test_the_model_is_looked_for_before_anything_runs(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        claims.main(["P1", "--seeds", "0", "--base", str(tmp_path)])
+    assert f"--base {tmp_path} holds no model: build one" in capsys.readouterr().err
+
+
+def test_report_in_words(tmp_path):
+    """base 0 1 0 1, GRPO 1 1 1 0: differences 1, 0, 1, −1, mean 0.25, s = √(2.75/3) = 0.957427,
+    and s/√4 = 0.4787. Without raw rows there is no table."""
+    arms = [Arm("boxes", "base", WORLD), Arm("boxes", "GRPO", WORLD, GRPO)]
+    gain = Contrast("base → GRPO", {"boxes GRPO": 1.0, "boxes base": -1.0}, "1 → 2", headline=True)
+    every = {"X": Claim("boxes get better", arms, [gain])}
+    readme = tmp_path / "README.md"
+    readme.write_text("above\n<!-- claims -->\nold\n<!-- /claims -->\nbelow\n")
+    claims_report.write_all(every, tmp_path, readme)
+    nothing = "above\n<!-- claims -->\nNothing has been measured yet.\n<!-- /claims -->\nbelow\n"
+    assert readme.read_text() == nothing
+    about = {"commands": [["eval.py", "run"]]}
+    for what, scores in (("base", (0, 1, 0, 1)), ("grpo", (1, 1, 1, 0))):
+        rows = [[float(score)] for score in scores]
+        claims_report.write(tmp_path / "X" / f"boxes-{what}-0.jsonl.gz", about, [], rows, rows)
+    claims_report.write_all(every, tmp_path, readme)
+    here = "50.0 → 75.0: +25.0 ± 47.9 (one seed)"
+    assert (f"| **[X](results/claims/X.md)** boxes get better<br>base → GRPO | 1 → 2 | {here} | not seen | "
+            "`python benchmarks/claims.py X --seeds 0 1 2` |") in readme.read_text()
+    assert f"| base → GRPO | 1 → 2 | {here} | not seen |" in (tmp_path / "X.md").read_text()
+    assert (tmp_path / "X.png").exists()
+    with pytest.raises(SystemExit, match="has no <!-- claims -->"):
+        claims_report.write_all(every, tmp_path, tmp_path / "X.md")
+
+
+def test_readme_and_pages_are_the_raw_rows():
+    every, folder = claims_table.all_claims(), ROOT / "results" / "claims"
+    table = (ROOT / "README.md").read_text().split("<!-- claims -->")[1].split("<!-- /claims -->")[0]
+    assert table.strip() == claims_report.readme_part(every, folder)
+    for name, claim in every.items():
+        path = folder / f"{name}.md"
+        if path.exists():
+            assert path.read_text() == claims_report.page(name, claim, claims_report.read_claim(claim, folder / name))
+    assert sum(file.stat().st_size for file in (ROOT / "results").rglob("*") if file.is_file()) < 20e6
