@@ -18,6 +18,7 @@ from torch import nn
 from torch.distributed.checkpoint import state_dict as dist_state
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
+import lora
 import qwen_vl
 from policy import Policy
 from qwen_vl import SpecialIds
@@ -108,13 +109,15 @@ def leave() -> None:
 def shard(policy: Policy, processes: Processes, *, offload: bool = False) -> None:
     """`fully_shard` on each unit: vision tower, each decoder layer, a root with all the rest.
 
-    fp32 master weights are cut over all ranks; a unit gathers a bf16 copy (fp32 on CPU) to compute
-    with; gradients are reduced in fp32. lm_head stays in the root: ranks run it unequally often.
+    Weights as they are kept are cut over all ranks; a unit gathers a bf16 copy (fp32 on CPU) to
+    compute with; gradients are reduced in fp32. lm_head stays in the root: ranks run it unequally
+    often.
     """
     mesh = dist.init_device_mesh(processes.device.type, (processes.world,))
     options = {"mesh": mesh}
     if offload:
-        options["offload_policy"] = CPUOffloadPolicy()
+        pinned = processes.device.type == "cuda"  # host memory that a GPU reads by itself
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=pinned)
     if processes.device.type == "cuda":
         options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
     for module in units_of(policy):
@@ -126,12 +129,11 @@ def units_of(policy: Policy) -> list[nn.Module]:
     return [policy.vision, *policy.decoder.layers, policy]
 
 
-def load_policy(source: str, processes: Processes, config, *, freeze_vision=False, dtype=None,
+def load_policy(source: str, processes: Processes, config, *, freeze_vision=False, frozen=False,
                 sharding="fsdp2"):
     """(sharded policy, tokenizer, special ids). Rank 0 reads the weights and deals them out.
 
-    sharding: "fsdp2" or "by-hand". dtype: of the kept weights, fp32 unless given: what is trained
-    needs that, as bf16 loses most updates of lr 1e-6.
+    sharding: "fsdp2" or "by-hand". frozen: nothing of it is trained.
     """
     model, tokenizer = qwen_vl.load(source, weights=processes.rank == 0, seed=config.seed)
     special = SpecialIds.read(tokenizer, model.config)
@@ -139,8 +141,11 @@ def load_policy(source: str, processes: Processes, config, *, freeze_vision=Fals
         model, special.banned_V, checkpointing=config.checkpointing,
         checkpoint_every=config.checkpoint_every)
     policy.vision.requires_grad_(not freeze_vision)
-    for parameter in policy.parameters():
-        parameter.data = parameter.data.to(dtype or torch.float32)
+    if frozen:
+        policy.requires_grad_(False)
+    elif config.lora:
+        lora.adapt(policy, config.lora, config.lora_alpha, config.seed)
+    cast_kept(policy, processes.device)
     if sharding == "by-hand":
         shard_by_hand(policy, processes)
         return policy, tokenizer, special
@@ -149,6 +154,14 @@ def load_policy(source: str, processes: Processes, config, *, freeze_vision=Fals
     options = dist_state.StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
     dist_state.set_model_state_dict(policy, full, options=options)
     return policy, tokenizer, special
+
+
+def cast_kept(policy, device: torch.device) -> None:
+    """What is trained is kept in fp32, as bf16 loses most updates of lr 1e-6; what is frozen in the
+    dtype that is computed with."""
+    compute = torch.bfloat16 if device.type == "cuda" else torch.float32
+    for parameter in policy.parameters():
+        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else compute)
 
 
 # §3 ───────────────────────────────────── the same by hand ───────────────────────────────────
@@ -274,6 +287,9 @@ def refuse_by_hand(config) -> None:
     """Errors: ValueError naming an option that sharding by hand lacks."""
     if config.offload:
         raise ValueError("--sharding by-hand has no --offload: leave one of them out")
+    if config.lora:
+        raise ValueError("--sharding by-hand has no --lora, as it trains or freezes all of a "
+                         "layer: leave one of them out")
     if config.save_every <= config.steps:
         raise ValueError(f"--sharding by-hand saves no checkpoints, only the model at the end: "
                          f"give --save-every {config.steps + 1}, or leave --sharding out")
@@ -313,18 +329,40 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def full_parameters(policy):
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """All ranks' parts together; all ranks must call it."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def full_parameters(policy, *, frozen=True):
     """Yields (name, whole weight as it is kept, fp32 if trained); all ranks must call together.
 
-    By hand a unit at a time, and the tensor is a view that keeps the unit's memory.
+    frozen: also what never changes. Of adapted linears the sum with their adapters, fp32. By hand a
+    unit at a time, and the tensor is a view that keeps the unit's memory.
     """
-    if not hasattr(policy, "units"):
-        for name, parameter in policy.named_parameters():
-            parameter = parameter.detach()
-            yield name, parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+    if hasattr(policy, "units"):
+        yield from full_parameters_by_hand(policy, frozen)
         return
+    adapted = lora.adapted_linears(policy)
+    for name, parameter in policy.named_parameters():
+        if name in adapted:
+            yield name, merged(adapted[name], policy.banned_V.device)
+        elif not name.endswith(lora.NAMES) and (frozen or parameter.requires_grad):
+            yield name, whole(parameter)
+
+
+def merged(linear: nn.Linear, device: torch.device) -> torch.Tensor:
+    """The whole weight with its adapter, computed on the device also if it is kept elsewhere."""
+    parts = [whole(part).to(device) for part in (linear.weight, linear.lora_A, linear.lora_B)]
+    return lora.merge(*parts, linear.lora_scale)
+
+
+def full_parameters_by_hand(policy, frozen: bool):
     names = {parameter: name for name, parameter in policy.named_parameters()}
     for unit in policy.units:
+        if not frozen and not unit.shard.requires_grad:
+            continue
         shard = unit.shard.detach()
         full = shard.new_empty(sum(unit.sizes))
         all_gather_single(full, shard)
@@ -338,6 +376,17 @@ def full_state_dict(policy) -> dict[str, torch.Tensor]:
     for name, weight in full_parameters(policy):
         if first:
             state[name] = weight.to("cpu", copy=True)
+    return state
+
+
+def adapter_state_dict(policy) -> dict[str, torch.Tensor]:
+    """As `full_state_dict`, of the adapters alone: {name: whole A or B, fp32} on rank 0."""
+    first, state = dist.get_rank() == 0, {}
+    for name, parameter in policy.named_parameters():
+        if name.endswith(lora.NAMES):
+            tensor = whole(parameter)
+            if first:
+                state[name] = tensor.to("cpu", copy=True)
     return state
 
 

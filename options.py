@@ -51,6 +51,9 @@ class Options:
     checkpointing: bool = True  # recompute activations in the backward pass [PR1 code: on]
     checkpoint_every: int = 1  # with --checkpointing: of every n-th layer; 2: faster, more memory
     offload: bool = False  # sharded weights and optimizer in host memory
+    lora: int = 0  # rank of adapters to train instead of the model, at ten times its --lr; 0: none
+    lora_alpha: float | None = None  # an adapter counts α/rank times; default: 2·rank
+    export: Literal["merged", "adapter"] = "merged"  # adapter: also as PEFT's, in --out/adapter
     # fsdp2: PyTorch's fully_shard; by-hand: fsdp.py §3 in its place, without checkpoints
     sharding: Literal["fsdp2", "by-hand"] = "fsdp2"
     graphs: bool = True  # sample by captured CUDA graphs
@@ -76,7 +79,7 @@ AT_LEAST_ONE = ("prompts", "group", "max_tokens", "eval_tokens", "inner_steps", 
                 "steps", "batch", "keep", "save_every", "eval_samples", "max_bad_steps",
                 "overlong_buffer", "checkpoint_every")
 AT_LEAST_ZERO = ("skip_bad", "warmup", "dynamic_sampling", "beta", "tis", "eval_every",
-                 "pictures_every")
+                 "pictures_every", "lora")
 
 
 def check_options(config) -> None:
@@ -94,6 +97,10 @@ def check_options(config) -> None:
             raise ValueError(f"{flag} is {value}; it must be above 0")
     if not 0 <= config.heldout < 1:
         raise ValueError(f"--heldout is {config.heldout}; it is a share, from 0 to below 1")
+    if config.lora_alpha is not None and config.lora_alpha <= 0:
+        raise ValueError(f"--lora-alpha is {config.lora_alpha}; it must be above 0")
+    if config.export == "adapter" and not config.lora:
+        raise ValueError("--export adapter: there is none without --lora RANK, as --lora 32")
     if config.sharding == "by-hand":
         fsdp.refuse_by_hand(config)
 

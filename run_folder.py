@@ -23,6 +23,7 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint import state_dict as dist_state
 from tqdm import tqdm
 
+import lora
 import pictures
 import readers
 from qwen_vl import Group
@@ -34,7 +35,7 @@ FREE = {
     "steps", "seconds", "out", "resume", "log", "keep", "save_every", "max_bad_steps", "skip_bad",
     "eval_every", "eval_data", "eval_samples", "eval_tokens", "blind", "pictures_every", "timeout",
     "kv_gb", "max_prompt", "micro_tokens", "checkpointing", "checkpoint_every", "offload",
-    "graphs", "deterministic", "check", "plan"}
+    "graphs", "deterministic", "check", "plan", "export"}
 
 
 def say(sentence: str) -> None:
@@ -422,6 +423,22 @@ def export(folder: Path, policy, weights: dict, tokenizer, source: str) -> None:
         processor.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         for file in partial.iterdir():  # safetensors are written for their owner alone
+            file.chmod(0o644)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    dist.barrier()
+
+
+def export_adapter(folder: Path, policy, tensors: dict, source: str) -> None:
+    """Write the adapters alone, as PEFT reads them; every rank calls it, rank 0 writes.
+
+    tensors: {name in the policy: whole A or B} on rank 0, by fsdp.adapter_state_dict.
+    """
+    if dist.get_rank() == 0:
+        partial = folder.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        lora.save_adapter(partial, policy, tensors, source)
+        for file in partial.iterdir():
             file.chmod(0o644)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)

@@ -50,6 +50,11 @@ class Config(Options):
     seconds: float = math.inf  # stop after so many seconds of training
     eval_tokens: int = 768  # longest completion when evaluating
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.lora and self.train == "all":
+            raise ValueError("--lora leaves the vision tower as it is: give --train llm")
+
 
 SMALL = dict(batch=32, max_tokens=256, eval_every=100, checkpointing=False, micro_tokens=4096)
 STAGE = dict(

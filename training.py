@@ -11,6 +11,7 @@ import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import torch
 
 import data as datasets
 import fsdp
+import lora
 import pictures
 import qwen_vl
 import rewards
@@ -40,7 +42,7 @@ class Run:
     config: Any
     processes: Processes
     policy: Policy
-    reference: Policy | None  # the frozen initial model, if β > 0
+    reference: Callable | None  # the frozen initial model, if β > 0
     tokenizer: Any
     special: SpecialIds
     sampler: Sampler
@@ -70,13 +72,16 @@ def prepare(config, processes: Processes, source: str, *, freeze_vision=False, b
     if eval_data is not None:
         require_answers(eval_data, "the data to evaluate on")
         warn_of_overlap(data, eval_data)
+    freeze_vision = freeze_vision or config.lora > 0
     policy, tokenizer, special = fsdp.load_policy(
         source, processes, config, freeze_vision=freeze_vision, sharding=config.sharding)
     on_gpu = processes.device.type == "cuda"
     dtype = torch.bfloat16 if on_gpu else torch.float32
     reference = None
-    if beta:
-        reference, _, _ = fsdp.load_policy(source, processes, config, dtype=dtype)
+    if beta and config.lora:
+        reference = partial(lora.run_base, policy)
+    elif beta:
+        reference, _, _ = fsdp.load_policy(source, processes, config, frozen=True)
     sampler = Sampler(
         policy.model, special, device=processes.device, dtype=dtype, kv_gb=config.kv_gb,
         graphs=config.graphs and on_gpu, keep_features=freeze_vision)
@@ -366,7 +371,7 @@ class Progress:
         """Finish a step's metrics. Bad held-out data ends the run, and loses no step."""
         run, config = self.run, self.config
         if config.eval_every and (self.done % config.eval_every == 0 or self.last):
-            run.sampler.refresh(fsdp.full_parameters(run.policy))
+            run.sampler.refresh(fsdp.full_parameters(run.policy, frozen=False))
             try:
                 metrics = metrics | evaluate(run, self.eval_tokens(self.done))[1]
             except ABANDONED as error:
@@ -403,6 +408,9 @@ class Progress:
             return False
         weights = fsdp.full_state_dict(run.policy)
         run_folder.export(self.folder / "model", run.policy, weights, run.tokenizer, run.source)
+        if config.export == "adapter":
+            tensors = fsdp.adapter_state_dict(run.policy)
+            run_folder.export_adapter(self.folder / "adapter", run.policy, tensors, run.source)
         if run.processes.rank == 0 and checkpoint.exists():
             run_folder.mark_finished(checkpoint)
         say(f"finished: {self.done} steps, model in {self.folder}/model, metrics in "

@@ -14,7 +14,7 @@ import grpo_vl
 import sft_coldstart
 
 ORDER = (  # each may use those before it; those that stand together do not use each other
-    ("naive_grpo",), ("tiny", "pictures", "formulas", "rows"), ("readers",), ("rewards",), ("reward_function", "formats"), ("sources",), ("data",), ("qwen_vl",), ("packing",),
+    ("naive_grpo",), ("tiny", "pictures", "formulas", "rows", "lora"), ("readers",), ("rewards",), ("reward_function", "formats"), ("sources",), ("data",), ("qwen_vl",), ("packing",),
     ("policy", "run_folder"), ("kv_cache", "noise", "weight_copy"), ("sampler", "fsdp"), ("options",), ("training",), ("sft_coldstart",), ("grpo_vl",), ("plots", "protocols", "behaviours"), ("eval",),
 )
 SCRIPTS = tuple(name for level in ORDER for name in level if (ROOT / f"{name}.py").exists())
@@ -72,7 +72,7 @@ def test_sections_are_numbered_as_the_docstring_says():
 
 
 def test_paper_tags_are_known():
-    known = {"PR1", "OVR", "ORZ", "DSM", "DAPO", "DRG", "GSPO", "RLOO"}
+    known = {"PR1", "OVR", "ORZ", "DSM", "DAPO", "DRG", "GSPO", "RLOO", "LoRA"}
     for name in SCRIPTS:
         tags = re.findall(r"\[([A-Z][A-Za-z0-9]+) (?:§|Eq|T\d|Fig|code)", source(name))
         assert set(tags) <= known, name
