@@ -203,7 +203,8 @@ def page(name: str, claim: Claim, results: dict) -> str:
         here, decided = measured(results, contrast)
         lines.append(f"| {contrast.text} | {contrast.paper} | {here} | {decided} |")
     lines += ["", f"![{claim.title}]({name}.png)", "", *arm_table(claim, results)]
-    lines += ["", "The commands, with one seed:", "", "```", *commands(claim, results), "```"]
+    lines += ["", "The commands with one seed, the answers' of the first arm alone:", "", "```",
+              *commands(claim, results), "```"]
     return "\n".join(lines) + "\n"
 
 
@@ -232,14 +233,17 @@ def arm_table(claim: Claim, results: dict) -> list[str]:
 
 
 def commands(claim: Claim, results: dict) -> list[str]:
-    """What was typed for each arm, with its first seed."""
-    lines = []
+    """How each arm was trained with its first seed; how the first one was answered. The others'
+    answers are asked for alike, and stand in the raw rows."""
+    lines, answered = [], False
     for arm in claim.arms:
-        if results[arm.name]:
-            first = results[arm.name][min(results[arm.name])]
-            lines.append(f"# {arm.name}")
-            for command in first.about["commands"]:
-                lines.append(f"python {shlex.join(command)}")
+        if not results[arm.name]:
+            continue
+        first = results[arm.name][min(results[arm.name])]
+        for command in first.about["commands"]:
+            if command[0] != "eval.py" or not answered:
+                lines += [f"# {arm.name}", f"python {shlex.join(command)}"]
+        answered = answered or bool(first.about["commands"])
     return lines
 
 

@@ -114,6 +114,32 @@ def test_steps_are_answered_from_what_was_saved(tmp_path):
         claims.saved_step(tmp_path / "none", 5)
 
 
+def test_an_earlier_steps_model_is_that_of_a_run_which_ended_there(tmp_path):
+    """By the real scripts: three steps, their first one written again, and a run of one step."""
+    from safetensors.torch import load_file
+
+    world = World("counting", "size=56x56", steps=3, lr=1e-3, sft_lr=1e-3, max_tokens=12, prompts=2, group=4, looked_at=2)
+    learns = (*claims_table.control("by_text"), "--overlong", "keep")  # the stand-in knows no answer
+    arms = [Arm("c", "like", world), Arm("c", "three", world, GRPO, learns),
+            Arm("c", "first", world, start="c three", at="tokens", like="c like"),
+            Arm("c", "one", claims.replace(world, steps=1), GRPO, learns)]
+    bench = claims.Bench("tiny", tmp_path / "runs", tmp_path / "results", {"X": Claim("x", arms, [])})
+    like, three, first, one = (claims.Job(bench, "X", arm, 10) for arm in arms)
+    for job in (three, first, one):
+        job.folder.mkdir(parents=True)
+    claims_report.write(like.file, {"tokens": 100}, [], [], [])  # a step has 2 · 4 · 12 = 96 at most
+    claims.train(three)
+    claims.train(one)
+    assert claims.choose_step(first, three)["step"] == 1
+
+    def weights(model):
+        return load_file(ROOT / model / "model.safetensors")
+
+    written, own, last = (weights(claims.model_of(job)) for job in (first, one, three))
+    assert all(written[name].equal(own[name]) for name in own)
+    assert any(not written[name].equal(last[name]) for name in last)
+
+
 def test_finished_arms_are_not_run_again(tmp_path, monkeypatch):
     """Training fails once; the arm alone begins anew, and a third call starts nothing."""
     started, faults = [], ["the disk is full"]
@@ -198,15 +224,17 @@ def test_report_in_words(tmp_path):
     claims_report.write_all(every, tmp_path, readme)
     nothing = "above\n<!-- claims -->\nNothing has been measured yet.\n<!-- /claims -->\nbelow\n"
     assert readme.read_text() == nothing
-    about = {"commands": [["eval.py", "run"]]}
     for what, scores in (("base", (0, 1, 0, 1)), ("grpo", (1, 1, 1, 0))):
         rows = [[float(score)] for score in scores]
+        about = {"commands": [["train.py", what], ["eval.py", "run", what]]}
         claims_report.write(tmp_path / "X" / f"boxes-{what}-0.jsonl.gz", about, [], rows, rows)
     claims_report.write_all(every, tmp_path, readme)
     here = "50.0 → 75.0: +25.0 ± 47.9 (one seed)"
     assert (f"| **[X](results/claims/X.md)** boxes get better<br>base → GRPO | 1 → 2 | {here} | not seen | "
             "`python benchmarks/claims.py X --seeds 0 1 2` |") in readme.read_text()
     assert f"| base → GRPO | 1 → 2 | {here} | not seen |" in (tmp_path / "X.md").read_text()
+    shown = [line for line in (tmp_path / "X.md").read_text().splitlines() if line.startswith("python ")]
+    assert shown == ["python train.py base", "python eval.py run base", "python train.py grpo"]
     assert (tmp_path / "X.png").exists()
     with pytest.raises(SystemExit, match="has no <!-- claims -->"):
         claims_report.write_all(every, tmp_path, tmp_path / "X.md")
