@@ -1,0 +1,58 @@
+"""benchmarks/gpu.py where there is no GPU: what it does not run it says, what a CPU can do is done."""
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT
+
+SCRIPT = ROOT / "benchmarks" / "gpu.py"
+ALL = ["machine", "varlen_is_mask", "graphs_are_eager", "sampler_is_trainer", "deterministic", "tiny_steps",
+       "bench_3b", "steps_3b", "lora_3b"]
+
+
+def lines(*arguments):
+    command = [sys.executable, SCRIPT, *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    shown = subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
+    return [json.loads(line) for line in shown.splitlines()]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_each_check_says_not_run():
+    found = lines()
+    assert [row["check"] for row in found] == ALL
+    assert all((row["result"], row["why"]) == ("not run", "no CUDA device here") for row in found)
+
+
+def test_what_a_cpu_can_do_is_done():
+    checks = ["varlen_is_mask", "graphs_are_eager", "sampler_is_trainer", "deterministic", "steps_3b"]
+    varlen, graphs, gap, repeats, steps = lines("--cpu", "--only", *checks)
+    assert varlen["result"] == "not run" and "CUDA" in varlen["why"]
+    assert [row["result"] for row in (graphs, gap, repeats, steps)] == ["ok"] * 4, (graphs, gap, repeats, steps)
+    assert gap["measured"]["largest"] < 1e-4
+    small, large = steps["measured"]["prompts"]
+    # 280×196 are 70 image tokens, 644×476 are 391: prompts of mixed length
+    assert min(small, large) < 200 < 400 < max(small, large)
+    assert [row["step"] for row in steps["measured"]["steps"]] == [0, 1]
+    assert all("eval/greedy" in row for row in steps["measured"]["steps"])
+
+
+def test_time_that_is_over_is_said():
+    (row,) = lines("--cpu", "--only", "tiny_steps", "--seconds", "1")
+    assert (row["result"], row["why"]) == ("not run", "1 s are over")
+
+
+def test_a_check_that_fails_or_hangs_is_a_line(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("gpu_benchmark", SCRIPT)
+    gpu = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(gpu)
+    arguments = SimpleNamespace(folder=str(tmp_path), cpu=True)
+    failed = gpu.outcome("no_such_check", 60, arguments)
+    assert failed["result"] == "failed" and failed["why"] == "exit status 2" and "no_such_check" in failed["said"]
+    hung = gpu.outcome("machine", 0.5, arguments)
+    assert hung["result"] == "failed" and hung["why"] == "no end after 0 s"
