@@ -64,6 +64,15 @@ class Mixture:
             index -= len(source)
         raise IndexError("beyond the last sample")
 
+    def in_turn(self):
+        """Indices for `at`: each source's first sample, then each one's second, …"""
+        lengths = [len(source) for source in self.sources]
+        starts = np.cumsum([0, *lengths]).tolist()
+        for place in range(max(lengths)):
+            for start, length in zip(starts, lengths):
+                if place < length:
+                    yield start + place
+
     def good(self, index):
         """Sample `index` of one pass; None for a bad one, while skip_bad allows it."""
         try:

@@ -17,6 +17,7 @@ import os
 import shutil
 import sys
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from typing import Annotated, Literal
@@ -189,8 +190,7 @@ def curriculum(model: str, data: Data, out: Out, low: float = 0.1, high: float =
         run, samples, tries=samples_per_question, max_tokens=max_tokens, greedy=False)
     if processes.rank == 0:
         rates = pass_rates(answers)
-        count = min(samples or len(run.data), len(run.data))
-        drawn = [run.data.good(index) for index in range(count)]
+        drawn = [run.data.good(index) for index in islice(run.data.in_turn(), samples or None)]
         kept = [sample for sample in drawn if sample and low <= rates[sample.id] <= high]
         file = Path(out) / "curriculum.jsonl"
         write_rows(file, curriculum_rows(kept, rates, file.parent))
@@ -245,7 +245,8 @@ def demo(cold_start: Path, grpo: Path, /, out: Out = "", data: Data = (), sample
     table["samples"] = len(rows["after"]) // 2  # each greedy and sampled
     table["data"] = eval_data or saved["data"]
     if processes.rank == 0:
-        scenes = [run.eval_data.at(index) for index in range(min(12, table["samples"]))]
+        first = islice(run.eval_data.in_turn(), min(12, table["samples"]))
+        scenes = [run.eval_data.at(index) for index in first]
         write_demo(Path(out or grpo / "eval"), grpo, table, rows, scenes)
     fsdp.leave()
 

@@ -156,12 +156,17 @@ def load_policy(source: str, processes: Processes, config, *, freeze_vision=Fals
     return policy, tokenizer, special
 
 
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """What forward and backward passes compute with."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def cast_kept(policy, device: torch.device) -> None:
     """What is trained is kept in fp32, as bf16 loses most updates of lr 1e-6; what is frozen in the
     dtype that is computed with."""
-    compute = torch.bfloat16 if device.type == "cuda" else torch.float32
     for parameter in policy.parameters():
-        parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else compute)
+        kept = torch.float32 if parameter.requires_grad else compute_dtype(device)
+        parameter.data = parameter.data.to(kept)
 
 
 # §3 ───────────────────────────────────── the same by hand ───────────────────────────────────
@@ -372,21 +377,21 @@ def full_parameters_by_hand(policy, frozen: bool):
 
 def full_state_dict(policy) -> dict[str, torch.Tensor]:
     """On rank 0 {name: whole weight, in host memory}, tied ones once; elsewhere {}. All call it."""
-    first, state = dist.get_rank() == 0, {}
-    for name, weight in full_parameters(policy):
-        if first:
-            state[name] = weight.to("cpu", copy=True)
-    return state
+    return on_first_rank(full_parameters(policy))
 
 
 def adapter_state_dict(policy) -> dict[str, torch.Tensor]:
     """As `full_state_dict`, of the adapters alone: {name: whole A or B, fp32} on rank 0."""
+    adapters = [pair for pair in policy.named_parameters() if pair[0].endswith(lora.NAMES)]
+    return on_first_rank((name, whole(parameter)) for name, parameter in adapters)
+
+
+def on_first_rank(pairs) -> dict[str, torch.Tensor]:
+    """{name: tensor in host memory} on rank 0, {} elsewhere; every rank takes every pair."""
     first, state = dist.get_rank() == 0, {}
-    for name, parameter in policy.named_parameters():
-        if name.endswith(lora.NAMES):
-            tensor = whole(parameter)
-            if first:
-                state[name] = tensor.to("cpu", copy=True)
+    for name, tensor in pairs:
+        if first:
+            state[name] = tensor.to("cpu", copy=True)
     return state
 
 

@@ -528,20 +528,15 @@ def ensure_cold_start(config: Config, ranks: fsdp.Processes, stopped) -> str | N
         return config.model
     folder = Path(config.cold_start)
     model = ranks.gather(sft_coldstart.find_model(folder))[0]  # rank 0's look at the file system
-    if model is None and config.model not in TINY:
+    if model is not None:
+        return str(model)
+    if config.model not in TINY:
         raise SystemExit(f"there is no cold start in {folder}: python sft_coldstart.py --model "
                          f"{config.model} --data … --out {folder} makes one")
-    if model is None:
-        say(f"no cold start in {folder}: running it first")
-        options = sft_coldstart.PRESETS["tiny"] | {
-            "model": config.model, "out": str(folder), "seed": config.seed, "think": config.think,
-            "timeout": config.timeout}
-        cold_start = sft_coldstart.Config(**options)
-        run_folder.claim(cold_start)
-        if not sft_coldstart.train(cold_start, ranks, stopped):
-            return None
-        model = folder / "model"
-    return str(model)
+    options = sft_coldstart.PRESETS["tiny"] | {
+        "model": config.model, "out": str(folder), "seed": config.seed, "think": config.think,
+        "timeout": config.timeout}
+    return sft_coldstart.model_of(sft_coldstart.Config(**options), ranks, stopped)
 
 
 def main(arguments: list[str] | None = None) -> None:

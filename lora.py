@@ -88,6 +88,5 @@ def save_adapter(folder: Path, policy, tensors: dict[str, torch.Tensor], base: s
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "r": rank,
         "lora_alpha": rank * linear.lora_scale, "lora_dropout": 0.0, "bias": "none",
         "target_modules": TARGETS, "inference_mode": True}
-    folder.mkdir(parents=True)
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=2))

@@ -1,4 +1,4 @@
-"""Which options do both stages share, and how does a command line become one of them?
+"""Which options do both stages share, how does a command line become them, what does --check say?
 
 §1 the options · §2 from a command line · §3 --check
 
@@ -125,7 +125,8 @@ def think_of(config, name: str) -> str | bool:
     """The form of thinking asked of the sample with this id, as rewards.py takes it."""
     form = config.think
     if form == "all":  # half of the samples plain, by their ids
-        form = ("no", "no", "before", "after")[hashlib.sha256(name.encode()).digest()[0] % 4]
+        digest = hashlib.sha256(name.encode()).digest()
+        form = ("no", "no", "before", "after")[digest[0] % 4]
     return False if form == "no" else form
 
 

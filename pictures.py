@@ -183,12 +183,17 @@ def paint_shape(pen, box, colour, shape):
     pen.polygon(outline, colour)
 
 
+# Options that one task alone has.
+OPTIONS_OF = {"text": "math", "traces": "math", "numbers": "ocr", "coloured": "detection",
+              "ordered": "detection"}
+
+
 @dataclass(frozen=True)
 class Synthetic:
     """Drawn scenes with exact answers: item i follows from the fields that repr shows, and i.
 
     grounding: the box of "red circle", the only one; counting: the centres of all "red circles";
-    detection: every shape by name; ocr: printed words and numbers; math: a sum, printed or as text.
+    detection: every shape by name; ocr: printed words; math: a sum, printed or as text.
     `objects`: how many are asked for (ocr: lines, math: numbers).
     """
 
@@ -212,7 +217,10 @@ class Synthetic:
     def __post_init__(self):
         if self.task not in DRAWN:
             raise ValueError(f"no task {self.task!r} is drawn, but {', '.join(DRAWN)}")
-        if self.traces and not (self.task == "math" and self.text):
+        for option, task in OPTIONS_OF.items():
+            if getattr(self, option) and self.task != task:
+                raise ValueError(f"{option}=1 is an option of {task}, not of {self.task}")
+        if self.traces and not self.text:
             raise ValueError("traces=1 goes with math?text=1: only those solutions are written")
         self.draw(0)  # options that no scene can have show here and not in the middle of a run
 
@@ -309,10 +317,12 @@ class Synthetic:
 def solution(question):
     """The worked answer to "What is 3 + 5 - 2?", thinking first; it sets subgoals and verifies."""
     first, *rest = question.removeprefix("What is ").removesuffix("?").split(" ")
-    total, steps, undone = int(first), [], []
+    steps, undone = [], []
+    total = int(first)
     for sign, number in zip(rest[::2], rest[1::2]):
-        before, back = total, "-" if sign == "+" else "+"
+        before = total
         total += int(sign + number)
+        back = "-" if sign == "+" else "+"
         steps.append(f"{before} {sign} {number} = {total}.")
         undone.append(f"{total} {back} {number} = {before}.")
     thought = "First, I add from the left: " + " ".join(steps)
@@ -328,7 +338,9 @@ def from_the_top(item):
 
 def write_large(image, text, rng):
     """Write the text as large as it fits, somewhere."""
-    pen, size, spare = ImageDraw.Draw(image), image.height / 3, (-1, -1)
+    pen = ImageDraw.Draw(image)
+    size = image.height / 3
+    spare = -1, -1  # pixels beside and below the text
     while min(spare) < 0 and size > 6:
         size *= 0.9
         face = ImageFont.load_default(size)  # Pillow's own font

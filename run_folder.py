@@ -8,6 +8,7 @@
 
 §1 is this folder ours? · §2 checkpoints · §3 metrics · §4 samples and the exported model
 """
+import contextlib
 import json
 import math
 import os
@@ -401,31 +402,39 @@ def save_rollouts(out: Path, step: int, groups: list[Group]) -> None:
     (folder / f"step-{step}.json").write_text(json.dumps(rows, indent=1))
 
 
+@contextlib.contextmanager
+def appearing(folder: Path):
+    """A new folder to write to, which then takes the place of `folder` by one rename."""
+    partial = folder.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    yield partial
+    for file in partial.iterdir():  # safetensors are written for their owner alone
+        file.chmod(0o644)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
 def export(folder: Path, policy, weights: dict, tokenizer, source: str) -> None:
     """Write a Hugging Face checkpoint; every rank calls it, rank 0 writes.
 
     weights: {name in the policy: whole weight} on rank 0, by fsdp.full_state_dict. Written in
     bf16 on GPUs, fp32 on CPU, with the image processor of `source` (a hub id or directory), so that
-    `from_pretrained` and vLLM load the folder. One rename makes it appear.
+    `from_pretrained` and vLLM load the folder.
     """
     from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as processing
 
     if dist.get_rank() == 0:
-        partial = folder.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
         dtype = torch.bfloat16 if policy.banned_V.is_cuda else torch.float32
         state = {name.removeprefix("model."): tensor.to(dtype) for name, tensor in weights.items()}
         if policy.model.config.tie_word_embeddings:  # else it depends on the number of ranks
             state.pop("lm_head.weight", None)
-        policy.model.save_pretrained(partial, state_dict=state)
         images = processing.Qwen2VLImageProcessorPil
         processor = images() if source in TINY else images.from_pretrained(source)
-        processor.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        for file in partial.iterdir():  # safetensors are written for their owner alone
-            file.chmod(0o644)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        with appearing(folder) as partial:
+            policy.model.save_pretrained(partial, state_dict=state)
+            processor.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
     dist.barrier()
 
 
@@ -435,11 +444,6 @@ def export_adapter(folder: Path, policy, tensors: dict, source: str) -> None:
     tensors: {name in the policy: whole A or B} on rank 0, by fsdp.adapter_state_dict.
     """
     if dist.get_rank() == 0:
-        partial = folder.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        lora.save_adapter(partial, policy, tensors, source)
-        for file in partial.iterdir():
-            file.chmod(0o644)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        with appearing(folder) as partial:
+            lora.save_adapter(partial, policy, tensors, source)
     dist.barrier()

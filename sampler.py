@@ -92,9 +92,9 @@ class Sampler:
         if self.cache.captures:
             self.capture_stream = torch.cuda.Stream()
 
-    def refresh(self, source) -> None:
+    def refresh(self, pairs) -> None:
         """Copy the policy's weights here, see WeightCopy.refresh."""
-        self.copy.refresh(source)
+        self.copy.refresh(pairs)
 
     # §2 ────────────────────────────────────── prefill ───────────────────────────────────────
     def prefill(self, prompts: list[Prompt], cache: list[torch.Tensor]) -> torch.Tensor:

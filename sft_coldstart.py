@@ -1,7 +1,7 @@
 """Stage 1, the cold start: supervised fine-tuning on prompt → response, before any reinforcement.
 
   python sft_coldstart.py                  the tiny stand-in learns the answer's form
-  torchrun --nproc_per_node=2 sft_coldstart.py --preset base      all drawn tasks, 75 minutes of CPU
+  torchrun --nproc_per_node=2 sft_coldstart.py --preset base      all drawn tasks, over an hour
   torchrun --nproc_per_node=8 sft_coldstart.py --data traces.jsonl      GPUs, OVR's settings
 
 [OVR §3.1] tunes the language model alone (--train llm) on text-only reasoning traces; --train all
@@ -52,6 +52,8 @@ class Config(Options):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.after and self.after not in PRESETS:
+            raise ValueError(f"--after is {self.after!r}; choose from {', '.join(PRESETS)}")
         if self.lora and self.train == "all":
             raise ValueError("--lora leaves the vision tower as it is: give --train llm")
 
@@ -121,7 +123,7 @@ def labelled_groups(run: Run) -> list:
     return groups
 
 
-def train(config: Config, ranks: fsdp.Processes, stopped=None, source: str = "") -> bool:
+def train(config: Config, ranks: fsdp.Processes, stopped=None, source: str | None = None) -> bool:
     """All steps that are left; whether the run is finished (False: it was told to stop).
 
     stopped: as `training.watch_signals` returned it. source: the checkpoint to begin with, if it
@@ -145,18 +147,26 @@ def train(config: Config, ranks: fsdp.Processes, stopped=None, source: str = "")
 
 
 def train_after(config: Config, ranks: fsdp.Processes, stopped) -> bool:
-    """`train`, after the runs that this one continues, as far as they are missing."""
-    source = ""
+    """`train`, after the run that this one continues."""
+    source = None
     if config.after:
-        earlier = Config(**PRESETS[config.after])
-        model = ranks.gather(find_model(Path(earlier.out)))[0]  # rank 0's look at the file system
-        if model is None:
-            run_folder.claim(earlier)
-            if not train_after(earlier, ranks, stopped):
-                return False
-            model = Path(earlier.out) / "model"
-        source = str(model)
+        source = model_of(Config(**PRESETS[config.after]), ranks, stopped)
+        if source is None:
+            return False
     return train(config, ranks, stopped, source)
+
+
+def model_of(config: Config, ranks: fsdp.Processes, stopped) -> str | None:
+    """The model of this run, which is run first if it is missing; None: it was told to stop."""
+    folder = Path(config.out)
+    model = ranks.gather(find_model(folder))[0]  # rank 0's look at the file system
+    if model is None:
+        run_folder.say(f"no cold start in {folder}: running it first")
+        run_folder.claim(config)
+        if not train_after(config, ranks, stopped):
+            return None
+        model = folder / "model"
+    return str(model)
 
 
 def find_model(folder: Path) -> Path | None:

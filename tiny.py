@@ -26,21 +26,23 @@ BASE_SCENES = "size=112x112&shapes=3&colours=3&reach=0.12-0.25"
 DETECTION = f"synthetic:detection?{BASE_SCENES}&objects=1-8&coloured=1"
 GROUNDING = f"synthetic:grounding?{BASE_SCENES}&distractors=1-5"
 COUNTING = f"synthetic:counting?{BASE_SCENES}&objects=1-5&distractors=1-3"
+SUMS = "synthetic:math?size=84x84&objects=2-2"
+SUMS_AS_TEXT = "synthetic:math?text=1&objects=2-3"
 BASE_DATA = (
     f"{DETECTION}:4",
     f"{GROUNDING}:2",
     f"{COUNTING}:1.5",
     "synthetic:ocr?size=84x84&objects=1-2&numbers=1:1.5",
-    "synthetic:math?size=84x84&objects=2-2:1.5",
-    "synthetic:math?text=1&objects=2-3:1")
+    f"{SUMS}:1.5",
+    f"{SUMS_AS_TEXT}:1")
 BASE_LAST = (
     f"synthetic:grounding?{BASE_SCENES}&distractors=1-1:2",
     f"{GROUNDING}:3",
     f"{COUNTING}:1.5",
     f"{DETECTION}:1.5",
     "synthetic:ocr?size=84x84&objects=1-1&numbers=1:2.5",
-    "synthetic:math?size=84x84&objects=2-2:1",
-    "synthetic:math?text=1&objects=2-3:1")
+    f"{SUMS}:1",
+    f"{SUMS_AS_TEXT}:1")
 TINY_CORPUS = """\
 You are a helpful assistant. system user assistant Output the bounding box of the in the image.
 Output all the bounding boxes of the Please output bbox coordinates and names of OCR this image.

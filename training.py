@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -76,15 +77,14 @@ def prepare(config, processes: Processes, source: str, *, freeze_vision=False, b
     policy, tokenizer, special = fsdp.load_policy(
         source, processes, config, freeze_vision=freeze_vision, sharding=config.sharding)
     on_gpu = processes.device.type == "cuda"
-    dtype = torch.bfloat16 if on_gpu else torch.float32
     reference = None
     if beta and config.lora:
         reference = partial(lora.run_base, policy)
     elif beta:
         reference, _, _ = fsdp.load_policy(source, processes, config, frozen=True)
     sampler = Sampler(
-        policy.model, special, device=processes.device, dtype=dtype, kv_gb=config.kv_gb,
-        graphs=config.graphs and on_gpu, keep_features=freeze_vision)
+        policy.model, special, device=processes.device, dtype=fsdp.compute_dtype(processes.device),
+        kv_gb=config.kv_gb, graphs=config.graphs and on_gpu, keep_features=freeze_vision)
     optimizer = make_optimizer(config, fsdp.trainable_parameters(policy), on_gpu=on_gpu)
     return Run(config, processes, policy, reference, tokenizer, special, sampler, optimizer, data,
                eval_data, reward, source)
@@ -180,10 +180,12 @@ def answer(run: Run, samples: list, *, tries: int, max_tokens: int, greedy: bool
 def answer_heldout(run: Run, count: int, **options) -> list[dict]:
     """Rows of the first `count` held-out samples (0: of all), of all ranks, equal on every rank.
 
-    options: those of `answer`. With --blind the images are grey. Raises what `together` raises.
+    Several sources take turns, so that the first ones are of each. options: those of `answer`. With
+    --blind the images are grey. Raises what `together` raises.
     """
-    ranks, total = run.processes, len(run.eval_data)
-    own = range(ranks.rank, min(count or total, total), ranks.world)
+    ranks = run.processes
+    first = [*islice(run.eval_data.in_turn(), count or None)]
+    own = first[ranks.rank :: ranks.world]
 
     def answer_own() -> list[dict]:
         samples = [run.eval_data.good(index) for index in own]
@@ -200,6 +202,13 @@ def blinded(sample: Sample) -> Sample:
     return replace(sample, images=tuple(pictures.grey(image) for image in sample.images))
 
 
+def right(config, row: dict) -> float:
+    """What the row's answer alone is worth, from 0 to 1, asked for as --think says."""
+    return rewards.correct(
+        row["task"], row["completion"], row["answer"], row["image_size"],
+        think=think_of(config, row["id"]))
+
+
 def evaluate(run: Run, max_tokens: int) -> tuple[list[dict], dict[str, float]]:
     """Held-out samples, greedily and at T = 1: (a row an answer, accuracy of the answers alone)."""
     config, rows, accuracy = run.config, [], {}
@@ -208,9 +217,7 @@ def evaluate(run: Run, max_tokens: int) -> tuple[list[dict], dict[str, float]]:
             run, config.eval_samples, tries=1, max_tokens=max_tokens, greedy=mode == "greedy")
         for row in found:
             row["mode"] = mode
-            row["correct"] = rewards.correct(
-                row["task"], row["completion"], row["answer"], row["image_size"],
-                think=think_of(config, row["id"]))
+            row["correct"] = right(config, row)
         if not found:
             raise datasets.DataError("no held-out sample can be read: look at what was left out")
         rows += found

@@ -39,12 +39,6 @@ LAYER_PARTS = {  # Hugging Face's parameters in each of a Layer's tensors
     "down": ["mlp.down_proj.weight"]}
 
 
-def gathered(policy):
-    """Pairs (name, full tensor) of the policy's parameters, one gathered at a time."""
-    for name, parameter in policy.named_parameters():
-        yield name, parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
-
-
 def empty_tower(vision, dtype: torch.dtype):
     """Its twin to be filled, of this dtype. Buffers, the angles, are computed, and stay fp32."""
     from transformers.initialization import no_init_weights
@@ -100,14 +94,12 @@ class WeightCopy:
         return stacked
 
     @torch.no_grad()
-    def refresh(self, source) -> None:
+    def refresh(self, pairs) -> None:
         """Copy the policy's weights here.
 
-        source: the policy, gathered parameter by parameter (a collective: all ranks must call it
-        together); or pairs (its parameter's name, full tensor), as an iterator gathers them.
+        pairs: (name of the policy's parameter, whole tensor), as fsdp.full_parameters gathers them.
         Errors: ValueError naming parameters that are unknown, or were never given.
         """
-        pairs = gathered(source) if isinstance(source, torch.nn.Module) else source
         for name, full in pairs:
             if name not in self.targets:
                 raise ValueError(f"{name} is no parameter of the policy that is copied here")

@@ -1,9 +1,9 @@
-"""base/, the tiny model that sees: published from a finished run, and measured as published.
+"""base/, a tiny model that sees: what its training logged, how it is published and measured.
 
-  torchrun --nproc_per_node=2 sft_coldstart.py --preset base     builds it, in three stages
-  python benchmarks/base_model.py publish runs/base/last/model         writes base/ in bf16
+  torchrun --nproc_per_node=2 sft_coldstart.py --preset base     builds it, in four stages
   python benchmarks/base_model.py stages runs/base/detection runs/base/tasks …   what they logged
-  python benchmarks/base_model.py measure                              results/base.jsonl
+  python benchmarks/base_model.py publish runs/base/last/model         writes base/ in bf16
+  python benchmarks/base_model.py measure [MODEL]                      results/base.jsonl
   python benchmarks/base_model.py plateau                              what 600 more steps would add
   python benchmarks/base_model.py card                                 base/README.md from those rows
 
@@ -24,10 +24,10 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+from claims_report import read_rows  # noqa: E402
 
 import fsdp  # noqa: E402
 import grpo_vl  # noqa: E402
-import rewards  # noqa: E402
 import tiny  # noqa: E402
 import training  # noqa: E402
 
@@ -76,18 +76,12 @@ def measure_one(
     sampled = training.answer_heldout(run, scenes, tries=tries, max_tokens=256, greedy=False)
     best = {}
     for row in sampled:
-        best[row["id"]] = max(best.get(row["id"], 0.0), right(row, form))
+        best[row["id"]] = max(best.get(row["id"], 0.0), training.right(config, row))
     return {
         "scenes": len(greedy),
-        "greedy": round(fmean(right(row, form) for row in greedy), 4),
-        "sampled": round(fmean(right(row, form) for row in sampled), 4),
+        "greedy": round(fmean(training.right(config, row) for row in greedy), 4),
+        "sampled": round(fmean(training.right(config, row) for row in sampled), 4),
         f"best of {tries}": round(fmean(best.values()), 4)}
-
-
-def right(row: dict, form: str) -> float:
-    think = False if form == "no" else form
-    return rewards.correct(
-        row["task"], row["completion"], row["answer"], row["image_size"], think=think)
 
 
 def measure(model: Path, name: str, forms=("no", "before", "after")) -> None:
@@ -104,17 +98,15 @@ def measure(model: Path, name: str, forms=("no", "before", "after")) -> None:
 
 
 def stages(folders: list[Path]) -> None:
-    """A row a finished stage: its steps, seconds, data, last loss, and its evaluations."""
+    """A row a finished stage: its steps, seconds, data and last loss."""
     for folder in folders:
-        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        rows = read_rows(folder / "metrics.jsonl")
         config = json.loads((folder / "config.json").read_text())
         losses = [row["loss"] for row in rows[-100:]]
-        evaluated = {row["step"] + 1: row["eval/greedy"] for row in rows if "eval/greedy" in row}
         stage = {
             "stage": folder.name, "steps": len(rows), "seed": config["seed"],
             "seconds": round(rows[-1]["seconds/total"]), "data": config["data"],
-            "evaluated on": config["eval_data"] or config["data"][:1],
-            "loss of the last 100 steps": round(fmean(losses), 4), "greedy by step": evaluated}
+            "loss of the last 100 steps": round(fmean(losses), 4)}
         with open(ROWS, "a") as file:
             print(json.dumps(stage), file=file)
 
@@ -133,7 +125,7 @@ def plateau() -> None:
 
 def card() -> None:
     """base/README.md: what it is, how to build it, and the measured table."""
-    rows = [json.loads(line) for line in ROWS.read_text().splitlines()]
+    rows = read_rows(ROWS)
     lines = ["| task | asked | greedy | sampled | best of 8 | greedy after 600 more steps |",
              "|---|---|---|---|---|---|"]
     asked = {"no": "plainly", "before": "to think first", "after": "to think after"}
@@ -146,7 +138,7 @@ def card() -> None:
             lines.append(f"| {row['world']} | {asked[row['think']]} | {row['greedy']:.3f} | "
                          f"{row['sampled']:.3f} | {row['best of 8']:.3f} | {more} |")
     text = (Path(__file__).parent / "base_model_card.md").read_text()
-    worlds_text = "\n".join(f"- `{spec}`" for spec in (tiny.BASE_FIRST, *tiny.BASE_DATA))
+    worlds_text = "\n".join(f"- `{spec}`" for spec in (tiny.BASE_FIRST, *tiny.BASE_DATA, *tiny.BASE_LAST))
     text = text.replace("<!-- build -->", BUILD).replace("<!-- table -->", "\n".join(lines))
     (BASE / "README.md").write_text(text.replace("<!-- worlds -->", worlds_text))
 
@@ -156,8 +148,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("publish").add_argument("source", type=Path)
-    for name in ("measure", "plateau", "card"):
+    for name in ("plateau", "card"):
         commands.add_parser(name)
+    commands.add_parser("measure").add_argument("model", type=Path, nargs="?", default=BASE)
     commands.add_parser("stages").add_argument("folders", type=Path, nargs="+")
     one = commands.add_parser("one", help="one model on one world, as a JSON object")
     one.add_argument("model", type=Path)
@@ -168,7 +161,7 @@ def main() -> None:
     if given.command == "publish":
         publish(given.source)
     elif given.command == "measure":
-        measure(BASE, "base")
+        measure(given.model, "base" if given.model == BASE else str(given.model))
     elif given.command == "one":
         ranks = fsdp.start_processes(3600)
         row = measure_one(given.model, given.spec, "no", ranks, given.scenes)

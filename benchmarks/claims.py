@@ -37,6 +37,7 @@ from claims_table import CHANCE, GRPO, SFT, Arm, Claim, World
 
 import data as datasets
 import rewards
+import training
 from sources import Sample
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -279,11 +280,9 @@ def answer(job: Job, mode: str) -> tuple[list[list[float]], dict, list[str]]:
     if job.arm.blind:
         command.append("--blind")
     printed, _ = call(job, command, ANSWER_SECONDS)
-    think = False if world.think == "no" else world.think
     scores: dict[str, list[float]] = {}
     for row in claims_report.read_rows(out / "predictions.jsonl"):
-        score = rewards.correct(
-            row["task"], row["completion"], row["answer"], row["image_size"], think=think)
+        score = training.right(world, row)
         scores.setdefault(row["id"], []).append(score)
     metrics = {}
     if mode == "greedy":

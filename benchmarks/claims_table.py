@@ -9,6 +9,8 @@ An arm is one trained (or only answered) policy; a contrast is what the claim sa
 import re
 from dataclasses import dataclass, replace
 
+from tiny import BASE_SCENES as SCENE
+
 GRPO, SFT = "grpo_vl.py", "sft_coldstart.py"  # what trains an arm
 CHANCE = "chance"  # no policy: one fixed answer to all scenes (claims.py §5)
 
@@ -77,9 +79,8 @@ class Claim:
 
 
 # §2 ─────────────────────────── what is chosen, on seeds 10 and above ────────────────────────────
-# The scenes are those that --preset base is trained on; steps and learning rates are the demo's order of
-# size. None of them has been tuned yet.
-SCENE = "size=112x112&shapes=3&colours=3&reach=0.12-0.25"
+# The scenes are those that --preset base is trained on. Steps and learning rates are of the demo's
+# order of size: none of them has been tuned yet.
 GROUNDING = World(
     task="grounding", scene=f"{SCENE}&distractors=1-5",
     steps=100, lr=2e-4, sft_lr=3e-4, max_tokens=32)

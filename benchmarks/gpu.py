@@ -28,7 +28,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -141,8 +140,7 @@ def varlen_is_mask(device, folder) -> dict:
 
 
 def graphs_are_eager(device, folder) -> dict:
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    policy, special, prompts = small_world(device, dtype)
+    policy, special, prompts = small_world(device, fsdp.compute_dtype(device))
     weight = next(policy.parameters())
     options = dict(device=weight.device, dtype=weight.dtype, graphs=True)
     captured, eager = (Sampler(policy.model, special, **options) for _ in range(2))
@@ -160,8 +158,7 @@ def graphs_are_eager(device, folder) -> dict:
 
 
 def sampler_is_trainer(device, folder) -> dict:
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    policy, special, prompts = small_world(device, dtype)
+    policy, special, prompts = small_world(device, fsdp.compute_dtype(device))
     done = rollouts(policy, special, prompts, 100, graphs=device.type == "cuda")
     pack = packing.prepare_attention(packed(prompts, done), device)
     with torch.no_grad():
@@ -174,8 +171,7 @@ def sampler_is_trainer(device, folder) -> dict:
 
 def deterministic(device, folder) -> dict:
     fsdp.use_deterministic_kernels()
-    policy, special, prompts = small_world(
-        device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+    policy, special, prompts = small_world(device, fsdp.compute_dtype(device))
     done = rollouts(policy, special, prompts, 100, graphs=device.type == "cuda")
     pack = packing.prepare_attention(packed(prompts, done), device)
     (one_S, one), (two_S, two) = (logps_and_gradients(policy, pack) for _ in range(2))
@@ -185,8 +181,8 @@ def deterministic(device, folder) -> dict:
 
 def tiny_steps(device, folder) -> dict:
     out = Path(folder) / "tiny"
-    command = [sys.executable, str(HERE.parent / "grpo_vl.py"), "--preset", "tiny", "--steps", "10",
-               "--eval-every", "5", "--eval-samples", "32", "--out", str(out)]
+    command = [sys.executable, str(HERE.parent / "grpo_vl.py"), "--preset", "tiny", "--cold-start", "",
+               "--steps", "10", "--eval-every", "5", "--eval-samples", "32", "--out", str(out)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
@@ -223,8 +219,6 @@ def steps_3b(device, folder) -> dict:
 
 
 def lora_3b(device, folder) -> dict:
-    if "lora" not in {field.name for field in fields(grpo_vl.Config)}:
-        raise NotImplementedError("there is no --lora here")
     return take_steps(build_3b(folder, device), device, 1, lora=32, lr=1e-5)
 
 

@@ -5,6 +5,7 @@ import torch
 from conftest import ROOT
 
 import data
+import fsdp
 import packing
 import sft_coldstart
 import training
@@ -18,7 +19,7 @@ def make_run(processes, **changes):
                  checkpointing=False, micro_tokens=400)
     config = sft_coldstart.Config(**(small | changes))
     run = training.prepare(config, processes, config.model, freeze_vision=config.train == "llm", imitates=True)
-    run.sampler.refresh(run.policy)
+    run.sampler.refresh(fsdp.full_parameters(run.policy))
     return run
 
 
@@ -166,3 +167,8 @@ def test_every_presets_options_are_valid_and_its_drawn_data_opens(name):
         mix = data.open_data(config.data, seed=config.seed)
         assert len({mix[draw].task for draw in range(60)}) == (5 if config.think == "all" else 1)
     assert config.after in ("", *sft_coldstart.PRESETS)
+
+
+def test_a_stage_after_nothing_that_is_known_is_refused():
+    with pytest.raises(ValueError, match=r"--after is 'bse'; choose from .*base-1"):
+        sft_coldstart.Config(after="bse")

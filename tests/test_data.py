@@ -4,7 +4,7 @@ import pytest
 from small import HERE, SMALL, pictures_of, write
 
 import data
-from data import DataError, check, open_data
+from data import DataError, Mixture, check, open_data
 from pictures import Synthetic
 from sources import DrawnSource
 
@@ -164,3 +164,9 @@ def test_check_looks_at_what_is_held_out_too(tmp_path):
 def test_drawn_traces_have_the_solution_as_response():
     sample = open_data(["synthetic:math?text=1&objects=3-3&traces=1"]).at(0)
     assert sample.response.endswith(f"<answer>\\boxed{{{sample.answer}}}</answer>") and not sample.images
+
+
+def test_sources_take_turns():
+    """Three, one and two samples: the first ones, then the second ones of those that have any."""
+    mix = Mixture([["a0", "a1", "a2"], ["b0"], ["c0", "c1"]])
+    assert [mix.at(index) for index in mix.in_turn()] == ["a0", "b0", "c0", "a1", "c1", "a2"]

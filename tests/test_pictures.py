@@ -244,6 +244,13 @@ def test_traces_are_of_sums_as_text_only():
         Synthetic("math", traces=1)
 
 
+@pytest.mark.parametrize("task, option", [
+    ("counting", "coloured"), ("grounding", "ordered"), ("math", "numbers"), ("ocr", "text"), ("detection", "traces")])
+def test_an_option_of_another_task_is_refused(task, option):
+    with pytest.raises(ValueError, match=f"{option}=1 is an option of"):
+        Synthetic(task, **{option: 1})
+
+
 def test_drawn_detection_names_colours_and_drawn_text_holds_numbers_if_asked():
     plain, named = Synthetic("detection"), Synthetic("detection", coloured=1)
     for item in range(3):

@@ -26,7 +26,7 @@ def world(request):
 def sampler(world):
     policy, _, _, special, _ = world
     sampler = Sampler(policy.model, special)
-    sampler.refresh(policy)
+    sampler.refresh(policy.named_parameters())
     return sampler
 
 
@@ -91,7 +91,7 @@ def test_shapes_in_buckets_change_no_rollout(world):
     biased = Policy(model, policy.banned_V)
     exact, bucketed = Sampler(model, special), Sampler(model, special, graphs=True)
     for one in (exact, bucketed):
-        one.refresh(biased)
+        one.refresh(biased.named_parameters())
     for count, group in ((4, 5), (3, 3), (4, 5)):  # the last finds its shape's batch with old contents
         noise = uniforms(prompts[:count], group=group, length=200, seed=count)
         expected = exact.generate(prompts[:count], noise, 200)
@@ -168,7 +168,7 @@ def test_captured_graphs_outlive_a_growing_cache(world, monkeypatch):
     recorder, exact = Recorder(monkeypatch), Sampler(policy.model, special)
     sampler = recorder.sampler(policy.model, special)
     for one in (sampler, exact):
-        one.refresh(policy)
+        one.refresh(policy.named_parameters())
     for count, group in ((1, 2), (4, 3), (4, 5), (4, 3)):
         noise = uniforms(prompts[:count], group=group, length=40)
         found = sampler.generate(prompts[:count], noise, 40)
@@ -181,7 +181,7 @@ def test_a_frozen_tower_is_run_once_for_sampling_and_training(world, monkeypatch
     """Features kept by the sampler give the log-probs that pixels give, and the tower is not run again."""
     policy, _, tokenizer, special, _ = world
     keeping = Sampler(policy.model, special, keep_features=True)
-    keeping.refresh(policy)
+    keeping.refresh(policy.named_parameters())
     mine = [encode_chat(tokenizer, special, "red circle 12", [noise_image(84, 84, 3)]),
             encode_chat(tokenizer, special, "no image"),
             encode_chat(tokenizer, special, "two", [noise_image(56, 84, 4), noise_image(84, 56, 5)])]
@@ -249,7 +249,7 @@ def test_a_small_budget_changes_no_rollout(stopping, monkeypatch, places, graphs
     free = Sampler(policy.model, special, graphs=graphs)
     tight = Sampler(policy.model, special, kv_gb=kv_gib(places), graphs=graphs)
     for one in (free, tight):
-        one.refresh(policy)
+        one.refresh(policy.named_parameters())
     shapes = recorded_shapes(tight, monkeypatch)
     expected, found = free.generate(prompts, noise, 40), tight.generate(prompts, noise, 40)
     assert tokens_of(found) == tokens_of(expected)
@@ -274,7 +274,7 @@ def test_rows_start_by_what_they_hold_and_are_split_as_they_grow(stopping, monke
     length = len(prompts[1].ids)
     # 4 prompts, 2 rows of 8 places: 4·(L + 16); with 16 places 4·(L + 32); that is the budget
     sampler = Sampler(policy.model, replace(special, stops=(-1,)), kv_gb=kv_gib(4 * (length + 32)))
-    sampler.refresh(policy)
+    sampler.refresh(policy.named_parameters())
     shapes = recorded_shapes(sampler, monkeypatch)
     rollouts = sampler.generate([prompts[1]] * 4, uniforms(prompts, group=2, length=40), 40)
     assert [len(tokens) for tokens in tokens_of(rollouts)] == [40] * 8
@@ -304,7 +304,7 @@ def test_few_shapes_are_captured_and_the_oldest_dropped(stopping, monkeypatch):
     recorder, exact = Recorder(monkeypatch), Sampler(policy.model, special)
     sampler = recorder.sampler(policy.model, special)
     for one in (sampler, exact):
-        one.refresh(policy)
+        one.refresh(policy.named_parameters())
     shapes = recorded_shapes(sampler, monkeypatch)
     for seed in range(4):
         noise = uniforms(prompts, group=6, length=50, seed=seed)
@@ -351,7 +351,7 @@ def test_rows_stop_at_stop_ids_and_make_room(world):
         model.lm_head.weight[special.im_end] *= 6.0
     biased = Policy(model, policy.banned_V)
     sampler = Sampler(model, special)
-    sampler.refresh(biased)
+    sampler.refresh(biased.named_parameters())
     noise = uniforms(prompts, group=8, length=40)
     rollouts = sampler.generate(prompts, noise, 40)
     lengths = [len(tokens) for tokens in tokens_of(rollouts)]
@@ -368,7 +368,7 @@ def test_compaction_waits_until_it_halves_the_places(world, monkeypatch):
     """Living rows 4 + 1 + 1 of 3 · 4: compacting would copy all keys and free nothing. 2 + 1 + 1: 3 · 2 places remain."""
     _, _, _, special, prompts = world
     sampler, asked = Sampler(world[0].model, special), []
-    sampler.refresh(world[0])
+    sampler.refresh(world[0].named_parameters())
     stop, go = special.im_end, 200
     last = [[go, stop, stop, stop]] * 2
     rounds = [[[go] * 4, *last], [[go, go, stop, stop], *last]]
@@ -399,7 +399,7 @@ def test_a_placeholder_cannot_be_sampled(world):
     with torch.no_grad():
         model.lm_head.weight[sorted(forbidden)] *= 50.0
     sampler = Sampler(model, special)
-    sampler.refresh(Policy(model, policy.banned_V))
+    sampler.refresh(Policy(model, policy.banned_V).named_parameters())
     rollouts = sampler.generate(prompts, uniforms(prompts, group=16, length=20), 20)
     assert forbidden == set(torch.nonzero(policy.banned_V).flatten().tolist())
     assert not forbidden & {token for tokens in tokens_of(rollouts) for token in tokens}

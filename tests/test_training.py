@@ -267,7 +267,7 @@ def test_every_preset_takes_two_steps_on_a_file_in_the_true_format(alone, preset
     small = dict(model="tiny", data=(spec,), prompts=2, group=2, max_tokens=6, max_tokens_at=(), out=str(tmp_path), eval_every=0)
     config = grpo_vl.Config(**(grpo_vl.PRESETS[preset] | small))
     run = training.prepare(config, alone, config.model, beta=config.beta)
-    run.sampler.refresh(run.policy)
+    run.sampler.refresh(fsdp.full_parameters(run.policy))
     metrics = [grpo_vl.train_step(run, step) for step in range(2)]
     assert metrics[1]["step"] == 1 and metrics[1]["sampler_gap"] < 1e-5 and metrics[1]["groups"] == 2
     assert (tmp_path / "samples" / "step-0.json").exists()
@@ -553,3 +553,11 @@ def gloo_threads(ranks):
 def test_gloo_has_one_worker_thread(pair):
     """Two of them write one string without a lock, and now and then end the process."""
     assert pair.run("test_training.gloo_threads") == [1, 1]
+
+
+def test_an_evaluation_of_several_worlds_asks_each(alone):
+    worlds = (ranks.WORLD, "synthetic:math?text=1", "synthetic:ocr?size=56x56")
+    run = ranks.make_run(alone, data=worlds, eval_every=1, eval_samples=6, max_tokens=2)
+    rows, _ = training.evaluate(run, 2)
+    asked = [row["task"] for row in rows if row["mode"] == "greedy"]
+    assert asked == ["grounding", "math", "ocr"] * 2

@@ -85,7 +85,7 @@ def test_prompt_sampler_and_trainer_with_true_ids(tokenizer):
     assert prompt.ids[:2] == [151644, 8948]  # <|im_start|>system
     policy = Policy(model, special.banned_V)
     sampler = Sampler(model, special)
-    sampler.refresh(policy)
+    sampler.refresh(policy.named_parameters())
     (rollouts,) = sampler.generate([prompt], [keyed_uniforms(0, 0, "x", 4, 6)], 6)
     pack = prepare_attention(pack_groups([Group(prompt, rollouts)]), torch.device("cpu"))
     with torch.no_grad():
