@@ -26,7 +26,7 @@ import run_folder
 import training
 from options import Options, check_data, parse_config, think_of
 from qwen_vl import Completion
-from tiny import BASE_DATA, BASE_FIRST, BASE_LAST, WORLD
+from tiny import BASE_BOXES, BASE_GROWING, BASE_LAST, BASE_SMALL, WORLD
 from training import Run
 
 
@@ -67,17 +67,17 @@ PRESETS = {
     "tiny": SMALL | dict(  # what a CPU learns in minutes, from random weights
         model="tiny", data=(WORLD,), train="all", steps=500, lr=1e-3, schedule="constant",
         eval_tokens=24),
-    # A longer one, in four stages: to see (every object's box in every answer), all tasks, the same
-    # under a falling learning rate, and more of what lags behind.
+    # A longer one, in four stages: to see (every object's box in every answer), all tasks where one
+    # shape fills an image token, the same tasks in larger images, and all of it more slowly.
     "base-1": SMALL | STAGE | dict(
-        data=(BASE_FIRST,), steps=2000, eval_tokens=160, out="runs/base/detection"),
+        data=BASE_BOXES, batch=48, steps=2000, eval_tokens=160, out="runs/base/boxes"),
     "base-2": SMALL | STAGE | dict(
-        after="base-1", data=BASE_DATA, think="all", steps=4000, out="runs/base/tasks"),
+        after="base-1", data=BASE_SMALL, think="all", steps=2500, out="runs/base/small"),
     "base-3": SMALL | STAGE | dict(
-        after="base-2", data=BASE_DATA, think="all", steps=3000, schedule="cosine", seed=1,
-        out="runs/base/falling"),
+        after="base-2", data=BASE_GROWING, think="all", steps=3500, seed=1,
+        out="runs/base/growing"),
     "base": SMALL | STAGE | dict(
-        after="base-3", data=BASE_LAST, think="all", steps=2600, schedule="cosine", seed=3,
+        after="base-3", data=BASE_LAST, think="all", steps=3000, lr=5e-4, seed=2,
         out="runs/base/last"),
 }
 

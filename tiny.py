@@ -21,28 +21,40 @@ TINY = ("tiny", "tiny-untied")  # names of the stand-in
 # What it is trained on: small scenes, few shapes and colours, so that minutes on a CPU suffice.
 WORLD = "synthetic:grounding?size=56x56&shapes=2&colours=3&distractors=1-2&reach=0.3-0.5"
 # What a longer training draws (sft_coldstart.py --preset base): every task, all forms of thinking.
-BASE_FIRST = "synthetic:detection?size=84x84&objects=1-3&shapes=3&colours=3&coloured=1"
-BASE_SCENES = "size=112x112&shapes=3&colours=3&reach=0.12-0.25"
-DETECTION = f"synthetic:detection?{BASE_SCENES}&objects=1-8&coloured=1"
-GROUNDING = f"synthetic:grounding?{BASE_SCENES}&distractors=1-5"
-COUNTING = f"synthetic:counting?{BASE_SCENES}&objects=1-5&distractors=1-3"
+# Boxes are learnt from boxes, and a named one among others first where it fills four image tokens.
+BASE_SCENES = "size=84x84&shapes=3&colours=3"
+FEW = f"synthetic:detection?{BASE_SCENES}&objects=1-3&coloured=1"
+DETECTION = f"synthetic:detection?{BASE_SCENES}&objects=1-6&coloured=1"
+GROUNDING = f"synthetic:grounding?{BASE_SCENES}&distractors=1-3"
+COUNTING = f"synthetic:counting?{BASE_SCENES}&objects=1-4&distractors=1-2"
+OCR = "synthetic:ocr?size=84x84&objects=1-1&numbers=1"
 SUMS = "synthetic:math?size=84x84&objects=2-2"
-SUMS_AS_TEXT = "synthetic:math?text=1&objects=2-3"
-BASE_DATA = (
-    f"{DETECTION}:4",
-    f"{GROUNDING}:2",
-    f"{COUNTING}:1.5",
-    "synthetic:ocr?size=84x84&objects=1-2&numbers=1:1.5",
+SUMS_AS_TEXT = "synthetic:math?text=1&objects=2-2"
+SMALL_SCENES = "size=56x56&shapes=3&colours=3&reach=0.3-0.5"
+BASE_BOXES = (f"{FEW}:2", f"{SUMS_AS_TEXT}:1")
+BASE_SMALL = (
+    f"{FEW}:2",
+    f"synthetic:grounding?{SMALL_SCENES}&distractors=1-2:4",
+    f"synthetic:counting?{SMALL_SCENES}&objects=1-3&distractors=1-1:1",
+    f"{OCR}:2",
     f"{SUMS}:1.5",
-    f"{SUMS_AS_TEXT}:1")
+    f"{SUMS_AS_TEXT}:1.5")
+BASE_GROWING = (
+    f"{DETECTION}:2",
+    f"synthetic:grounding?{SMALL_SCENES}&distractors=1-2:2",
+    f"{GROUNDING}:3",
+    f"{COUNTING}:2",
+    f"{OCR}:3",
+    f"{SUMS}:2.5",
+    f"{SUMS_AS_TEXT}:1.5")
 BASE_LAST = (
-    f"synthetic:grounding?{BASE_SCENES}&distractors=1-1:2",
+    f"{FEW}:1",
+    f"{DETECTION}:1",
     f"{GROUNDING}:3",
     f"{COUNTING}:1.5",
-    f"{DETECTION}:1.5",
-    "synthetic:ocr?size=84x84&objects=1-1&numbers=1:2.5",
-    f"{SUMS}:1",
-    f"{SUMS_AS_TEXT}:1")
+    f"{OCR}:3",
+    f"{SUMS}:2.5",
+    f"{SUMS_AS_TEXT}:1.5")
 TINY_CORPUS = """\
 You are a helpful assistant. system user assistant Output the bounding box of the in the image.
 Output all the bounding boxes of the Please output bbox coordinates and names of OCR this image.
