@@ -72,12 +72,12 @@ PRESETS = {
     "base-1": SMALL | STAGE | dict(
         data=BASE_BOXES, batch=48, steps=2000, eval_tokens=160, out="runs/base/boxes"),
     "base-2": SMALL | STAGE | dict(
-        after="base-1", data=BASE_SMALL, think="all", steps=2500, out="runs/base/small"),
+        after="base-1", batch=40, data=BASE_SMALL, think="all", steps=2500, out="runs/base/small"),
     "base-3": SMALL | STAGE | dict(
-        after="base-2", data=BASE_GROWING, think="all", steps=3500, seed=1,
+        after="base-2", batch=40, data=BASE_GROWING, think="all", steps=3500, seed=1,
         out="runs/base/growing"),
     "base": SMALL | STAGE | dict(
-        after="base-3", data=BASE_LAST, think="all", steps=3000, lr=5e-4, seed=2,
+        after="base-3", batch=40, data=BASE_LAST, think="all", steps=3000, lr=5e-4, seed=2,
         out="runs/base/last"),
 }
 

@@ -33,28 +33,28 @@ SUMS_AS_TEXT = "synthetic:math?text=1&objects=2-2"
 SMALL_SCENES = "size=56x56&shapes=3&colours=3&reach=0.3-0.5"
 BASE_BOXES = (f"{FEW}:2", f"{SUMS_AS_TEXT}:1")
 BASE_SMALL = (
-    f"{FEW}:2",
+    f"{FEW}:5",
     f"synthetic:grounding?{SMALL_SCENES}&distractors=1-2:4",
     f"synthetic:counting?{SMALL_SCENES}&objects=1-3&distractors=1-1:1",
     f"{OCR}:2",
     f"{SUMS}:1.5",
-    f"{SUMS_AS_TEXT}:1.5")
+    f"{SUMS_AS_TEXT}:1")
 BASE_GROWING = (
-    f"{DETECTION}:2",
+    f"{DETECTION}:3",
     f"synthetic:grounding?{SMALL_SCENES}&distractors=1-2:2",
     f"{GROUNDING}:3",
     f"{COUNTING}:2",
     f"{OCR}:3",
     f"{SUMS}:2.5",
-    f"{SUMS_AS_TEXT}:1.5")
+    f"{SUMS_AS_TEXT}:1")
 BASE_LAST = (
-    f"{FEW}:1",
+    f"{FEW}:3",
     f"{DETECTION}:1",
     f"{GROUNDING}:3",
     f"{COUNTING}:1.5",
     f"{OCR}:3",
     f"{SUMS}:2.5",
-    f"{SUMS_AS_TEXT}:1.5")
+    f"{SUMS_AS_TEXT}:1")
 TINY_CORPUS = """\
 You are a helpful assistant. system user assistant Output the bounding box of the in the image.
 Output all the bounding boxes of the Please output bbox coordinates and names of OCR this image.
