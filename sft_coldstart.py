@@ -26,7 +26,7 @@ import run_folder
 import training
 from options import Options, check_data, parse_config, think_of
 from qwen_vl import Completion
-from tiny import BASE_BOXES, BASE_GROWING, BASE_LAST, BASE_SMALL, WORLD
+from tiny import BASE_BOXES, BASE_GROWING, BASE_LAGGING, BASE_LAST, BASE_SMALL, WORLD
 from training import Run
 
 
@@ -67,8 +67,9 @@ PRESETS = {
     "tiny": SMALL | dict(  # what a CPU learns in minutes, from random weights
         model="tiny", data=(WORLD,), train="all", steps=500, lr=1e-3, schedule="constant",
         eval_tokens=24),
-    # A longer one, in four stages: to see (every object's box in every answer), all tasks where one
-    # shape fills an image token, the same tasks in larger images, and all of it more slowly.
+    # A longer one, in five stages: to see (every object's box in every answer), all tasks where one
+    # shape fills an image token, the same tasks in larger images, what lags behind by itself, and
+    # all of it more slowly.
     "base-1": SMALL | STAGE | dict(
         data=BASE_BOXES, batch=48, steps=2000, eval_tokens=160, out="runs/base/boxes"),
     "base-2": SMALL | STAGE | dict(
@@ -76,8 +77,10 @@ PRESETS = {
     "base-3": SMALL | STAGE | dict(
         after="base-2", batch=40, data=BASE_GROWING, think="all", steps=3500, seed=1,
         out="runs/base/growing"),
+    "base-4": SMALL | STAGE | dict(
+        after="base-3", batch=40, data=BASE_LAGGING, steps=700, seed=3, out="runs/base/lagging"),
     "base": SMALL | STAGE | dict(
-        after="base-3", batch=40, data=BASE_LAST, think="all", steps=3000, lr=5e-4, seed=2,
+        after="base-4", batch=40, data=BASE_LAST, think="all", steps=2500, lr=5e-4, seed=2,
         out="runs/base/last"),
 }
 

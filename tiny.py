@@ -47,6 +47,10 @@ BASE_GROWING = (
     f"{OCR}:3",
     f"{SUMS}:2.5",
     f"{SUMS_AS_TEXT}:1")
+BASE_LAGGING = (
+    f"synthetic:grounding?{SMALL_SCENES}&distractors=1-2:3",
+    f"{GROUNDING}:3",
+    f"{SUMS}:2")
 BASE_LAST = (
     f"{FEW}:3",
     f"{DETECTION}:1",
