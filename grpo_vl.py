@@ -35,6 +35,7 @@ import reward_function
 import run_folder
 import sft_coldstart
 import training
+from measures import add_sums, sampler_gap, spread, step_metrics, sum_and_count
 from noise import keyed_uniforms
 from options import Options, check_data, given, parse_config
 from qwen_vl import Group
@@ -179,7 +180,7 @@ def collect_groups(run: Run, step: int) -> tuple[list[Group], dict[int, list[flo
         # `together`: a signal or a bad sample on one rank stops all of them, and none hangs.
         new = training.together(run, partial(sample_groups, run, step, attempt))
         if config.dynamic_sampling:
-            new = [group for group in new if run_folder.spread(group.rewards) > 1e-6]
+            new = [group for group in new if spread(group.rewards) > 1e-6]
         groups += new
         for part in run.processes.gather({group.draw: group.rewards for group in new}):
             rewards_of |= part
@@ -353,14 +354,6 @@ def kl_estimate(log_ratio: torch.Tensor, kind: str) -> torch.Tensor:
     raise ValueError(f"kl={kind!r} in the loss: choose k2 or k3, k1's gradient has mean zero")
 
 
-def sum_and_count(values_S, counted_S=None) -> torch.Tensor:
-    """[sum, count] of the values that count (all, unless told), in float64, on their device."""
-    if counted_S is None:
-        counted_S = torch.ones_like(values_S, dtype=torch.bool)
-    total = torch.where(counted_S, values_S, 0).sum(dtype=torch.float64)
-    return torch.stack([total, counted_S.sum().double()])
-
-
 # §5 ─────────────────────────────────────── train_step ───────────────────────────────────────
 def train_step(run: Run, step: int) -> dict:
     """One batch of GRPO [DSM Algorithm 1]. Returns the step's metrics, the same on every rank."""
@@ -417,7 +410,7 @@ def train_step(run: Run, step: int) -> dict:
 
     if ranks.rank == 0 and config.pictures_every and step % config.pictures_every == 0:
         run_folder.save_rollouts(Path(config.out), step, groups)
-    metrics = run_folder.step_metrics(ranks, rollouts, rewards_PG, sums, clock)
+    metrics = step_metrics(ranks, rollouts, rewards_PG, sums, clock)
     metrics["loss"] = sum(ranks.gather(total_loss.item())) / config.inner_steps
     if config.kl == "k1" and config.beta:
         metrics["reward_minus_kl"] = penalised_PG.nanmean().item()
@@ -462,14 +455,6 @@ def sequence_kl(run: Run, groups: list[Group], packs, sampler_logp, ref_logp, su
     return as_PG(dict(sorted(kl_of.items())), run.config.group)  # in order of draws, as rewards
 
 
-def sampler_gap(packs, old_logp, sampler_logp, weight_B) -> torch.Tensor:
-    """[sum, count] of |log π_old − log π_sampler| over the tokens that are trained on."""
-    total = torch.zeros(2, dtype=torch.float64, device=weight_B.device)
-    for pack, old_S, sampled_S in zip(packs, old_logp, sampler_logp):
-        total += sum_and_count((old_S - sampled_S).abs(), weight_B[pack.row_S] > 0)
-    return total
-
-
 def rollout_weights(config: Config, step: int, ranks, rollouts: list, sequences: int):
     """token_weights of this rank's rollouts, normalised over the `sequences` of all ranks. [B]"""
     lengths = []
@@ -484,12 +469,6 @@ def rollout_weights(config: Config, step: int, ranks, rollouts: list, sequences:
         torch.tensor(lengths), loss=config.loss, max_tokens=longest(config, step),
         norm=max(norm, 1))
     return weight_B.float().to(ranks.device)
-
-
-def add_sums(sums: dict, stats: dict) -> None:
-    """Add [sum, count] tensors to the running ones, on their device: no wait for a GPU."""
-    for name, pair in stats.items():
-        sums[name] = sums.get(name, 0) + pair
 
 
 # §6 ────────────────────────────────────────── main ──────────────────────────────────────────

@@ -275,25 +275,6 @@ def test_an_exception_on_one_rank_ends_both(tmp_path, fault):
 
 
 # ── seen while it runs ──
-def history(**metrics):
-    """Twenty steps: (value in the first ten, value in the last ten)."""
-    return [{name: values[step >= 10] for name, values in metrics.items()} for step in range(20)]
-
-
-@pytest.mark.parametrize("name, healthy, sick, advice", [
-    ("zero_variance", (0.2, 0.5), (0.2, 0.9), "--dynamic-sampling"),
-    ("entropy", (2.0, 0.5), (2.0, 0.1), "--clip-high"),
-    ("sampler_gap", (0.05, 0.08), (0.02, 0.07), "--tis"),
-    ("truncated", (0.9, 0.1), (0.1, 0.6), "--max-tokens"),
-    ("kl", (0.01, 0.5), (0.01, 1.5), "--beta"),
-    ("reward/format", (0.5, 0.9), (0.9, 0.6), "samples/"),
-])
-def test_a_sick_run_is_told_in_words(name, healthy, sick, advice):
-    assert run_folder.symptoms(history(**{name: healthy})) == []
-    (sentence,) = run_folder.symptoms(history(**{name: sick}))
-    assert sentence.startswith(f"{name} is {sick[1]:.3g}, at first {sick[0]:.3g}") and advice in sentence
-
-
 def test_the_log_is_flushed_and_warns(alone, tmp_path, capsys):
     config = grpo_vl.Config(**SMALL | dict(out=str(tmp_path)))
     (tmp_path / "metrics.jsonl").write_text("")

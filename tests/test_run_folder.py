@@ -348,12 +348,3 @@ def test_the_longest_held_out_answer_follows_the_step(alone, tmp_path, monkeypat
 def test_options_out_of_range_are_refused(changes, said):
     with pytest.raises(ValueError, match=said):
         grpo_vl.Config(**changes)
-
-
-def test_a_steps_sums_are_read_from_the_device_once(alone, monkeypatch):
-    sums = {"entropy": torch.tensor([6.0, 4.0]), "ratio": torch.tensor([3.0, 3.0]), "clip_low": torch.tensor([1.0, 4.0])}
-    read, tolist = [], torch.Tensor.tolist
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda values: read.append(values.shape) or tolist(values))
-    metrics = run_folder.step_metrics(alone, [], torch.tensor([[1.0, 0.0, 0.5]]), sums, [0.0, 1.0])
-    assert (metrics["entropy"], metrics["ratio"], metrics["clip_low"]) == (1.5, 1.0, 0.25)
-    assert [shape for shape in read if shape[-1] == 2] == [(3, 2)]  # all pairs at once; rewards have three columns
