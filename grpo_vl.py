@@ -37,10 +37,10 @@ import sft_coldstart
 import training
 from measures import add_sums, sampler_gap, spread, step_metrics, sum_and_count
 from noise import keyed_uniforms
-from options import Options, check_data, given, parse_config
+from options import Options, check_data, parse_config, without_effect
 from qwen_vl import Group
 from run_folder import say
-from tiny import TINY, WORLD
+from tiny import WORLD
 from training import Run, draw_groups, learning_rate, optimizer_step
 
 
@@ -114,27 +114,6 @@ def clip_range(config: Config) -> tuple[float, float]:
     if config.clip_high is not None:
         high = config.clip_high
     return low, high
-
-
-def without_effect(config: Config) -> list[str]:
-    """Sentences about options that were given but act only together with others."""
-    found = []
-    asked = given(config, "ratio", "clip_low", "clip_high")
-    if asked and config.inner_steps == 1:  # ∇ of a sequence's ratio is then the tokens' mean ∇ too
-        found.append(f"{', '.join(asked)}: no effect at --inner-steps 1, where every ratio is 1")
-    if config.beta == 0:
-        found += [f"{flag}: no effect at --beta 0" for flag in given(config, "kl")]
-    if config.overlong != "soft":
-        asked = given(config, "overlong_buffer")
-        found += [f"{flag}: acts with --overlong soft only" for flag in asked]
-    if config.scale == "none":
-        found += [f"{flag}: no effect at --scale none" for flag in given(config, "std")]
-    if config.eval_every == 0:
-        asked = given(config, "eval_data", "eval_samples", "blind")
-        found += [f"{flag}: no effect at --eval-every 0" for flag in asked]
-    if config.schedule == "constant" and config.warmup >= config.steps:
-        found.append(f"--warmup {config.warmup}: --lr is not reached in {config.steps} steps")
-    return found
 
 
 def longest(config: Config, step: int) -> int:
@@ -367,7 +346,7 @@ def train_step(run: Run, step: int) -> dict:
 
     # 2. Pack this rank's, the prompt once: [prompt | o_1 | … | o_G]. row_S: a token's rollout.
     packs = packing.pack_for_ranks(groups, config.micro_tokens, run.special, ranks)
-    sampler_logp = sampled_logps(rollouts, packs, ranks.device)
+    sampler_logp = packing.sampled_logps(rollouts, packs, ranks.device)
 
     # 3. log π_ref, if β > 0. k1 goes into the reward: r ← r − β·Σ_t (log π_sampler − log π_ref).
     ref_logp = reference_logps(run, packs)
@@ -421,12 +400,6 @@ def train_step(run: Run, step: int) -> dict:
 def as_PG(values_of: dict[int, list[float]], group: int) -> torch.Tensor:
     """{draw: G numbers} as [P, G] in float64; P may be 0."""
     return torch.tensor(list(values_of.values()), dtype=torch.float64).view(-1, group)
-
-
-def sampled_logps(rollouts: list, packs: list[packing.Pack], device) -> list[torch.Tensor]:
-    """The sampler's log-probability of each scored token, [S] a pack: packs keep their order."""
-    flat = torch.tensor([logp for completion in rollouts for logp in completion.logps])
-    return list(flat.to(device).split([len(pack.target_S) for pack in packs]))
 
 
 def reference_logps(run: Run, packs: list[packing.Pack]) -> list[torch.Tensor | None]:
@@ -485,59 +458,24 @@ def train(run: Run, stopped=None) -> bool:
             progress.abandon(error)
         else:
             progress.add(metrics)
-            warn_if_nothing_is_earned(run, progress)
     return progress.finish()
 
 
-def warn_if_nothing_is_earned(run: Run, progress: training.Progress) -> None:
-    """After ten steps without any reward, one truth and one completion side by side."""
-    history = progress.log.history if progress.log else []
-    if len(history) == 10 and not any(row["reward"] for row in history):
-        truth, completion = run.example
-        say("every reward so far is 0: look at samples/, is it the truth's form or the model's?\n"
-            f"  truth:      {truth!r:.200}\n  completion: {completion!r:.200}")
-
-
-def ensure_cold_start(config: Config, ranks: fsdp.Processes, stopped) -> str | None:
-    """The checkpoint to begin with. The stand-in's is made if it is missing; None: it was stopped.
-
-    Errors: SystemExit if a real model's cold start is missing, or another run lies in its place.
-    """
-    if not config.cold_start:
-        return config.model
-    folder = Path(config.cold_start)
-    model = ranks.gather(sft_coldstart.find_model(folder))[0]  # rank 0's look at the file system
-    if model is not None:
-        return str(model)
-    if config.model not in TINY:
-        raise SystemExit(f"there is no cold start in {folder}: python sft_coldstart.py --model "
-                         f"{config.model} --data … --out {folder} makes one")
-    options = sft_coldstart.PRESETS["tiny"] | {
-        "model": config.model, "out": str(folder), "seed": config.seed, "think": config.think,
-        "timeout": config.timeout}
-    return sft_coldstart.model_of(sft_coldstart.Config(**options), ranks, stopped)
-
-
 def main(arguments: list[str] | None = None) -> None:
-    gpu = torch.cuda.is_available()
-    config = parse_config(Config, arguments, PRESETS, __doc__, gpu)
+    config = parse_config(Config, arguments, PRESETS, __doc__, torch.cuda.is_available())
     if config.plan:
         return fsdp.plan(config, longest(config, config.steps))
     if config.check:
         return check_data(config)
     if not run_folder.claim(config):
         return None
-    try:
-        reward = reward_function.load(config.reward)
-        reward_function.check_options(json.loads(config.reward_options), reward)
-    except ValueError as error:
-        raise SystemExit(f"--reward, --reward-options {config.reward_options}: {error}") from None
+    reward = reward_function.chosen(config.reward, config.reward_options)
     for sentence in without_effect(config):
         say(f"note: {sentence}")
     stopped = training.watch_signals()
     with training.one_run():
         ranks = fsdp.start_processes(config.timeout, deterministic=config.deterministic)
-        source = ensure_cold_start(config, ranks, stopped)
+        source = sft_coldstart.model_for(config, ranks, stopped)
         if source is not None:
             run = training.prepare(
                 config, ranks, source, freeze_vision=config.freeze_vision, beta=config.beta,

@@ -115,6 +115,27 @@ def given(config, *names: str) -> list[str]:
     return [flag_of(name) for name in names if getattr(config, name) != defaults[name]]
 
 
+def without_effect(config) -> list[str]:
+    """Sentences about options that were given but act only together with others."""
+    found = []
+    asked = given(config, "ratio", "clip_low", "clip_high")
+    if asked and config.inner_steps == 1:  # ∇ of a sequence's ratio is then the tokens' mean ∇ too
+        found.append(f"{', '.join(asked)}: no effect at --inner-steps 1, where every ratio is 1")
+    if config.beta == 0:
+        found += [f"{flag}: no effect at --beta 0" for flag in given(config, "kl")]
+    if config.overlong != "soft":
+        asked = given(config, "overlong_buffer")
+        found += [f"{flag}: acts with --overlong soft only" for flag in asked]
+    if config.scale == "none":
+        found += [f"{flag}: no effect at --scale none" for flag in given(config, "std")]
+    if config.eval_every == 0:
+        asked = given(config, "eval_data", "eval_samples", "blind")
+        found += [f"{flag}: no effect at --eval-every 0" for flag in asked]
+    if config.schedule == "constant" and config.warmup >= config.steps:
+        found.append(f"--warmup {config.warmup}: --lr is not reached in {config.steps} steps")
+    return found
+
+
 def data_options(config) -> dict:
     """What data.open_data and data.check take of a configuration."""
     names = ("seed", "min_pixels", "max_pixels", "fields", "skip_bad", "heldout")

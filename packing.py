@@ -175,6 +175,12 @@ def filler(special: SpecialIds) -> Pack:
     return pack_groups([Group(nothing, completions=[])])
 
 
+def sampled_logps(rollouts: list, packs: list[Pack], device) -> list[torch.Tensor]:
+    """The sampler's log-probability of each scored token, [S] a pack: packs keep their order."""
+    flat = torch.tensor([logp for completion in rollouts for logp in completion.logps])
+    return list(flat.to(device).split([len(pack.target_S) for pack in packs]))
+
+
 # §2 ───────────────────────────────────── who sees whom ───────────────────────────────────────
 # Token i attends to j ≤ i with group(j) = group(i) and segment(j) ∈ {0, segment(i)}: the prompt and
 # its own completion. Two ways to compute the same thing:

@@ -6,6 +6,7 @@ by name also sample, truncated and the options of --reward-options. It returns a
 import functools
 import importlib.util
 import inspect
+import json
 import math
 import os
 from collections.abc import Callable
@@ -30,6 +31,19 @@ def load(spec: str) -> Callable:
     file.loader.exec_module(module)
     check(callable(getattr(module, name, None)), f"--reward {spec}: {path} has no such function")
     return functools.partial(hand, getattr(module, name))
+
+
+def chosen(spec: str, options: str) -> Callable:
+    """What --reward and --reward-options (JSON) choose, looked at before anything is trained.
+
+    Errors: SystemExit naming the option that is wrong.
+    """
+    try:
+        reward = load(spec)
+        check_options(json.loads(options), reward)
+    except ValueError as error:
+        raise SystemExit(f"--reward, --reward-options {options}: {error}") from None
+    return reward
 
 
 def hand(function, task, completion, answer, image_size=None, **further):

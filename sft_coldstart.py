@@ -23,10 +23,10 @@ import fsdp
 import packing
 import rewards
 import run_folder
+import tiny
 import training
 from options import Options, check_data, parse_config, think_of
 from qwen_vl import Completion
-from tiny import BASE_BOXES, BASE_GROWING, BASE_LAGGING, BASE_LAST, BASE_SMALL, WORLD
 from training import Run
 
 
@@ -61,26 +61,26 @@ class Config(Options):
 SMALL = dict(batch=32, max_tokens=256, eval_every=100, checkpointing=False, micro_tokens=4096)
 STAGE = dict(
     model="tiny", train="all", lr=1e-3, schedule="constant", max_tokens=512, eval_every=400,
-    eval_tokens=256, save_every=400, keep=1)
+    eval_tokens=256, save_every=400, keep=1, batch=40)
 PRESETS = {
     "ovr-coldstart": dict(data=("traces:cold_start.jsonl",)),  # the defaults are OVR's
     "tiny": SMALL | dict(  # what a CPU learns in minutes, from random weights
-        model="tiny", data=(WORLD,), train="all", steps=500, lr=1e-3, schedule="constant",
+        model="tiny", data=(tiny.WORLD,), train="all", steps=500, lr=1e-3, schedule="constant",
         eval_tokens=24),
     # A longer one, in five stages: to see (every object's box in every answer), all tasks where one
     # shape fills an image token, the same tasks in larger images, what lags behind by itself, and
     # all of it more slowly.
     "base-1": SMALL | STAGE | dict(
-        data=BASE_BOXES, batch=48, steps=2000, eval_tokens=160, out="runs/base/boxes"),
+        data=tiny.BASE_BOXES, batch=48, steps=2000, eval_tokens=160, out="runs/base/boxes"),
     "base-2": SMALL | STAGE | dict(
-        after="base-1", batch=40, data=BASE_SMALL, think="all", steps=2500, out="runs/base/small"),
+        after="base-1", data=tiny.BASE_SMALL, think="all", steps=2500, out="runs/base/small"),
     "base-3": SMALL | STAGE | dict(
-        after="base-2", batch=40, data=BASE_GROWING, think="all", steps=3500, seed=1,
+        after="base-2", data=tiny.BASE_GROWING, think="all", steps=3500, seed=1,
         out="runs/base/growing"),
     "base-4": SMALL | STAGE | dict(
-        after="base-3", batch=40, data=BASE_LAGGING, steps=700, seed=3, out="runs/base/lagging"),
+        after="base-3", data=tiny.BASE_LAGGING, steps=700, seed=3, out="runs/base/lagging"),
     "base": SMALL | STAGE | dict(
-        after="base-4", batch=40, data=BASE_LAST, think="all", steps=2500, lr=5e-4, seed=2,
+        after="base-4", data=tiny.BASE_LAST, think="all", steps=2500, lr=5e-4, seed=2,
         out="runs/base/last"),
 }
 
@@ -170,6 +170,28 @@ def model_of(config: Config, ranks: fsdp.Processes, stopped) -> str | None:
             return None
         model = folder / "model"
     return str(model)
+
+
+def model_for(config, ranks: fsdp.Processes, stopped) -> str | None:
+    """The checkpoint that grpo_vl.py begins with: --cold-start's, else --model.
+
+    The stand-in's cold start is run if it is missing. None: it was told to stop.
+
+    Errors: SystemExit if a real model's cold start is missing, or another run lies in its place.
+    """
+    if not config.cold_start:
+        return config.model
+    folder = Path(config.cold_start)
+    model = ranks.gather(find_model(folder))[0]  # rank 0's look at the file system
+    if model is not None:
+        return str(model)
+    if config.model not in tiny.TINY:
+        raise SystemExit(f"there is no cold start in {folder}: python sft_coldstart.py --model "
+                         f"{config.model} --data … --out {folder} makes one")
+    options = PRESETS["tiny"] | {
+        "model": config.model, "out": str(folder), "seed": config.seed, "think": config.think,
+        "timeout": config.timeout}
+    return model_of(Config(**options), ranks, stopped)
 
 
 def find_model(folder: Path) -> Path | None:

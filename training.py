@@ -390,6 +390,15 @@ class Progress:
         self.metrics = metrics
         if self.log:
             self.log.add(metrics)
+            self.warn_if_nothing_is_earned()
+
+    def warn_if_nothing_is_earned(self) -> None:
+        """After ten steps without any reward, one truth and one completion side by side."""
+        history = self.log.history
+        if len(history) == 10 and all(row.get("reward") == 0 for row in history):
+            truth, completion = self.run.example
+            say("every reward so far is 0: look at samples/, is it the truth's form or the "
+                f"model's?\n  truth:      {truth!r:.200}\n  completion: {completion!r:.200}")
 
     def save(self, unlogged: dict | None = None) -> None:
         if self.config.sharding == "by-hand" or self.done == 0:

@@ -17,7 +17,7 @@ import lora
 import qwen_vl
 import sft_coldstart
 from data import open_data
-from packing import pack_for_ranks
+from packing import pack_for_ranks, sampled_logps
 from policy import Policy
 from qwen_vl import Completion, Group, SpecialIds
 
@@ -179,7 +179,7 @@ def test_the_merged_sampler_is_the_adapted_trainer(alone, model):
     run = adapted_run(alone, model=model)
     groups, _ = grpo_vl.collect_groups(run, 0)
     (pack,) = pack_for_ranks(groups, 10**6, run.special, alone)
-    (sampled_S,) = grpo_vl.sampled_logps([c for group in groups for c in group.completions], [pack], "cpu")
+    (sampled_S,) = sampled_logps([c for group in groups for c in group.completions], [pack], "cpu")
     with torch.no_grad():
         logp_S, _ = run.policy(pack)
         base_S, _ = lora.run_base(run.policy, pack)

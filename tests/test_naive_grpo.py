@@ -105,7 +105,7 @@ def fast_side(folder, groups, *, beta, reference_folder, optimizer_class):
     packs = [packing.prepare_attention(packing.pack_groups(part), device)
              for part in packing.split_groups(packable, 60)]
     assert len(packs) == 2
-    old_logp = grpo_vl.sampled_logps(rollouts, packs, device)
+    old_logp = packing.sampled_logps(rollouts, packs, device)
     ref_logp = grpo_vl.reference_logps(run, packs)
     advantages_B = grpo_vl.group_advantages(torch.tensor(REWARDS)).flatten()
     ranks = fsdp.Processes(0, 1, device)

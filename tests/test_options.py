@@ -4,7 +4,7 @@ import json
 import pytest
 
 import grpo_vl
-from options import parse_config
+from options import parse_config, without_effect
 
 
 def test_presets_and_command_line(tmp_path):
@@ -54,3 +54,24 @@ def test_check_prints_what_the_data_holds_and_the_first_prompt(tmp_path, capsys)
     said = capsys.readouterr().out
     assert "2 samples of math" in said and "longest prompt:" in said and "(sums-2)" in said
     assert "<|im_start|>user\nWhat is 1 + 1?\nPut the final answer in \\boxed{}.<|im_end|>" in said
+
+
+@pytest.mark.parametrize("changes, said", [
+    (dict(clip_high=0.28), "--clip-high: no effect at --inner-steps 1"), (dict(clip_low=0.1), "--clip-low: no effect"),
+    (dict(ratio="sequence"), "--ratio: no effect at --inner-steps 1"), (dict(kl="k2"), "--kl: no effect at --beta 0"),
+    (dict(overlong_buffer=64), "--overlong-buffer: acts with --overlong soft only"),
+    (dict(scale="none", std="population"), "--std: no effect at --scale none"),
+    (dict(eval_samples=9), "--eval-samples: no effect at --eval-every 0"),
+    (dict(blind=True), "--blind: no effect at --eval-every 0"),
+])
+def test_options_that_act_only_with_others_say_so(changes, said):
+    (sentence,) = without_effect(grpo_vl.Config(**changes))
+    assert said in sentence
+
+
+@pytest.mark.parametrize("changes", [
+    {}, dict(clip_high=0.28, ratio="sequence", inner_steps=4), dict(kl="k2", beta=0.1), dict(std="population"),
+    dict(overlong="soft", overlong_buffer=64), dict(eval_every=5, eval_samples=9, blind=True),
+])
+def test_options_that_act_are_not_complained_of(changes):
+    assert without_effect(grpo_vl.Config(**changes)) == []

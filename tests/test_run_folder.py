@@ -305,7 +305,7 @@ def test_a_signal_in_the_last_evaluation_is_made_up_for(alone, tmp_path, capsys)
 def test_a_cold_start_is_begun_for_the_stand_in_alone_and_into_a_folder_of_its_own(alone, tmp_path):
     config = grpo_vl.Config(model="some/model", cold_start=str(tmp_path / "mistyped"), out=str(tmp_path / "run"))
     with pytest.raises(SystemExit, match=r"there is no cold start in .*mistyped: python sft_coldstart.py --model some"):
-        grpo_vl.ensure_cold_start(config, alone, None)
+        sft_coldstart.model_for(config, alone, None)
     with pytest.raises(ValueError, match="--cold-start and --out are both runs/x"):
         grpo_vl.Config(cold_start="runs/x", out="runs/x")
     half = sft_coldstart.Config(**sft_coldstart.PRESETS["tiny"] | dict(out=str(tmp_path / "half"), lr=5e-3))
@@ -313,7 +313,7 @@ def test_a_cold_start_is_begun_for_the_stand_in_alone_and_into_a_folder_of_its_o
     (tmp_path / "half" / "config.json").write_text(json.dumps(asdict(half)))
     config = grpo_vl.Config(model="tiny", cold_start=str(tmp_path / "half"), out=str(tmp_path / "run"))
     with pytest.raises(SystemExit, match=r"--lr was 0\.005 and is 0\.001"):
-        grpo_vl.ensure_cold_start(config, alone, None)
+        sft_coldstart.model_for(config, alone, None)
 
 
 def test_rows_without_a_true_answer_are_refused_where_they_are_scored(alone, tmp_path):

@@ -454,27 +454,6 @@ def test_a_soft_penalty_that_reaches_every_answer_is_refused():
     assert grpo_vl.Config(overlong="soft", max_tokens=200).overlong_buffer == 128
 
 
-@pytest.mark.parametrize("changes, said", [
-    (dict(clip_high=0.28), "--clip-high: no effect at --inner-steps 1"), (dict(clip_low=0.1), "--clip-low: no effect"),
-    (dict(ratio="sequence"), "--ratio: no effect at --inner-steps 1"), (dict(kl="k2"), "--kl: no effect at --beta 0"),
-    (dict(overlong_buffer=64), "--overlong-buffer: acts with --overlong soft only"),
-    (dict(scale="none", std="population"), "--std: no effect at --scale none"),
-    (dict(eval_samples=9), "--eval-samples: no effect at --eval-every 0"),
-    (dict(blind=True), "--blind: no effect at --eval-every 0"),
-])
-def test_options_that_act_only_with_others_say_so(changes, said):
-    (sentence,) = grpo_vl.without_effect(grpo_vl.Config(**changes))
-    assert said in sentence
-
-
-@pytest.mark.parametrize("changes", [
-    {}, dict(clip_high=0.28, ratio="sequence", inner_steps=4), dict(kl="k2", beta=0.1), dict(std="population"),
-    dict(overlong="soft", overlong_buffer=64), dict(eval_every=5, eval_samples=9, blind=True),
-])
-def test_options_that_act_are_not_complained_of(changes):
-    assert grpo_vl.without_effect(grpo_vl.Config(**changes)) == []
-
-
 def test_kl_in_the_reward_is_logged_beside_the_rules_own_reward(alone):
     metrics, _ = ranks.steps(alone, count=2, beta=0.5, kl="k1", lr=0.1)
     lengths = metrics[1]["length"]  # β · mean sequence KL lies between the two rewards
