@@ -8,7 +8,6 @@
 Its slow twin, one file and no flags, is naive_grpo.py: a test holds the two together.
 [PR1] Perception-R1, arXiv 2504.07954 · [OVR] Open-Vision-Reasoner, 2507.05255 · [DSM] DeepSeekMath,
 2402.03300 · [DAPO] 2503.14476 · [DRG] Dr. GRPO, 2503.20783 · [GSPO] 2507.18071 · [RLOO] 2402.14740
-[ORZ] Open-Reasoner-Zero, 2503.24290.
 Shapes: P prompts, G completions a prompt, B = P·G rollouts, S tokens of a micro-batch whose log π
 is trained: those of the completions. A draw is the number of a sample in the run's endless order
 of data; a group is a prompt with its G completions (qwen_vl.Group).
@@ -38,9 +37,9 @@ import training
 from measures import add_sums, sampler_gap, spread, step_metrics, sum_and_count
 from noise import keyed_uniforms
 from options import Options, check_data, parse_config, without_effect
+from presets import PRESETS
 from qwen_vl import Group
 from run_folder import say
-from tiny import WORLD
 from training import Run, draw_groups, learning_rate, optimizer_step
 
 
@@ -84,26 +83,6 @@ class Config(Options):
         if self.overlong == "soft" and self.overlong_buffer >= self.max_tokens:
             raise ValueError(f"--overlong-buffer is {self.overlong_buffer} and --max-tokens "
                              f"{self.max_tokens}: every answer would be punished; lower the buffer")
-
-
-PR1 = dict(  # what its tasks share, where it differs from the defaults  [PR1 §4.3, code]
-    model="Qwen/Qwen2.5-VL-3B-Instruct", prompts=14, beta=0.04, schedule="linear", seed=42)
-PRESETS = {  # of grpo_vl.py: differences from its defaults
-    "tiny": dict(  # what a machine without a GPU trains in minutes; no paper's values
-        model="tiny", data=(WORLD,), cold_start="runs/coldstart", max_tokens=24, prompts=32,
-        steps=400, lr=1e-4, warmup=10, schedule="linear", reward_options='{"iou_power": 2}',
-        eval_every=50, checkpointing=False, micro_tokens=4096),
-    # steps: samples used / 14 prompts a step [PR1 T7, code]; max_tokens [PR1 code]
-    "pr1-grounding": PR1 | dict(data=("refcoco-pr1:refcoco_train.json",), steps=357),
-    "pr1-counting": PR1 | dict(data=("pixmo-pr1:pixmo_count_train.json",), steps=714),
-    "pr1-ocr": PR1 | dict(data=("fox:page_ocr_train.json",), steps=357, max_tokens=2048),
-    "pr1-detection": PR1 | dict(steps=7857, max_tokens=2048,
-        data=("coco:annotations/instances_train2017.json?folder=../train2017",)),
-    "ovr-rl": dict(  # [OVR §3.2, §4.1]; the loss as in its base, Open-Reasoner-Zero [ORZ code]
-        model="Qwen/Qwen2.5-VL-7B-Instruct", data=("ovr_rl.jsonl",), cold_start="runs/coldstart",
-        prompts=512, group=16, scale="batch", loss="dapo", warmup=50, beta2=0.95, steps=900,
-        max_tokens=24 * 1024, max_tokens_at=("300:32768", "700:49152"), eval_every=10,
-        timeout=4 * 86_400)}  # a rank of 8 may sample for days: 1,024 rows, few of them at once
 
 
 def clip_range(config: Config) -> tuple[float, float]:
