@@ -152,6 +152,22 @@ def think_of(config, name: str) -> str | bool:
 
 
 # §2 ─────────────────────────────────── from a command line ──────────────────────────────────
+HEADINGS = {  # of --help, in the order in which a user comes to need them
+    "the model": "model cold_start after train freeze_vision lora lora_alpha export",
+    "the data": "data fields heldout skip_bad check",
+    "the prompt": "system_prompt think min_pixels max_pixels max_prompt",
+    "the run": "out steps seconds batch seed resume save_every keep",
+    "sampling": "prompts group max_tokens max_tokens_at temperature dynamic_sampling",
+    "the reward": "reward reward_options overlong overlong_buffer",
+    "advantage and loss": "scale std baseline loss ratio clip_low clip_high beta kl inner_steps "
+                          "tis",
+    "the optimizer": "lr schedule warmup beta2 max_norm max_bad_steps",
+    "evaluation and logging": "eval_every eval_data eval_samples eval_tokens blind log "
+                              "pictures_every",
+    "memory, speed, many GPUs": "plan micro_tokens kv_gb checkpointing checkpoint_every offload "
+                                "sharding graphs deterministic timeout"}
+
+
 def parse_config(config_class, arguments, presets: dict, text: str, gpu: bool):
     """Defaults < --preset < --config FILE < command line, each option's help the comment beside it.
 
@@ -159,8 +175,9 @@ def parse_config(config_class, arguments, presets: dict, text: str, gpu: bool):
     Errors: exit status 2 and one sentence for an unknown option or a wrong value.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--preset", choices=presets)
-    first.add_argument("--config", type=Path)
+    first.add_argument("-h", "--help", action="store_true", help="this text")
+    first.add_argument("--preset", choices=presets, help="options' values to begin with")
+    first.add_argument("--config", type=Path, help="a run's config.json: the same values again")
     chosen, rest = first.parse_known_args(arguments)
     named = any(word == "--model" or word.startswith("--model=") for word in rest)
     if not (chosen.preset or chosen.config or named or gpu):
@@ -168,11 +185,34 @@ def parse_config(config_class, arguments, presets: dict, text: str, gpu: bool):
     try:
         saved = json.loads(chosen.config.read_text()) if chosen.config else {}
         saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
-        text += f"\n--preset {' | '.join(presets)}; --config FILE: a run's config.json"
         default = config_class(**(presets.get(chosen.preset, {}) | saved))
-        return tyro.cli(config_class, args=bare_think(rest), default=default, description=text)
+        if chosen.help:
+            print_help(first, config_class, default, text)
+            raise SystemExit(0)
+        return tyro.cli(config_class, args=bare_think(rest), default=default)
     except (OSError, ValueError, TypeError) as error:
         first.error(str(error))
+
+
+def print_help(first, config_class, default, text: str) -> None:
+    """--help: the options of `first`, then under HEADINGS what tyro makes of the configuration."""
+    # tyro means to drop get_parser some day; requirements.txt names a version that has it.
+    made = tyro.extras.get_parser(config_class, default=default)
+    option_of = {action.dest.replace("-", "_"): action for action in made._actions}
+    shown = argparse.ArgumentParser(
+        parents=[first], add_help=False, usage="%(prog)s [OPTIONS]", description=text,
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    for heading, names in HEADINGS.items():
+        group = shown.add_argument_group(heading)  # one without options is not printed
+        for name in names.split():
+            if name in option_of:
+                option = option_of[name]
+                kind = {"metavar": option.metavar}
+                if option.nargs == 0:
+                    kind = {"action": "store_true"}
+                about = option.help.replace("%", "%%")
+                group.add_argument(*option.option_strings, help=about, **kind)
+    shown.print_help()
 
 
 def bare_think(arguments: list[str]) -> list[str]:

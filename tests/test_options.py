@@ -1,10 +1,13 @@
 """Options: presets, saved configurations and the command line; what a wrong one is told; --check."""
 import json
+import re
+from dataclasses import fields
 
 import pytest
 
 import grpo_vl
-from options import parse_config, without_effect
+import sft_coldstart
+from options import HEADINGS, parse_config, without_effect
 
 
 def test_presets_and_command_line(tmp_path):
@@ -75,3 +78,29 @@ def test_options_that_act_only_with_others_say_so(changes, said):
 ])
 def test_options_that_act_are_not_complained_of(changes):
     assert without_effect(grpo_vl.Config(**changes)) == []
+
+
+# ── --help ──
+@pytest.mark.parametrize("module", [grpo_vl, sft_coldstart])
+def test_help_stands_under_headings(module, capsys):
+    """Each option once, under a heading and with its paper's value; a preset's values are the defaults."""
+    with pytest.raises(SystemExit) as stop:
+        parse_config(module.Config, ["--preset", "tiny", "--help"], module.PRESETS, "What it is.", True)
+    assert stop.value.code == 0
+    said = capsys.readouterr().out
+    listed = re.findall(r"^  (--[a-z0-9-]+)", said, re.M)
+    own = ["--" + field.name.replace("_", "-") for field in fields(module.Config)]
+    assert sorted(listed) == sorted([*own, "--preset", "--config"])
+    empty = {grpo_vl: [], sft_coldstart: ["the reward", "advantage and loss"]}[module]
+    headings = [heading for heading in HEADINGS if heading not in empty]
+    assert re.findall(r"^(\w.*):$", said, re.M) == ["options", *headings]
+    words = " ".join(said.split())
+    assert "What it is." in words and "[PR1 code: 3136]" in words and "(default: tiny)" in words
+    data = said.split("the data:")[1].split("the prompt:")[0]
+    assert re.findall(r"^  (--[a-z-]+)", data, re.M) == ["--data", "--fields", "--heldout", "--skip-bad", "--check"]
+
+
+def test_headings_name_options_that_exist():
+    known = {field.name for module in (grpo_vl, sft_coldstart) for field in fields(module.Config)}
+    named = " ".join(HEADINGS.values()).split()
+    assert set(named) == known and len(named) == len(known)
