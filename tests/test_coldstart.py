@@ -1,11 +1,16 @@
 """The cold start: loss on completion tokens only, packed without leaks, text and images together."""
+import json
+from dataclasses import asdict
+
 import pytest
 import ranks
 import torch
 from conftest import ROOT
+from test_run_folder import finished_run
 
 import data
 import fsdp
+import grpo_vl
 import packing
 import sft_coldstart
 import training
@@ -172,3 +177,28 @@ def test_every_presets_options_are_valid_and_its_drawn_data_opens(name):
 def test_a_stage_after_nothing_that_is_known_is_refused():
     with pytest.raises(ValueError, match=r"--after is 'bse'; choose from .*base-1"):
         sft_coldstart.Config(after="bse")
+
+
+def test_a_cold_start_is_found_by_its_run_and_by_its_model(alone, tmp_path):
+    finished_run(alone, tmp_path / "run")
+    assert sft_coldstart.find_model(tmp_path / "run") == tmp_path / "run" / "model"
+    assert sft_coldstart.find_model(tmp_path / "run" / "model") == tmp_path / "run" / "model"
+    assert sft_coldstart.find_model(tmp_path / "new") is None
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "data.jsonl").write_text("{}")
+    with pytest.raises(SystemExit, match="no run"):
+        sft_coldstart.find_model(tmp_path / "other")
+
+
+def test_a_cold_start_is_begun_for_the_stand_in_alone_and_into_a_folder_of_its_own(alone, tmp_path):
+    config = grpo_vl.Config(model="some/model", cold_start=str(tmp_path / "mistyped"), out=str(tmp_path / "run"))
+    with pytest.raises(SystemExit, match=r"there is no cold start in .*mistyped: python sft_coldstart.py --model some"):
+        sft_coldstart.model_for(config, alone, None)
+    with pytest.raises(ValueError, match="--cold-start and --out are both runs/x"):
+        grpo_vl.Config(cold_start="runs/x", out="runs/x")
+    half = sft_coldstart.Config(**sft_coldstart.PRESETS["tiny"] | dict(out=str(tmp_path / "half"), lr=5e-3))
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "config.json").write_text(json.dumps(asdict(half)))
+    config = grpo_vl.Config(model="tiny", cold_start=str(tmp_path / "half"), out=str(tmp_path / "run"))
+    with pytest.raises(SystemExit, match=r"--lr was 0\.005 and is 0\.001"):
+        sft_coldstart.model_for(config, alone, None)

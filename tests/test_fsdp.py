@@ -1,8 +1,12 @@
 """Sharding by hand against PyTorch's, on one and two ranks; what a rank holds. Ranks' parts first."""
 import itertools
+import os
+from pathlib import Path
 
 import pytest
+import ranks
 import torch
+from ranks import steps
 from torch import nn
 from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -401,3 +405,31 @@ def test_a_plan_for_no_model_is_one_sentence(tmp_path):
 def test_the_stand_in_is_planned_too(capsys):
     fsdp.plan(grpo_vl.Config(plan="2x1", model="tiny"), 24)
     assert capsys.readouterr().out.startswith("1,460,288 parameters on 2 GPUs")
+
+
+# ── processes ──
+def test_deterministic_kernels_change_nothing_on_a_cpu(alone, monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    usual, usual_weights = ranks.steps(alone, count=2, beta=0.04)
+    fsdp.use_deterministic_kernels()
+    try:
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"  # of the two that PyTorch's reproducibility notes name
+        strict, strict_weights = ranks.steps(alone, count=2, beta=0.04)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for one, two in zip(usual, strict):
+        assert all(one[name] == two[name] for name in one if not name.startswith("seconds"))
+    assert all(torch.equal(usual_weights[name], strict_weights[name]) for name in usual_weights)
+
+
+def gloo_threads(ranks):
+    """How many of gloo's worker threads live here, after a step."""
+    steps(ranks, count=1)
+    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
+    return names.count("pt_gloo_runloop")
+
+
+def test_gloo_has_one_worker_thread(pair):
+    """Two of them write one string without a lock, and now and then end the process."""
+    assert pair.run("test_fsdp.gloo_threads") == [1, 1]

@@ -104,3 +104,12 @@ def test_headings_name_options_that_exist():
     known = {field.name for module in (grpo_vl, sft_coldstart) for field in fields(module.Config)}
     named = " ".join(HEADINGS.values()).split()
     assert set(named) == known and len(named) == len(known)
+
+
+@pytest.mark.parametrize("changes, said", [
+    (dict(overlong_buffer=0), "--overlong-buffer is 0"), (dict(dynamic_sampling=-1), "--dynamic-sampling is -1"),
+    (dict(sharding="by-hand", offload=True), "--sharding by-hand"), (dict(heldout=1.0), "--heldout is 1.0"),
+])
+def test_options_out_of_range_are_refused(changes, said):
+    with pytest.raises(ValueError, match=said):
+        grpo_vl.Config(**changes)

@@ -1,5 +1,6 @@
 """Ids, patches and positions against Hugging Face's processor and get_rope_index."""
 import pytest
+import ranks
 import torch
 from references import make_world, noise_image
 
@@ -106,3 +107,10 @@ def test_markers_without_their_images_are_refused(world, question, images):
     _, _, tokenizer, special, _ = world
     with pytest.raises(ValueError, match=f"{question.count('<image>')} times and comes with {images} images"):
         encode_chat(tokenizer, special, question, [noise_image(56, 56, 0)] * images)
+
+
+def test_rewards_see_special_tokens_but_no_stop_token(alone):
+    run = ranks.make_run(alone)
+    ids = run.tokenizer.encode("<|box_start|>(1,2),(3,4)<|box_end|>", add_special_tokens=False)
+    text = qwen_vl.decode(run.tokenizer, run.special, [*ids, run.special.im_end])
+    assert text == "<|box_start|>(1,2),(3,4)<|box_end|>"

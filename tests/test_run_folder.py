@@ -89,17 +89,6 @@ def test_a_run_of_the_other_script_is_refused(alone, tmp_path):
         run_folder.claim(sft_coldstart.Config(model="tiny", out=str(tmp_path / "run")))
 
 
-def test_a_cold_start_is_found_by_its_run_and_by_its_model(alone, tmp_path):
-    finished_run(alone, tmp_path / "run")
-    assert sft_coldstart.find_model(tmp_path / "run") == tmp_path / "run" / "model"
-    assert sft_coldstart.find_model(tmp_path / "run" / "model") == tmp_path / "run" / "model"
-    assert sft_coldstart.find_model(tmp_path / "new") is None
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "data.jsonl").write_text("{}")
-    with pytest.raises(SystemExit, match="no run"):
-        sft_coldstart.find_model(tmp_path / "other")
-
-
 # ── a checkpoint before an evaluation ──
 def test_an_evaluation_that_fails_loses_no_step_and_is_made_up_for(alone, tmp_path, monkeypatch):
     before = [({}, {"eval/greedy": 0.5, "eval/sampled": 0.25})]
@@ -300,51 +289,3 @@ def test_a_signal_in_the_last_evaluation_is_made_up_for(alone, tmp_path, capsys)
     assert run_folder.claim(again.config) and grpo_vl.train(again, stopped=lambda: False)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [0, 1] and "eval/greedy" in rows[1]
-
-
-def test_a_cold_start_is_begun_for_the_stand_in_alone_and_into_a_folder_of_its_own(alone, tmp_path):
-    config = grpo_vl.Config(model="some/model", cold_start=str(tmp_path / "mistyped"), out=str(tmp_path / "run"))
-    with pytest.raises(SystemExit, match=r"there is no cold start in .*mistyped: python sft_coldstart.py --model some"):
-        sft_coldstart.model_for(config, alone, None)
-    with pytest.raises(ValueError, match="--cold-start and --out are both runs/x"):
-        grpo_vl.Config(cold_start="runs/x", out="runs/x")
-    half = sft_coldstart.Config(**sft_coldstart.PRESETS["tiny"] | dict(out=str(tmp_path / "half"), lr=5e-3))
-    (tmp_path / "half").mkdir()
-    (tmp_path / "half" / "config.json").write_text(json.dumps(asdict(half)))
-    config = grpo_vl.Config(model="tiny", cold_start=str(tmp_path / "half"), out=str(tmp_path / "run"))
-    with pytest.raises(SystemExit, match=r"--lr was 0\.005 and is 0\.001"):
-        sft_coldstart.model_for(config, alone, None)
-
-
-def test_rows_without_a_true_answer_are_refused_where_they_are_scored(alone, tmp_path):
-    row = {"task": "math", "question": "1+1", "response": "It is 2."}
-    (tmp_path / "traces.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"id": "b"}) + "\n")
-    spec = f"traces:{tmp_path}/traces.jsonl"
-    with pytest.raises(DataError, match=r"traces.jsonl:1: --data needs true answers"):
-        ranks.make_run(alone, data=(spec,))
-    config = sft_coldstart.Config(model="tiny", data=(spec,), eval_data=(spec,), eval_every=1)
-    with pytest.raises(DataError, match=r"traces.jsonl:1: the data to evaluate on needs true answers"):
-        training.prepare(config, alone, "tiny", imitates=True)
-
-
-def test_what_is_trained_on_and_evaluated_too_is_said(alone, tmp_path, capsys):
-    data = text_rows(tmp_path / "sums.jsonl")
-    ranks.make_run(alone, data=(data,), eval_data=(data,), eval_every=1, heldout=0.0)
-    assert "4 of the 4 samples to evaluate on are trained on too" in capsys.readouterr().err
-
-
-def test_the_longest_held_out_answer_follows_the_step(alone, tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(training, "evaluate", lambda run, tokens: seen.append(tokens) or ([], {}))
-    run = ranks.make_run(alone, lr=1e-4, steps=2, max_tokens_at=("2:12",), eval_every=1, out=str(tmp_path))
-    grpo_vl.train(run)
-    assert seen == [8, 8, 12]  # before the first step, after it, after the second
-
-
-@pytest.mark.parametrize("changes, said", [
-    (dict(overlong_buffer=0), "--overlong-buffer is 0"), (dict(dynamic_sampling=-1), "--dynamic-sampling is -1"),
-    (dict(sharding="by-hand", offload=True), "--sharding by-hand"), (dict(heldout=1.0), "--heldout is 1.0"),
-])
-def test_options_out_of_range_are_refused(changes, said):
-    with pytest.raises(ValueError, match=said):
-        grpo_vl.Config(**changes)

@@ -1,27 +1,21 @@
-"""The training step: ranks, micro-batches, variants, checkpoints; on the tiny stand-in."""
+"""What is around a step: schedules, optimizer, checkpoints, held-out answers; on the tiny stand-in."""
 import importlib
 import json
-import math
-import os
-import re
 from pathlib import Path
 
 import pytest
 import ranks
 import torch
-from conftest import ROOT
-from ranks import by_length, full_weights, make_run, steps
+from ranks import full_weights, make_run
+from test_run_folder import text_rows
 
-import data as datasets
 import fsdp
 import grpo_vl
-import packing
 import qwen_vl
-import rewards
 import run_folder
+import sft_coldstart
 import training
-from options import parse_config
-from qwen_vl import Completion, Group
+from data import DataError
 
 
 def close(one, two, atol):
@@ -30,213 +24,7 @@ def close(one, two, atol):
     return max((one[name] - two[name]).abs().max().item() for name in one) <= atol
 
 
-# ── one rank = two ranks ──
-def first_rollouts(ranks, **changes):
-    """{draw: (tokens, logps, rewards)} of the first step's groups, of all ranks."""
-    run = make_run(ranks, **changes)
-    groups, rewards_of = grpo_vl.collect_groups(run, 0)
-    found = {g.draw: ([c.tokens for c in g.completions], [c.logps for c in g.completions]) for g in groups}
-    merged = {draw: value for part in ranks.gather(found) for draw, value in part.items()}
-    return merged, rewards_of
-
-
-def test_rollouts_are_the_same_on_one_and_two_ranks(alone, pair):
-    want, rewards_of = first_rollouts(alone)
-    for got, got_rewards in pair.run("test_training.first_rollouts"):
-        assert list(got_rewards) == [0, 1, 2, 3] and got_rewards == rewards_of
-        for draw, (tokens, logps) in want.items():
-            assert got[draw][0] == tokens
-            for a, b in zip(got[draw][1], logps):
-                assert torch.allclose(torch.tensor(a), torch.tensor(b), atol=1e-5)
-
-
-@pytest.mark.parametrize("loss", ["grpo", "dapo", "dr_grpo"])
-def test_two_ranks_make_the_same_three_steps_as_one(alone, pair, loss):
-    want, weights = ranks.steps(alone, loss=loss)
-    got, other = pair.run("ranks.steps", loss=loss)
-    for one, two in zip(want, got[0]):
-        for name in ("loss", "grad_norm", "reward", "entropy", "length"):
-            assert two[name] == pytest.approx(one[name], rel=1e-4, abs=1e-6), name
-    assert [m["grad_norm"] > 1e-4 for m in want] == [True] * 3
-    assert close(weights, got[1], 1e-5)
-    same = [name for name in got[0][0] if not name.startswith("seconds")]
-    assert all(got[0][i][n] == other[0][i][n] for i in range(3) for n in same)  # equal on all ranks
-
-
-def test_the_gradient_does_not_depend_on_micro_batches(alone):
-    _, whole = ranks.steps(alone, count=1, micro_tokens=10**6)
-    _, cut = ranks.steps(alone, count=1, micro_tokens=90)
-    assert close(whole, cut, 1e-6)
-
-
-def test_checkpointing_and_order_of_draws_do_not_matter(alone):
-    _, plain = ranks.steps(alone, count=1)
-    _, recomputed = ranks.steps(alone, count=1, checkpointing=True)
-    assert close(plain, recomputed, 1e-6)
-
-
-@pytest.mark.parametrize("changes", [{}, dict(model="tiny-untied", beta=0.1), dict(freeze_vision=True)])
-def test_sharding_by_hand_makes_the_same_three_steps(pair, changes):
-    (want, weights), _ = pair.run("ranks.steps", **changes)
-    (got, other), _ = pair.run("ranks.steps", sharding="by-hand", **changes)
-    for one, two in zip(want, got):
-        for name in ("loss", "grad_norm", "reward", "entropy", "length", "sampler_gap"):
-            assert two[name] == pytest.approx(one[name], rel=1e-5, abs=1e-6), name
-    if "model.lm_head.weight" not in other:  # tied: by hand it has one name
-        torch.testing.assert_close(weights.pop("model.lm_head.weight"), other["model.model.language_model.embed_tokens.weight"])
-    assert close(weights, other, 1e-6)
-
-
-# ── no hangs, no NaN ──
-def mixed_modalities(ranks, text_rank):
-    """A step in which one rank sees text alone and the other images."""
-    run = make_run(ranks, prompts=2)
-    text = datasets.open_data(["synthetic:math?text=1"], seed=0)
-    plain = run.data
-
-    class Mixed:
-        def __getitem__(self, draw):
-            return text[draw] if draw % 2 == text_rank else plain[draw]
-
-    run.data = Mixed()
-    return grpo_vl.train_step(run, 0)
-
-
-@pytest.mark.parametrize("text_rank", [0, 1])
-def test_text_on_one_rank_and_images_on_the_other(pair, text_rank):
-    one, two = pair.run("test_training.mixed_modalities", text_rank=text_rank)
-    assert one["grad_norm"] == two["grad_norm"] > 0
-
-
-def test_a_rank_without_prompts_goes_along(pair):
-    (metrics, _), _ = pair.run("ranks.steps", count=1, prompts=1)
-    assert metrics[0]["groups"] == 1 and metrics[0]["grad_norm"] > 0
-
-
-def one_rank_drops_everything(ranks):
-    """Dynamic sampling in which rank 1's groups never have variance: it trains on fillers."""
-    run = make_run(ranks, dynamic_sampling=1, prompts=4)
-
-    def reward(task, completion, answer, image_size=None, *, truncated=False, **options):
-        return by_length(task, completion, answer) if ranks.rank == 0 else 0.5
-
-    run.reward = reward
-    return grpo_vl.train_step(run, 0)
-
-
-def test_a_rank_whose_groups_are_all_dropped_goes_along(pair):
-    one, _ = pair.run("test_training.one_rank_drops_everything")
-    assert one["groups"] == 4 and one["cursor"] == 8 and one["zero_variance"] == 0
-
-
-def nothing_to_learn(ranks):
-    """All groups equal: every advantage is zero, dynamic sampling finds nothing."""
-    run = make_run(ranks, dynamic_sampling=1, reward=lambda *a, **k: 1.0)
-    before = full_weights(run.policy)
-    metrics = grpo_vl.train_step(run, 0)
-    after = full_weights(run.policy)
-    return metrics, all(torch.equal(before[name], after[name]) for name in before)
-
-
-def test_equal_rewards_everywhere_leave_the_weights_alone(alone, pair):
-    for metrics, unchanged in [nothing_to_learn(alone), *pair.run("test_training.nothing_to_learn")]:
-        assert unchanged and metrics["groups"] == 0
-        assert all(value == value for value in metrics.values())  # no NaN
-
-
-@pytest.mark.parametrize("changes, learns", [
-    (dict(overlong="zero"), True), (dict(overlong="soft", overlong_buffer=4), True),
-    (dict(group=1), False), (dict(group=1, baseline="leave_one_out", scale="none"), True),
-    (dict(max_tokens=1), True),
-])
-def test_degenerate_batches_are_defined(alone, changes, learns):
-    metrics, _ = ranks.steps(alone, count=1, **changes)
-    assert all(value == value for value in metrics[0].values())
-    assert (metrics[0]["grad_norm"] > 0) == learns
-
-
-def everything_truncated(ranks, **changes):
-    """A step whose completions were all cut at the length limit."""
-    run = make_run(ranks, **changes)
-    generate = run.sampler.generate
-
-    def cut(*arguments):
-        groups = generate(*arguments)
-        for completion in [completion for group in groups for completion in group]:
-            completion.truncated = True
-        return groups
-
-    run.sampler.generate = cut
-    return grpo_vl.train_step(run, 0)
-
-
-@pytest.mark.parametrize("overlong, learns", [("mask", False), ("keep", True)])
-def test_a_batch_of_truncated_completions_is_defined(alone, overlong, learns):
-    metrics = everything_truncated(alone, overlong=overlong)
-    assert metrics["truncated"] == 1 and (metrics["grad_norm"] > 0) == learns
-    assert all(value == value for value in metrics.values())
-
-
-# ── variants ──
-@pytest.mark.parametrize("changes", [
-    dict(scale="batch"), dict(scale="none", std="population"), dict(baseline="leave_one_out"),
-    dict(ratio="sequence", inner_steps=2, lr=1e-6), dict(beta=0.1, kl="k2"), dict(beta=0.1, kl="k3"),
-    dict(beta=0.1, kl="k1"), dict(tis=2.0), dict(freeze_vision=True), dict(dynamic_sampling=2),
-    dict(temperature=0.7), dict(model="tiny-untied"), dict(inner_steps=3, lr=0.01),
-])
-def test_every_variant_takes_two_steps(alone, changes):
-    metrics, _ = ranks.steps(alone, count=2, **(dict(lr=0.01) | changes))
-    assert metrics[1]["grad_norm"] > 0 and metrics[0]["sampler_gap"] < 1e-5
-    assert metrics[0]["ratio"] == pytest.approx(1.0, abs=0.2)
-
-
-def test_inner_steps_move_the_ratio_away_from_one(alone):
-    metrics, _ = ranks.steps(alone, count=1, inner_steps=4, lr=0.3)
-    assert metrics[0]["clip_low"] + metrics[0]["clip_high"] > 0
-    on_policy, _ = ranks.steps(alone, count=1, lr=0.3)
-    assert on_policy[0]["clip_low"] == on_policy[0]["clip_high"] == 0
-    assert on_policy[0]["ratio"] == 1.0
-
-
-def test_kl_grows_as_the_policy_leaves_its_reference(alone):
-    metrics, _ = ranks.steps(alone, count=3, beta=1e-3, lr=0.1)
-    kls = [m["kl"] for m in metrics]
-    assert kls[0] == pytest.approx(0, abs=1e-6) and kls[2] > kls[0] + 1e-5
-
-
-def test_kl_in_the_reward_is_subtracted_before_advantages(alone, monkeypatch):
-    seen, raw = [], []
-    advantages, score = grpo_vl.group_advantages, grpo_vl.score_groups
-
-    def spy_on_rewards(run, step, groups):
-        score(run, step, groups)
-        raw.append(groups)
-
-    monkeypatch.setattr(grpo_vl, "group_advantages", lambda r, **k: seen.append(r) or advantages(r, **k))
-    monkeypatch.setattr(grpo_vl, "score_groups", spy_on_rewards)
-    run = ranks.make_run(alone, beta=0.5, kl="k1", lr=0.1)
-    grpo_vl.train_step(run, 0)
-    grpo_vl.train_step(run, 1)
-    # at step 0 policy and reference are one, so the KL is 0; at step 1 it is the sum over the sequence
-    before = torch.tensor([group.rewards for group in raw[0]], dtype=torch.float64)
-    torch.testing.assert_close(seen[0], before, atol=1e-4, rtol=0)
-    reference = ranks.make_run(alone)
-    for index, group in enumerate(raw[1]):
-        for g, c in enumerate(group.completions):
-            pack = packing.pack_groups([Group(group.prompt, [c])])
-            pack = packing.prepare_attention(pack, alone.device)
-            with torch.no_grad():
-                kl = sum(c.logps) - reference.policy(pack)[0].sum().item()
-            assert seen[1][index, g].item() == pytest.approx(c.reward - 0.5 * kl, abs=1e-4)
-
-
-def test_frozen_vision_stays_and_the_rest_moves(alone):
-    start = ranks.full_weights(ranks.make_run(alone).policy)
-    _, end = ranks.steps(alone, count=1, freeze_vision=True)
-    moved = {name for name in end if not torch.equal(start[name], end[name])}
-    assert moved and not any(".visual." in name for name in moved)
-
-
+# ── around a step ──
 def test_the_learning_rate_follows_its_schedule():
     def rates(**changes):
         config = grpo_vl.Config(**(dict(steps=10, lr=1.0) | changes))
@@ -246,47 +34,6 @@ def test_the_learning_rate_follows_its_schedule():
     # linear: 1 − (step − 2)/8;  cosine: (1 + cos(π(step − 2)/8))/2
     assert rates(warmup=2, schedule="linear") == [0.5, 1, 1, 0.5, 0.125]
     assert rates(warmup=2, schedule="cosine") == [0.5, 1, 1, 0.5, 0.0381]
-
-
-def test_the_length_limit_by_step():
-    config = grpo_vl.Config(max_tokens=24, max_tokens_at=("300:32", "700:48"))
-    assert [grpo_vl.longest(config, step) for step in (0, 299, 300, 699, 700, 900)] == [24, 24, 32, 32, 48, 48]
-    ovr = grpo_vl.Config(**grpo_vl.PRESETS["ovr-rl"])
-    assert [grpo_vl.longest(ovr, step) for step in (0, 300, 700)] == [24576, 32768, 49152]
-
-
-FILES = {"pr1-grounding": "refcoco-pr1:refcoco_pr1.json", "pr1-counting": "pixmo-pr1:pixmo_train.json",
-         "pr1-ocr": "fox:en_page_ocr.json", "pr1-detection": "coco:instances_val.json", "ovr-rl": "math500.jsonl"}
-
-
-@pytest.mark.parametrize("preset", FILES)
-def test_every_preset_takes_two_steps_on_a_file_in_the_true_format(alone, preset, tmp_path):
-    """All of the preset's own settings, on the tiny model and with fewer, shorter rollouts."""
-    kind, _, file = FILES[preset].rpartition(":")
-    spec = f"{kind or 'math500'}:{ROOT}/tests/fixtures/data/{file}"
-    small = dict(model="tiny", data=(spec,), prompts=2, group=2, max_tokens=6, max_tokens_at=(), out=str(tmp_path), eval_every=0)
-    config = grpo_vl.Config(**(grpo_vl.PRESETS[preset] | small))
-    run = training.prepare(config, alone, config.model, beta=config.beta)
-    run.sampler.refresh(fsdp.full_parameters(run.policy))
-    metrics = [grpo_vl.train_step(run, step) for step in range(2)]
-    assert metrics[1]["step"] == 1 and metrics[1]["sampler_gap"] < 1e-5 and metrics[1]["groups"] == 2
-    assert (tmp_path / "samples" / "step-0.json").exists()
-    assert ("kl" in metrics[0]) == preset.startswith("pr1")
-
-
-def test_deterministic_kernels_change_nothing_on_a_cpu(alone, monkeypatch):
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    usual, usual_weights = ranks.steps(alone, count=2, beta=0.04)
-    fsdp.use_deterministic_kernels()
-    try:
-        assert torch.are_deterministic_algorithms_enabled()
-        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"  # of the two that PyTorch's reproducibility notes name
-        strict, strict_weights = ranks.steps(alone, count=2, beta=0.04)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    for one, two in zip(usual, strict):
-        assert all(one[name] == two[name] for name in one if not name.startswith("seconds"))
-    assert all(torch.equal(usual_weights[name], strict_weights[name]) for name in usual_weights)
 
 
 @pytest.mark.parametrize("script, wanted", [("grpo_vl", True), ("grpo_vl", False), ("sft_coldstart", True)])
@@ -302,42 +49,6 @@ def test_both_stages_pass_deterministic_on(script, wanted, tmp_path, monkeypatch
     options = ["--model", "tiny", "--out", str(tmp_path / "run"), *(["--deterministic"] if wanted else [])]
     with pytest.raises(Started):
         importlib.import_module(script).main(options)
-
-
-# Layers, key/value heads and head width of the published 3B and 7B: bytes a token of keys and values, in bf16.
-KV_BYTES = {"3B": 2 * 2 * 36 * 2 * 128, "7B": 2 * 2 * 28 * 4 * 128}
-
-
-@pytest.mark.parametrize("preset", [name for name, options in grpo_vl.PRESETS.items() if "Qwen" in options.get("model", "")] + [None])
-def test_a_presets_timeout_is_above_its_longest_rollout(preset):
-    """On 8 GPUs, when every answer has the greatest length and a token of all rows takes 12 ms (7B's weights and 8 GiB
-    of keys and values are 23 GB, 7 ms at an H100's 3.35 TB/s)."""
-    config = grpo_vl.Config(**grpo_vl.PRESETS.get(preset, {}))
-    limit = grpo_vl.longest(config, config.steps)
-    rows = -(-config.prompts // 8) * config.group
-    at_once = max(1, config.kv_gb * 2**30 // KV_BYTES[re.search("[37]B", config.model)[0]] // (limit + config.max_prompt / config.group))
-    batches = -(-rows // min(at_once, rows))
-    assert config.timeout > batches * limit * 0.012
-
-
-def test_overlong_rewards_by_hand(alone):
-    run = ranks.make_run(alone, reward=lambda *a, **k: 1.0, max_tokens=10, overlong_buffer=4)
-    sample = run.data[0]
-    lengths = [5, 6, 8, 10]
-    # zero: the truncated one gets 0. soft: 0 up to 6 tokens, −2/4 at 8, −4/4 at 10
-    for mode, expected in (("zero", [1, 1, 1, 0]), ("keep", [1, 1, 1, 1]), ("mask", [1, 1, 1, 1]),
-                           ("soft", [1, 1, 0.5, 0])):
-        object.__setattr__(run.config, "overlong", mode)
-        done = [Completion([1] * n, [0.0] * n, truncated=n == 10) for n in lengths]
-        grpo_vl.score_groups(run, 0, [Group(None, done, sample=sample)])
-        assert [c.reward for c in done] == expected
-
-
-def test_rewards_see_special_tokens_but_no_stop_token(alone):
-    run = ranks.make_run(alone)
-    ids = run.tokenizer.encode("<|box_start|>(1,2),(3,4)<|box_end|>", add_special_tokens=False)
-    text = qwen_vl.decode(run.tokenizer, run.special, [*ids, run.special.im_end])
-    assert text == "<|box_start|>(1,2),(3,4)<|box_end|>"
 
 
 def test_a_prompt_longer_than_the_limit_is_refused_not_cut(alone):
@@ -399,13 +110,6 @@ def test_the_fused_optimizer_and_the_plain_one_take_up_each_others_checkpoints(a
     assert not close(start, plain, 1e-4)  # eight steps of 1e-3 moved them
 
 
-def test_a_frozen_tower_is_not_run_by_a_training_pass(alone, monkeypatch):
-    """Sampling's features serve it: without a forward of its own the policy's tower is not missed."""
-    run = ranks.make_run(alone, freeze_vision=True)
-    monkeypatch.setattr(run.policy.vision, "forward", None)
-    assert ranks.grpo_vl.train_step(run, 0)["grad_norm"] > 0
-
-
 def test_resume_with_frozen_vision(alone, tmp_path):
     assert checkpoint_roundtrip(alone, str(tmp_path), freeze_vision=True)[0]
 
@@ -437,82 +141,7 @@ def test_two_ranks_load_a_checkpoint_that_only_rank_0_reads(alone, pair, tmp_pat
     assert close(weights, got[0][1], 1e-5)
 
 
-# ── configuration ──
-def test_clip_defaults_follow_the_ratio():
-    assert grpo_vl.clip_range(grpo_vl.Config()) == (0.2, 0.2)
-    assert grpo_vl.clip_range(grpo_vl.Config(ratio="sequence", clip_high=0.01)) == (3e-4, 0.01)
-    for preset in ([], ["--preset", "pr1-counting"]):  # a preset's config is made before the command line's
-        words = [*preset, "--ratio", "sequence", "--inner-steps", "4"]
-        config = parse_config(grpo_vl.Config, words, grpo_vl.PRESETS, "", False)
-        assert grpo_vl.clip_range(config) == (3e-4, 4e-4)
-
-
-# ── what a user is told ──
-def test_a_soft_penalty_that_reaches_every_answer_is_refused():
-    with pytest.raises(ValueError, match="--overlong-buffer is 128 and --max-tokens 100: every answer would be"):
-        grpo_vl.Config(overlong="soft", max_tokens=100)
-    assert grpo_vl.Config(overlong="soft", max_tokens=200).overlong_buffer == 128
-
-
-def test_kl_in_the_reward_is_logged_beside_the_rules_own_reward(alone):
-    metrics, _ = ranks.steps(alone, count=2, beta=0.5, kl="k1", lr=0.1)
-    lengths = metrics[1]["length"]  # β · mean sequence KL lies between the two rewards
-    difference = metrics[1]["reward"] - metrics[1]["reward_minus_kl"]
-    assert difference == pytest.approx(0.5 * metrics[1]["kl"] * lengths, rel=1e-4) and abs(difference) > 1e-4
-    plain, _ = ranks.steps(alone, count=1)
-    assert metrics[0]["reward"] == pytest.approx(plain[0]["reward"], abs=1e-6) and "reward_minus_kl" not in plain[0]
-
-
-def test_undecided_rewards_have_no_weight_and_are_counted(alone):
-    """A fourth of the completions cannot be decided: they are in no mean, and the others learn."""
-    def undecided(task, completion, answer, image_size=None, *, truncated=False, **options):
-        unclear = len(completion) % 4 == 0
-        parts = {"undecided": 1.0} if unclear else {}
-        return rewards.Score(0.0 if unclear else ranks.by_length(task, completion, answer), parts)
-
-    run = ranks.make_run(alone, reward=undecided)
-    groups, rewards_of = grpo_vl.collect_groups(run, 0)
-    unclear = [math.isnan(reward) for group in groups for reward in group.rewards]
-    rollouts = [completion for group in groups for completion in group.completions]
-    assert 0 < sum(unclear) < len(unclear)
-    assert unclear == [len(completion.text) % 4 == 0 for completion in rollouts]
-    weight_B = grpo_vl.rollout_weights(run.config, 0, alone, rollouts, len(rollouts))
-    assert [weight == 0 for weight in weight_B.tolist()] == unclear
-    run.cursor = 0
-    metrics = grpo_vl.train_step(run, 0)
-    assert metrics["undecided"] == pytest.approx(sum(unclear) / len(unclear))
-    known = [reward for rewards_G in rewards_of.values() for reward in rewards_G if not math.isnan(reward)]
-    assert metrics["reward"] == pytest.approx(sum(known) / len(known)) and metrics["grad_norm"] > 0
-
-
-def test_a_presets_option_goes_to_the_tasks_that_have_it(alone):
-    """The tiny preset squares the IoU; counting has no such option and trains all the same."""
-    options = grpo_vl.PRESETS["tiny"]["reward_options"]
-    assert json.loads(options) == {"iou_power": 2}
-    run = ranks.make_run(alone, reward=rewards.score, reward_options=options, data=("synthetic:counting?size=56x56",))
-    assert "reward/count" in grpo_vl.train_step(run, 0)
-
-
-def test_an_option_that_no_task_has_is_refused_before_training(tmp_path):
-    with pytest.raises(SystemExit, match=r"--reward-options .*no task has an option 'iou_pwer'"):
-        grpo_vl.main(["--model", "tiny", "--out", str(tmp_path / "run"), "--reward-options", '{"iou_pwer": 2}'])
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("think, form", [("before", r"\s*<think>.*</answer>"), ("after", r"\s*<answer>.*</think>")])
-def test_both_orders_of_thinking_are_asked_for_and_scored(alone, think, form):
-    run = ranks.make_run(alone, think=think, reward=rewards.score, max_tokens=4)
-    prompt = training.make_prompt(run, run.data[0])
-    text = run.tokenizer.decode(prompt.ids)
-    assert (text.index("<think>") < text.index("<answer>")) == (think == "before")
-    sample = run.data[0]
-    said = rewards.reference(sample.task, sample.answer, sample.question, think=think)
-    assert re.fullmatch(form, said, re.S)
-    done = [Completion(run.tokenizer.encode(said, add_special_tokens=False), [])]
-    grpo_vl.score_groups(run, 0, [Group(None, done, sample=sample)])
-    assert done[0].reward == pytest.approx(3, abs=0.2) and done[0].parts["think"] == 1  # format, IoU, form
-
-
+# ── held-out answers ──
 def test_blind_evaluation_sees_grey_images(alone):
     run = ranks.make_run(alone, eval_every=1, blind=True)
     seen, encode = [], training.make_prompt
@@ -522,21 +151,34 @@ def test_blind_evaluation_sees_grey_images(alone):
     assert all(image.getcolors() == [(56 * 56, (128, 128, 128))] for sample in seen for image in sample.images)
 
 
-def gloo_threads(ranks):
-    """How many of gloo's worker threads live here, after a step."""
-    steps(ranks, count=1)
-    names = [path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")]
-    return names.count("pt_gloo_runloop")
-
-
-def test_gloo_has_one_worker_thread(pair):
-    """Two of them write one string without a lock, and now and then end the process."""
-    assert pair.run("test_training.gloo_threads") == [1, 1]
-
-
 def test_an_evaluation_of_several_worlds_asks_each(alone):
     worlds = (ranks.WORLD, "synthetic:math?text=1", "synthetic:ocr?size=56x56")
     run = ranks.make_run(alone, data=worlds, eval_every=1, eval_samples=6, max_tokens=2)
     rows, _ = training.evaluate(run, 2)
     asked = [row["task"] for row in rows if row["mode"] == "greedy"]
     assert asked == ["grounding", "math", "ocr"] * 2
+
+
+def test_rows_without_a_true_answer_are_refused_where_they_are_scored(alone, tmp_path):
+    row = {"task": "math", "question": "1+1", "response": "It is 2."}
+    (tmp_path / "traces.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row | {"id": "b"}) + "\n")
+    spec = f"traces:{tmp_path}/traces.jsonl"
+    with pytest.raises(DataError, match=r"traces.jsonl:1: --data needs true answers"):
+        ranks.make_run(alone, data=(spec,))
+    config = sft_coldstart.Config(model="tiny", data=(spec,), eval_data=(spec,), eval_every=1)
+    with pytest.raises(DataError, match=r"traces.jsonl:1: the data to evaluate on needs true answers"):
+        training.prepare(config, alone, "tiny", imitates=True)
+
+
+def test_what_is_trained_on_and_evaluated_too_is_said(alone, tmp_path, capsys):
+    data = text_rows(tmp_path / "sums.jsonl")
+    ranks.make_run(alone, data=(data,), eval_data=(data,), eval_every=1, heldout=0.0)
+    assert "4 of the 4 samples to evaluate on are trained on too" in capsys.readouterr().err
+
+
+def test_the_longest_held_out_answer_follows_the_step(alone, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(training, "evaluate", lambda run, tokens: seen.append(tokens) or ([], {}))
+    run = ranks.make_run(alone, lr=1e-4, steps=2, max_tokens_at=("2:12",), eval_every=1, out=str(tmp_path))
+    grpo_vl.train(run)
+    assert seen == [8, 8, 12]  # before the first step, after it, after the second

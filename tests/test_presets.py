@@ -1,0 +1,54 @@
+"""The papers' settings: each runs on a file in the true format, and waits long enough."""
+import json
+import re
+
+import pytest
+import ranks
+from conftest import ROOT
+
+import fsdp
+import grpo_vl
+import rewards
+import training
+
+FILES = {"pr1-grounding": "refcoco-pr1:refcoco_pr1.json", "pr1-counting": "pixmo-pr1:pixmo_train.json",
+         "pr1-ocr": "fox:en_page_ocr.json", "pr1-detection": "coco:instances_val.json", "ovr-rl": "math500.jsonl"}
+
+
+@pytest.mark.parametrize("preset", FILES)
+def test_every_preset_takes_two_steps_on_a_file_in_the_true_format(alone, preset, tmp_path):
+    """All of the preset's own settings, on the tiny model and with fewer, shorter rollouts."""
+    kind, _, file = FILES[preset].rpartition(":")
+    spec = f"{kind or 'math500'}:{ROOT}/tests/fixtures/data/{file}"
+    small = dict(model="tiny", data=(spec,), prompts=2, group=2, max_tokens=6, max_tokens_at=(), out=str(tmp_path), eval_every=0)
+    config = grpo_vl.Config(**(grpo_vl.PRESETS[preset] | small))
+    run = training.prepare(config, alone, config.model, beta=config.beta)
+    run.sampler.refresh(fsdp.full_parameters(run.policy))
+    metrics = [grpo_vl.train_step(run, step) for step in range(2)]
+    assert metrics[1]["step"] == 1 and metrics[1]["sampler_gap"] < 1e-5 and metrics[1]["groups"] == 2
+    assert (tmp_path / "samples" / "step-0.json").exists()
+    assert ("kl" in metrics[0]) == preset.startswith("pr1")
+
+
+# Layers, key/value heads and head width of the published 3B and 7B: bytes a token of keys and values, in bf16.
+KV_BYTES = {"3B": 2 * 2 * 36 * 2 * 128, "7B": 2 * 2 * 28 * 4 * 128}
+
+
+@pytest.mark.parametrize("preset", [name for name, options in grpo_vl.PRESETS.items() if "Qwen" in options.get("model", "")] + [None])
+def test_a_presets_timeout_is_above_its_longest_rollout(preset):
+    """On 8 GPUs, when every answer has the greatest length and a token of all rows takes 12 ms (7B's weights and 8 GiB
+    of keys and values are 23 GB, 7 ms at an H100's 3.35 TB/s)."""
+    config = grpo_vl.Config(**grpo_vl.PRESETS.get(preset, {}))
+    limit = grpo_vl.longest(config, config.steps)
+    rows = -(-config.prompts // 8) * config.group
+    at_once = max(1, config.kv_gb * 2**30 // KV_BYTES[re.search("[37]B", config.model)[0]] // (limit + config.max_prompt / config.group))
+    batches = -(-rows // min(at_once, rows))
+    assert config.timeout > batches * limit * 0.012
+
+
+def test_a_presets_option_goes_to_the_tasks_that_have_it(alone):
+    """The tiny preset squares the IoU; counting has no such option and trains all the same."""
+    options = grpo_vl.PRESETS["tiny"]["reward_options"]
+    assert json.loads(options) == {"iou_power": 2}
+    run = ranks.make_run(alone, reward=rewards.score, reward_options=options, data=("synthetic:counting?size=56x56",))
+    assert "reward/count" in grpo_vl.train_step(run, 0)
