@@ -1,6 +1,6 @@
 r"""Scores models, saved answers and runs: benchmarks, behaviours, curves, pictures.
 
-  python eval.py demo runs/coldstart runs/grpo            before / after on held-out samples
+  python eval.py demo base runs/grpo             before / after on held-out samples
   python eval.py run --model DIR --task grounding --data refcoco-vlmr1:refcoco_val.json --out DIR
   python eval.py metrics --task detection --predictions FILE.jsonl --annotations instances.json
   python eval.py behaviours --predictions step-0.jsonl step-500.jsonl --plot behaviours.png
@@ -33,6 +33,7 @@ import plots
 import protocols
 import qwen_vl
 import rewards
+import sft_coldstart
 import training
 from formulas import library
 from options import think_of
@@ -223,45 +224,73 @@ def curriculum_rows(samples, rates: dict, folder: Path) -> list[dict]:
     return sorted(rows, key=lambda row: -row["pass_rate"])
 
 
-def demo(cold_start: Path, grpo: Path, /, out: Out = "", data: Data = (), samples: Samples = 400):
-    """Before and after GRPO on held-out samples: table, answers.jsonl, curve.png, rollouts.png."""
+SCENES = 12  # the first held-out samples, which are shown with several answers
+
+
+def demo(before: Path, grpo: Path, /, out: Out = "", data: Data = (), samples: Samples = 400):
+    """Before and after GRPO on held-out samples: table, answers.jsonl, curve.png, rollouts.png.
+
+    before: the folder of a model, or of the run that made it; grpo: that of the run."""
     library("matplotlib", "matplotlib")
-    models = {"before": cold_start / "model", "after": grpo / "model"}
-    for model in models.values():
-        if not model.is_dir():
-            raise ValueError(f"there is no {model}: finish the run {model.parent} first")
+    models = {"before": find_model(before), "after": find_model(grpo)}
     with datasets.blame(grpo / "config.json"):
         saved = json.loads((grpo / "config.json").read_text())
         eval_data = [*data] or saved["eval_data"]  # empty: the held-out share of the run's data
         heldout = {"eval_samples": samples or 10**9, "eval_every": 1, "eval_data": eval_data}
         config = grpo_vl.Config(**saved | heldout)
     processes = fsdp.start_processes(config.timeout)
-    rows, table = {}, {}
+    table, answers = {}, []
     for name, model in models.items():
         run = training.prepare(config, processes, str(model))
         run.sampler.refresh(fsdp.full_parameters(run.policy))
-        rows[name], accuracy = training.evaluate(run, grpo_vl.longest(config, config.steps))
-        table[name] = {mode.removeprefix("eval/"): value for mode, value in accuracy.items()}
-    table["samples"] = len(rows["after"]) // 2  # each greedy and sampled
+        table[name], rows = ask(run)
+        answers += [{"model": name} | row for row in rows]
+    table["samples"] = len({row["id"] for row in answers})
+    table["metric"] = plots.metric_name(row["task"] for row in answers)
     table["data"] = eval_data or saved["data"]
     if processes.rank == 0:
-        first = islice(run.eval_data.in_turn(), min(12, table["samples"]))
-        scenes = [run.eval_data.at(index) for index in first]
-        write_demo(Path(out or grpo / "eval"), grpo, table, rows, scenes)
+        first = islice(run.eval_data.in_turn(), min(SCENES, table["samples"]))
+        scenes = [run.eval_data.good(index) for index in first]
+        write_demo(Path(out or grpo / "eval"), grpo, table, answers, scenes)
     fsdp.leave()
 
 
-def write_demo(folder: Path, grpo: Path, table: dict, rows: dict, scenes: list) -> None:
+def find_model(folder: Path) -> Path:
+    """The model in a folder: its own or its run's. Errors: ValueError if there is none yet."""
+    model = sft_coldstart.find_model(folder)
+    if model is None:
+        raise ValueError(f"there is no model in {folder}: finish the run first")
+    return model
+
+
+def ask(run) -> tuple[dict[str, float], list[dict]]:
+    """({mode: metric}, rows): all samples once greedily and once sampled, the first ones more."""
+    limit = grpo_vl.longest(run.config, run.config.steps)
+    rows, accuracy = training.evaluate(run, limit)
+    first = min(SCENES, run.config.eval_samples)
+    several = training.answer_heldout(
+        run, first, tries=plots.TRIES, max_tokens=limit, greedy=False)
+    for row in several:
+        row["mode"] = "several"
+        row["correct"] = training.right(run.config, row)
+    metrics = {mode.removeprefix("eval/"): value for mode, value in accuracy.items()}
+    return metrics, rows + several
+
+
+def write_demo(folder: Path, grpo: Path, table: dict, answers: list[dict], scenes: list) -> None:
     """table.json, answers.jsonl, curve.png and rollouts.png; the table is printed too."""
-    answers = []
-    for name, own in rows.items():
-        answers += [row | {"model": name} for row in own]
     write_rows(folder / "answers.jsonl", answers)
     (folder / "table.json").write_text(json.dumps(table, indent=1))
-    start = {f"eval/{mode}": value for mode, value in table["before"].items()}
-    panels = plots.curves([grpo], start, ["reward", "held-out accuracy"])
+    panels = plots.curves([grpo], ["reward", "held-out accuracy"])
+    if "held-out accuracy" in panels:
+        panels[f"held-out {table['metric']}"] = panels.pop("held-out accuracy")
     plots.draw_panels(panels, folder / "curve.png", "GRPO step")
-    plots.before_after(scenes, rows).save(folder / "rollouts.png")
+    several = {"before": [], "after": []}
+    for row in answers:
+        if row["mode"] == "several":
+            several[row["model"]].append(row)
+    shown = [scene for scene in scenes if scene is not None]  # others are left out: --skip-bad
+    plots.before_after(shown, several).save(folder / "rollouts.png")
     print(plots.demo_table(table))
     print(f"in {folder}: curve.png, rollouts.png, answers.jsonl")
 

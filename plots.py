@@ -10,6 +10,7 @@ import json
 import math
 import re
 import textwrap
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -81,13 +82,12 @@ def standard_error(share: float, samples: int) -> float:
     return math.sqrt(variance / samples)  # √(p(1 − p)/n)
 
 
-def curves(runs: list[Path], start: dict | None = None, titles=tuple(PANELS)) -> dict:
-    """{panel: [Line]}, `start` at 0 and each step's metrics at the number of completed steps."""
+def curves(runs: list[Path], titles=tuple(PANELS)) -> dict:
+    """{panel: [Line]} over completed steps; held-out metrics begin at 0, before the first step."""
     panels = {title: [] for title in titles}
     for run in runs:
         steps = read_steps(run)
-        if start:
-            steps[-1] = start
+        steps[-1] = before_training(steps)
         samples = held_out_samples(run)
         names = dict.fromkeys(name for step in sorted(steps) for name in steps[step])
         for title in titles:
@@ -95,6 +95,16 @@ def curves(runs: list[Path], start: dict | None = None, titles=tuple(PANELS)) ->
                 line = read_line(run, name, steps, samples)
                 panels[title].append(line)
     return {title: lines for title, lines in panels.items() if lines}
+
+
+def before_training(steps: dict[int, dict]) -> dict:
+    """{"eval/greedy": …} of the model that the run began with, which its first row holds."""
+    first = steps[min(steps)]
+    found = {}
+    for name, value in first.items():
+        if name.startswith("before/"):
+            found[name.replace("before/", "eval/")] = value
+    return found
 
 
 def read_line(run: Path, name: str, steps: dict, samples: int) -> Line:
@@ -304,20 +314,51 @@ def put(page: Image.Image, pen, tile: Tile, corner: tuple[int, int]) -> None:
     pen.multiline_text((left, top + FACT), text, "#555555", ImageFont.load_default(12), spacing=3)
 
 
+def in_tile(image, width: int = WIDTH) -> Image.Image:
+    """The image so many pixels wide, its height in proportion; a blank one for None."""
+    if image is None:
+        return Image.new("RGB", (width, 28), "white")
+    small = image.width < width
+    size = width, max(1, image.height * width // image.width)
+    return image.resize(size, Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS)
+
+
 def marked(image, task: str, text: str, answer, image_size) -> Image.Image:
     """The image in a tile's width; what was said and what is true on it, where these are places."""
-    if image is None:
-        return Image.new("RGB", (WIDTH, 28), "white")
-    small = image.width < WIDTH
-    size = WIDTH, max(1, image.height * WIDTH // image.width)
-    picture = image.resize(size, Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS)
-    if task not in pictures.PLACED:
+    picture = in_tile(image)
+    if image is None or task not in pictures.PLACED:
         return picture
-    said = readers.parse_boxes(text, image_size) or readers.parse_points(text, image_size)
     frame = image_size or image.size
-    said = pictures.scale(said, frame, size)
-    true = pictures.scale(answer, frame, size)
+    said = places_said(text, frame, picture.size)
+    true = pictures.scale(answer, frame, picture.size)
     return pictures.draw(picture, predicted=said, true=true)
+
+
+def places_said(text: str, frame, size) -> list:
+    """Boxes, else points, of an answer in a frame of (W, H), moved into a picture of that size."""
+    said = readers.parse_boxes(text, frame) or readers.parse_points(text, frame)
+    return pictures.scale(said, frame, size)
+
+
+PALE = 0.4  # what one answer's marks cover; eight at one place cover 1 − 0.6⁸ = 98 %
+
+
+def cloud(image, task: str, texts: list[str], answer, image_size, width=WIDTH) -> Image.Image:
+    """All answers over the image, each so pale that only many at one place make a clear line.
+
+    So a policy that knows shows one sharp box where another one shows a cloud. Width: 225 or more.
+    """
+    picture = in_tile(image, width)
+    if image is None or task not in pictures.PLACED:
+        return picture
+    frame = image_size or image.size
+    true = pictures.scale(answer, frame, picture.size)
+    picture = pictures.draw(picture, true=true)
+    for text in texts:
+        said = places_said(text, frame, picture.size)
+        over = pictures.draw(picture, predicted=said)
+        picture = Image.blend(picture, over, PALE)
+    return picture
 
 
 def in_lines(text: str, count: int) -> list[str]:
@@ -402,47 +443,80 @@ def rollout_tile(row: dict, image) -> Tile:
     return Tile(picture, ", ".join(facts), in_lines(row["text"], 3))
 
 
-def before_after(samples, rows: dict) -> Image.Image:
-    """The first held-out samples, none picked, each answered greedily before and after GRPO."""
-    tiles = []
-    for sample in samples:
-        for name, answers in rows.items():
-            greedy = {row["id"]: row for row in answers if row["mode"] == "greedy"}
-            tiles.append(answer_tile(name, sample, greedy[sample.id]))
+TRIES = 8  # sampled answers to a scene that lie over each other
+IN_A_ROW = 6  # scenes of a sheet before and after
+
+
+def before_after(samples: list, rows: dict[str, list[dict]]) -> Image.Image:
+    """The first held-out samples, none picked: under each other all answers before and after GRPO.
+
+    rows: {"before": several rows an id, "after": …}, see training.answer, with "correct".
+    """
     lines = []
-    for start in range(0, len(tiles), 4):
-        lines.append(("", tiles[start : start + 4]))
-    return sheet(lines, "held-out, greedy, before and after GRPO")
+    for start in range(0, len(samples), IN_A_ROW):
+        part = samples[start : start + IN_A_ROW]
+        for name, answers in rows.items():
+            tiles = []
+            for number, sample in enumerate(part, start + 1):
+                own = [row for row in answers if row["id"] == sample.id]
+                tiles.append(cloud_tile(number, sample, own))
+            lines.append((f"{name} GRPO", tiles))
+    return sheet(lines, f"The first held-out scenes, {TRIES} sampled answers over each")
 
 
-def answer_tile(name: str, sample, row: dict) -> Tile:
-    """An answer to a held-out sample, and whether it is right."""
-    correct = row["correct"]
-    verdict = {0: "wrong", 1: "right"}.get(correct, f"{correct:.2f}")
+def cloud_tile(number: int, sample, rows: list[dict]) -> Tile:
+    """A sample's number, the mean of its answers' metric, and the answers."""
+    texts = [row["completion"] for row in rows]
+    mean = fmean(row["correct"] for row in rows)
+    fact = f"scene {number}: mean {metric_name([sample.task])} {mean:.2f}"
     said = in_lines(sample.question or sample.task, 1)
     if sample.task not in pictures.PLACED:
-        said += in_lines(row["completion"], 3)
+        said += in_lines(f"true: {sample.answer}", 1)
+        for text, count in Counter(texts).most_common(3):
+            said += in_lines(f"{count} x {text}", 1)
     image = sample.images[0] if sample.images else None
-    picture = marked(image, sample.task, row["completion"], sample.answer, sample.image_size)
-    return Tile(picture, f"{name}: {verdict}", said)
+    picture = cloud(image, sample.task, texts, sample.answer, sample.image_size)
+    return Tile(picture, fact, said)
 
 
 # §5 ──────────────────────────────────────── tables ──────────────────────────────────────────
+GRADED = {"detection": "F1", "ocr": "similarity"}  # tasks whose answers are not right or wrong
+
+
+def metric_name(tasks) -> str:
+    """What rewards.correct is called on samples of these tasks."""
+    names = {GRADED.get(task, "accuracy") for task in tasks}
+    return names.pop() if len(names) == 1 else "score"
+
+
 def demo_table(table: dict) -> str:
-    """Accuracy of the answer alone, ± one standard error of a share."""
-    samples = table["samples"]
-    lines = [f"held-out accuracy of the answer alone, {samples} samples",
-             f"{'':<9}{'cold start':>16}{'after GRPO':>16}{'gain':>14}{'factor':>9}"]
+    """The metric of the answer alone before and after, and what is left of the error 1 − metric.
+
+    ± is one standard error of a share; where answers are graded their spread is less: a bound.
+    """
+    samples, metric = table["samples"], table["metric"]
+    spread = "one standard error"
+    if metric != "accuracy":
+        spread = f"at most {spread}"
+    lines = [f"held-out {metric} of the answer alone, {samples} samples, ± {spread}",
+             f"{'':<9}{'before GRPO':>16}{'after GRPO':>16}{'gain':>15}{'error':>26}"]
     for mode, after in table["after"].items():
         before = table["before"][mode]
         old = percent(before, samples)
         new = percent(after, samples)
         gain = 100 * (after - before)
-        factor = "-"
-        if before:
-            factor = f"×{after / before:.2f}"
-        lines.append(f"{mode:<9}{old:>16}{new:>16}{gain:>+7.1f} points{factor:>9}")
+        error = error_change(before, after)
+        lines.append(f"{mode:<9}{old:>16}{new:>16}{gain:>+8.1f} points{error:>26}")
     return "\n".join(lines)
+
+
+def error_change(before: float, after: float) -> str:
+    """1 − metric before and after, in percent, and their ratio."""
+    old, new = 1 - before, 1 - after
+    text = f"{100 * old:.1f} → {100 * new:.1f} %"
+    if old > 0:
+        text += f", ×{new / old:.2f}"
+    return text
 
 
 def percent(share: float, samples: int) -> str:

@@ -6,10 +6,12 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_plots import make_run, refused, shows_something, write
 from test_protocols import close
@@ -144,26 +146,44 @@ def runs(tmp_path_factory):
     return folders
 
 
-def test_demo_compares_two_models(runs, tmp_path):
-    out, _ = run_script("demo", *runs, "--samples", 6, "--out", tmp_path)
-    assert "6 samples" in out and "greedy" in out and "sampled" in out
+def test_demo_compares_a_model_and_a_run(runs, tmp_path):
+    before, grpo = runs
+    out, _ = run_script("demo", before / "model", grpo, "--samples", 6, "--out", tmp_path)
+    assert "held-out accuracy of the answer alone, 6 samples" in out and "before GRPO" in out
     table = json.loads((tmp_path / "table.json").read_text())
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").open()]
-    assert len(answers) == 2 * 2 * 6 and table["data"] == [SCENES]
+    assert table["data"] == [SCENES] and table["metric"] == "accuracy"
     for model in ("before", "after"):
         for mode in ("greedy", "sampled"):
             rows = [r for r in answers if (r["model"], r["mode"]) == (model, mode)]
             right = [rewards.correct("grounding", r["completion"], r["answer"]) for r in rows]
-            assert table[model][mode] == sum(right) / 6
+            assert len(rows) == 6 and table[model][mode] == sum(right) / 6
+        several = [r for r in answers if (r["model"], r["mode"]) == (model, "several")]
+        assert Counter(r["id"] for r in several) == {r["id"]: 8 for r in rows}  # each scene eight times
+        assert several[0]["completion"] == rows[0]["completion"]  # the first of the eight is the sampled one
+    assert len(answers) == 2 * 6 * (1 + 1 + 8)
     assert {r["id"].split("-")[2] for r in answers} == {"heldout"}
     assert shows_something(tmp_path / "curve.png") and shows_something(tmp_path / "rollouts.png")
     assert not any(runs[1].glob("eval"))  # all went to --out
+
+
+def test_demo_shows_twelve_scenes_of_more_and_calls_detection_by_f1(runs, tmp_path, monkeypatch, alone, capsys):
+    in_this_process(monkeypatch, alone)
+    world = "synthetic:detection?size=56x56&shapes=2&objects=1-2"
+    evaluation.main(["demo", *map(str, runs), "--samples", "14", "--data", world, "--out", str(tmp_path)])
+    assert "held-out F1 of the answer alone, 14 samples, ± at most" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").open()]
+    several = Counter(row["id"] for row in rows if row["mode"] == "several" and row["model"] == "after")
+    assert len(several) == 12 and set(several.values()) == {8}
+    with Image.open(tmp_path / "rollouts.png") as page:
+        assert page.size == (6 * 240 + 10, 44 + 4 * (24 + 230 + 18 + 15 + 10))  # two scenes under each other, twice
 
 
 def test_demo_needs_models(tmp_path, runs):
     assert "finish the run" in refused("demo", tmp_path, runs[1])
     old = tmp_path / "old"
     (old / "model").mkdir(parents=True)
+    (old / "model" / "model.safetensors").write_bytes(b"")
     (old / "config.json").write_text('{"colour": "red"}')
     assert "old/config.json: the field 'eval_data'" in refused("demo", runs[0], old)
 

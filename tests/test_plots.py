@@ -8,6 +8,7 @@ from PIL import Image
 
 import eval as evaluation
 import plots
+from sources import Sample
 
 
 def write(path, *rows):
@@ -62,11 +63,12 @@ def test_curves_by_hand_with_a_resume_and_half_a_line(tmp_path):
 
 
 def test_held_out_points_have_the_standard_error_of_a_share(tmp_path):
-    rows = [{"step": 49, "reward": 1.0, "eval/greedy": 0.2}, {"step": 99, "reward": 1.0, "eval/greedy": 0.5}]
+    rows = [{"step": 0, "reward": 1.0, "before/greedy": 0.1}, {"step": 49, "reward": 1.0, "eval/greedy": 0.2},
+            {"step": 99, "reward": 1.0, "eval/greedy": 0.5}]
     write(tmp_path / "metrics.jsonl", *rows)
     assert only(plots.curves([tmp_path])["held-out accuracy"]).errors is None  # of how many is unknown
     write(tmp_path / "config.json", {"eval_samples": 100})
-    panels = plots.curves([tmp_path], start={"eval/greedy": 0.1})
+    panels = plots.curves([tmp_path])  # from the model before the first step on
     # √(0.1·0.9/100) = 0.03, √(0.2·0.8/100) = 0.04, √(0.5·0.5/100) = 0.05
     line = only(panels["held-out accuracy"])
     assert line.xs == [0, 50, 100] and line.errors == pytest.approx([0.03, 0.04, 0.05])
@@ -222,11 +224,94 @@ def test_a_spread_holds_both_ends():
     assert plots.spread([0, 1, 2], 1) == [2]
 
 
+# ---- answers over each other ----
+WHITE, TRUE, SAID = (255, 255, 255), (0, 208, 255), (255, 0, 192)
+ANSWER = [{"bbox_2d": [5, 5, 20, 20], "label": "red circle"}]
+
+
+def boxes_at(*lefts):
+    """Eight answers, one box each: 20 pixels wide and high, its left edge at one of these."""
+    return [f'[{{"bbox_2d": [{left}, 40, {left + 20}, 60], "label": "red circle"}}]' for left in lefts]
+
+
+def test_eight_boxes_at_one_place_are_one_sharp_box():
+    image = Image.new("RGB", (84, 84), "white")
+    tile = plots.cloud(image, "detection", boxes_at(*[30] * 8), ANSWER, (84, 84), width=252)
+    # Three times as large: the box said from (90, 120) to (150, 180), the true one from (15, 15).
+    # Each covers 40 %, eight 1 − 0.6⁸ = 98.3 %: of white's 255 green 4.3 are left, of 255 − 192 = 63 blue 1.06.
+    assert tile.size == (252, 252) and tile.getpixel((15, 40)) == TRUE and tile.getpixel((200, 200)) == WHITE
+    for corner in ((90, 120), (150, 120), (90, 180), (150, 180)):
+        red, green, blue = tile.getpixel(corner)
+        assert red == 255 and green <= 12 and abs(blue - 193) <= 6, corner
+
+
+def test_eight_boxes_at_eight_places_are_a_cloud():
+    image = Image.new("RGB", (84, 84), "white")
+    lefts = [4, 11, 18, 25, 32, 39, 46, 53]
+    tile = plots.cloud(image, "detection", boxes_at(*lefts), ANSWER, (84, 84), width=252)
+    for left in lefts:  # halfway down its left edge, on which no other box lies: 255 − 0.4 · 255 = 153 green,
+        red, green, blue = tile.getpixel((3 * left, 150))  # 255 − 0.4 · 63 = 229.8 blue
+        assert red == 255 and abs(green - 153) <= 1 and abs(blue - 229.8) <= 1, left
+    darkest = min(tile.getpixel((x, 150))[1] for x in range(252))
+    assert darkest > 80  # nowhere a line as clear as that of eight
+
+
+def test_a_text_that_says_no_place_and_a_scene_without_an_image():
+    image = Image.new("RGB", (84, 84), "white")
+    tile = plots.cloud(image, "detection", ["nothing", "[]"], ANSWER, (84, 84))
+    assert {colour for _, colour in tile.getcolors()} == {WHITE, TRUE}
+    assert plots.cloud(None, "math", ["4"], "4", None).size == (230, 28)
+
+
+def scene(number, task="detection", answer=ANSWER):
+    images = () if task == "math" else (Image.new("RGB", (84, 84), "white"),)
+    return Sample(f"scene-{number}", task, "coloured shapes", answer, images)
+
+
+def test_scenes_before_stand_over_the_same_scenes_after():
+    samples = [scene(number) for number in range(8)]
+    rows = {"before": [], "after": []}
+    for sample in samples:
+        for text, before, after in zip(boxes_at(4, 11, 18, 25), (1, 0, 0, 0), (1, 1, 1, 0)):
+            rows["before"].append({"id": sample.id, "completion": text, "correct": before})
+            rows["after"].append({"id": sample.id, "completion": boxes_at(30)[0], "correct": after})
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "sheet", lambda lines, heading: seen.append((lines, heading)))
+        plots.before_after(samples, rows)
+    ((lines, heading),) = seen
+    assert [(title, len(tiles)) for title, tiles in lines] == [
+        ("before GRPO", 6), ("after GRPO", 6), ("before GRPO", 2), ("after GRPO", 2)]
+    assert heading == "The first held-out scenes, 8 sampled answers over each"
+    facts = [tiles[-1].fact for _, tiles in lines]  # means of 1, 0, 0, 0 and of 1, 1, 1, 0
+    assert facts == ["scene 6: mean F1 0.25", "scene 6: mean F1 0.75", "scene 8: mean F1 0.25", "scene 8: mean F1 0.75"]
+    before, after = lines[0][1][0].picture, lines[1][1][0].picture
+    assert before.getpixel((11 * 230 // 84, 136))[1] > 100 > after.getpixel((30 * 230 // 84, 136))[1]
+    page = plots.before_after(samples, rows)
+    assert page.size == (6 * 240 + 10, 44 + 4 * (24 + 230 + 18 + 15 + 10))
+
+
+def test_answers_that_are_no_places_are_counted():
+    rows = [{"id": "scene-0", "completion": text, "correct": float(text == "7")} for text in ("7", "8", "7", "9", "7")]
+    tile = plots.cloud_tile(1, scene(0, "math", "7"), rows)
+    assert tile.fact == "scene 1: mean accuracy 0.60"
+    assert tile.said == ["coloured shapes", "true: 7", "3 x 7", "1 x 8", "1 x 9"]
+
+
 # ---- tables ----
+def test_the_metric_has_its_name():
+    assert plots.metric_name(["detection", "detection"]) == "F1"
+    assert plots.metric_name(["grounding", "counting", "math"]) == "accuracy"
+    assert plots.metric_name(["ocr"]) == "similarity" and plots.metric_name(["ocr", "math"]) == "score"
+
+
 def test_demo_table_by_hand():
-    table = {"samples": 400, "before": {"greedy": 0.25, "sampled": 0.0},
-             "after": {"greedy": 0.5, "sampled": 0.2}}
-    greedy, sampled = plots.demo_table(table).splitlines()[2:]
-    # standard errors √(0.25·0.75/400) = 2.165 %, √(0.25/400) = 2.5 %
-    assert " ".join(greedy.split()) == "greedy 25.0 ± 2.2 % 50.0 ± 2.5 % +25.0 points ×2.00"
-    assert sampled.split()[-2:] == ["points", "-"]
+    table = {"samples": 400, "metric": "accuracy", "before": {"greedy": 0.25, "sampled": 1.0},
+             "after": {"greedy": 0.5, "sampled": 0.9}}
+    about, _, greedy, sampled = plots.demo_table(table).splitlines()
+    assert about == "held-out accuracy of the answer alone, 400 samples, ± one standard error"
+    # standard errors √(0.25·0.75/400) = 2.165 %, √(0.25/400) = 2.5 %; errors 0.75 and 0.5, their ratio 0.667
+    assert " ".join(greedy.split()) == "greedy 25.0 ± 2.2 % 50.0 ± 2.5 % +25.0 points 75.0 → 50.0 %, ×0.67"
+    assert sampled.endswith(" 0.0 → 10.0 %")  # nothing to be a part of
+    graded = plots.demo_table(table | {"metric": "F1"}).splitlines()[0]
+    assert graded == "held-out F1 of the answer alone, 400 samples, ± at most one standard error"
