@@ -19,7 +19,8 @@ from claims_table import Claim, Contrast
 
 SPENT = ("step", "prompts", "rollouts", "tokens", "seconds")  # what training took
 KEPT = ("step", "reward", "reward_std", "zero_variance", "length", "truncated", "entropy", "loss",
-        "grad_norm", "tokens", "eval/greedy", "eval/sampled", "seconds/total")
+        "grad_norm", "tokens", "before/greedy", "before/sampled", "eval/greedy", "eval/sampled",
+        "seconds/total")
 STEP_LINES = 200  # about so many are kept of a run's, and all that were evaluated
 MARKS = "<!-- claims -->", "<!-- /claims -->"
 NOTHING = "Nothing has been measured yet."  # between the marks while there are no raw rows
@@ -77,14 +78,17 @@ def read(path: Path) -> Result:
 
 def read_claim(claim: Claim, folder: Path) -> dict[str, dict[int, Result]]:
     """{arm's name: {seed: Result}} of what is finished."""
-    results = {}
-    for arm in claim.arms:
-        results[arm.name] = {}
-        for file in folder.glob(f"{arm.slug}-*.jsonl.gz"):
-            seed = file.name.removeprefix(f"{arm.slug}-").removesuffix(".jsonl.gz")
-            if seed.isdigit():  # else another arm, whose name is longer
-                results[arm.name][int(seed)] = read(file)
-    return results
+    return {arm.name: read_seeds(folder, arm.slug) for arm in claim.arms}
+
+
+def read_seeds(folder: Path, slug: str) -> dict[int, Result]:
+    """{seed: Result} of an arm."""
+    found = {}
+    for file in folder.glob(f"{slug}-*.jsonl.gz"):
+        seed = file.name.removeprefix(f"{slug}-").removesuffix(".jsonl.gz")
+        if seed.isdigit():  # else another arm, whose name is longer
+            found[int(seed)] = read(file)
+    return found
 
 
 # §2 ──────────────────────────── means, errors and verdicts ──────────────────────────────────────
