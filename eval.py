@@ -34,6 +34,7 @@ import protocols
 import qwen_vl
 import rewards
 import sft_coldstart
+import sheets
 import training
 from formulas import library
 from options import think_of
@@ -269,7 +270,7 @@ def ask(run) -> tuple[dict[str, float], list[dict]]:
     rows, accuracy = training.evaluate(run, limit)
     first = min(SCENES, run.config.eval_samples)
     several = training.answer_heldout(
-        run, first, tries=plots.TRIES, max_tokens=limit, greedy=False)
+        run, first, tries=sheets.TRIES, max_tokens=limit, greedy=False)
     for row in several:
         row["mode"] = "several"
         row["correct"] = training.right(run.config, row)
@@ -290,7 +291,7 @@ def write_demo(folder: Path, grpo: Path, table: dict, answers: list[dict], scene
         if row["mode"] == "several":
             several[row["model"]].append(row)
     shown = [scene for scene in scenes if scene is not None]  # others are left out: --skip-bad
-    plots.before_after(shown, several).save(folder / "rollouts.png")
+    sheets.before_after(shown, several).save(folder / "rollouts.png")
     print(plots.demo_table(table))
     print(f"in {folder}: curve.png, rollouts.png, answers.jsonl")
 
@@ -313,7 +314,7 @@ def plot(runs: list[Path], /, out: Out = "", seeds: Seeds = False) -> None:
 def show(run: Path, /, out: Out = "", steps: Steps = 8, groups: int = 1) -> None:
     """Samples of a run: of each step shown, the first `groups` prompts with all completions, best
     to worst, with step, reward and IoU: samples.png."""
-    page = plots.rollouts(run, steps, groups)
+    page = sheets.rollouts(run, steps, groups)
     path = plots.picture_path(out, run / "samples.png")
     page.save(path)
     print(f"samples of {run}, {page.width} x {page.height} pixels, in {path}")

@@ -30,7 +30,7 @@ from claims import shown
 from demo_report import Arm
 
 import grpo_vl
-import plots
+import sheets
 import training
 from eval import write_rows
 
@@ -127,7 +127,7 @@ def training_command(job: Job, seconds: float) -> list[str]:
 def answer(job: Job, model: str, mode: str) -> tuple[list[dict], list[str]]:
     """Held-out scenes: (the rows of all answers, each with "correct"; the command)."""
     demo, out = job.bench.config, job.folder / mode
-    tries = 1 if mode == "greedy" else plots.TRIES
+    tries = 1 if mode == "greedy" else sheets.TRIES
     task = job.scenes.removeprefix("synthetic:").partition("?")[0]
     command = [
         "eval.py", "run", "--model", model, "--task", task, "--data", job.scenes,
@@ -169,7 +169,7 @@ def run_missing(job: Job) -> None:
     sampled, command = answer(job, model, "sampled")
     commands.append(command)
     if job.arm.kind in ("base", "grpo"):
-        examples = sampled[: EXAMPLES * plots.TRIES]
+        examples = sampled[: EXAMPLES * sheets.TRIES]
         write_rows(demo_report.answers_file(job.bench.results, job.arm, job.seed), examples)
     about["commands"] = [as_typed(job, command) for command in commands]
     about["scenes"] = job.scenes

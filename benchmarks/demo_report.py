@@ -15,6 +15,7 @@ from claims_report import Estimate, Result, estimate
 
 import data as datasets
 import plots
+import sheets
 from plots import Line
 
 
@@ -159,7 +160,7 @@ def page(results: dict, metric: str) -> str:
         "# The demo and its controls", "",
         f"`python benchmarks/demo_arms.py --seeds {' '.join(map(str, sorted(base)))}`. Error is "
         f"1 − {metric} of the answer alone (`rewards.correct`) on {scenes:,} held-out scenes a seed; "
-        f"sampled: the mean of {plots.TRIES} answers at T = 1. ± is one standard error over seeds, "
+        f"sampled: the mean of {sheets.TRIES} answers at T = 1. ± is one standard error over seeds, "
         "with one seed over scenes. Seconds are those of training with its evaluations.", "",
         "![Held-out curves, and the first scenes before and after](demo.png)", "",
         *table(results), "", *against_supervised(results), "",
@@ -295,14 +296,14 @@ def draw_scenes(figure, folder: Path, results: dict, metric: str) -> None:
     samples = first_scenes(results[BASE.name][seed].about["scenes"], before)
     left, top = 735, 85
     figure.text((left - 35) / WIDE, 1 - 20 / HIGH, "The first held-out scenes, "
-                f"{plots.TRIES} sampled answers over each", va="top", fontsize=TEXT + 1.5)
+                f"{sheets.TRIES} sampled answers over each", va="top", fontsize=TEXT + 1.5)
     for place, (name, rows) in enumerate(rows_of.items()):
         for column, sample in enumerate(samples):
             own = [row for row in rows if row["id"] == sample.id]
             axis = add_axes(figure, left=left + column * (TILE + GAP), top=top + place * (TILE + 75),
                             width=TILE, height=TILE)
             texts = [row["completion"] for row in own]
-            axis.imshow(plots.cloud(sample.images[0], sample.task, texts, sample.answer,
+            axis.imshow(sheets.cloud(sample.images[0], sample.task, texts, sample.answer,
                                     sample.image_size, width=TILE), interpolation="nearest")
             axis.set(xticks=[], yticks=[])
             axis.set_xlabel(f"{metric} {fmean(row['correct'] for row in own):.2f}",

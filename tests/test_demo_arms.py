@@ -12,9 +12,9 @@ from PIL import Image
 import data as datasets
 import grpo_vl
 import options
-import plots
 import rewards
 import sft_coldstart
+import sheets
 import tiny
 
 sys.path.append(str(ROOT / "benchmarks"))
@@ -275,7 +275,7 @@ def test_finished_arms_are_not_run_again(bench, monkeypatch):
     assert (result.about["steps"], result.about["seconds"], result.about["scenes"]) == (1, 41.3, SPEC)
     assert [command.split()[2] for command in result.about["commands"]] == ["grpo_vl.py", "eval.py", "eval.py"]
     kept = claims_report.read_rows(bench.results / "grpo-0-answers.jsonl")
-    assert len(kept) == 2 * plots.TRIES and not (bench.results / "random_reward-0-answers.jsonl").exists()
+    assert len(kept) == 2 * sheets.TRIES and not (bench.results / "random_reward-0-answers.jsonl").exists()
     assert run() == [] and started == []
 
 
