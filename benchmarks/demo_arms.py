@@ -125,7 +125,7 @@ def training_command(job: Job, seconds: float) -> list[str]:
 
 
 def answer(job: Job, model: str, mode: str) -> tuple[list[dict], list[str]]:
-    """Held-out scenes: (the rows of all answers, each with "correct"; the command)."""
+    """Held-out scenes by number: (the rows of all answers, each with "correct"; the command)."""
     demo, out = job.bench.config, job.folder / mode
     tries = 1 if mode == "greedy" else sheets.TRIES
     task = job.scenes.removeprefix("synthetic:").partition("?")[0]
@@ -135,9 +135,14 @@ def answer(job: Job, model: str, mode: str) -> tuple[list[dict], list[str]]:
         "--max-tokens", str(demo.max_tokens), "--prompts", "training", "--out", shown(out)]
     call(job, command)
     rows = claims_report.read_rows(out / "predictions.jsonl")
+    rows.sort(key=scene_number)  # each rank wrote its own after the other
     for row in rows:
         row["correct"] = training.right(demo, row)
     return rows, command
+
+
+def scene_number(row: dict) -> int:
+    return int(row["id"].rpartition("-")[2])
 
 
 def by_scene(rows: list[dict]) -> list[list[float]]:

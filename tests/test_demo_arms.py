@@ -14,7 +14,6 @@ import grpo_vl
 import options
 import rewards
 import sft_coldstart
-import sheets
 import tiny
 
 sys.path.append(str(ROOT / "benchmarks"))
@@ -227,7 +226,7 @@ def test_all_arms_start_from_the_base_and_differ_in_one_thing(bench):
 
 
 def pretend(bench, monkeypatch, faults):
-    """Scripts that write what they would; the k-th answer is right in scene k alone of two."""
+    """Scripts that write what they would, of two ranks: scenes 0, 2, …, then 1, 3, …; 10 is right alone."""
     started = []
 
     def call(job, command):
@@ -244,8 +243,9 @@ def pretend(bench, monkeypatch, faults):
         tries = int(command[command.index("--samples-per-question") + 1])
         sample = datasets.open_data([SPEC], split="heldout").at(0)
         rows = []
-        for name, said in (("a", sample.answer), ("b", [])):  # right, wrong
-            row = {"id": name, "task": "detection", "answer": sample.answer, "image_size": [84, 84], "completion": json.dumps(said)}
+        for number in (0, 2, 4, 6, 8, 10, 1, 3, 5, 7, 9):
+            said = sample.answer if number == 10 else []
+            row = {"id": f"synthetic-detection-heldout-{number}", "task": "detection", "answer": sample.answer, "image_size": [84, 84], "completion": json.dumps(said)}
             rows += [json.dumps(row)] * tries
         (out / "predictions.jsonl").write_text("\n".join(rows))
 
@@ -271,11 +271,12 @@ def test_finished_arms_are_not_run_again(bench, monkeypatch):
     for command in commands.values():  # GRPO's seconds
         assert command[command.index("--seconds") + 1] == "41.3"
     result = claims_report.read(bench.results / "grpo-0.jsonl.gz")
-    assert result.greedy == [[1.0], [0.0]] and result.sampled == [[1.0] * 8, [0.0] * 8]
+    assert result.greedy == [[0.0]] * 10 + [[1.0]] and result.sampled == [[0.0] * 8] * 10 + [[1.0] * 8]
     assert (result.about["steps"], result.about["seconds"], result.about["scenes"]) == (1, 41.3, SPEC)
     assert [command.split()[2] for command in result.about["commands"]] == ["grpo_vl.py", "eval.py", "eval.py"]
     kept = claims_report.read_rows(bench.results / "grpo-0-answers.jsonl")
-    assert len(kept) == 2 * sheets.TRIES and not (bench.results / "random_reward-0-answers.jsonl").exists()
+    assert [row["id"].split("-")[-1] for row in kept] == [number for number in "012345" for _ in range(8)]
+    assert not (bench.results / "random_reward-0-answers.jsonl").exists()
     assert run() == [] and started == []
 
 
