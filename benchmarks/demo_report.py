@@ -195,7 +195,7 @@ def write(folder: Path) -> None:
 
 
 # §4 ────────────────────────────────── its figure: curves ────────────────────────────────────────
-WIDE, HIGH, DPI = 1800, 790, 200  # pixels; it is read at half of that width
+WIDE, HIGH, DPI = 1800, 800, 200  # pixels; it is read at half of that width
 TEXT = 9.5  # points, 26 pixels
 GREYS = {"format_only": ("#777777", ":"), "random_reward": ("#999999", "-.")}
 
@@ -306,7 +306,7 @@ def draw_scenes(figure, folder: Path, results: dict, metric: str) -> None:
             axis.imshow(sheets.cloud(sample.images[0], sample.task, texts, sample.answer,
                                     sample.image_size, width=TILE), interpolation="nearest")
             axis.set(xticks=[], yticks=[])
-            axis.set_xlabel(f"{metric} {fmean(row['correct'] for row in own):.2f}",
+            axis.set_xlabel(f"mean {metric} {fmean(row['correct'] for row in own):.2f}",
                             fontsize=TEXT + 0.5, labelpad=4)
             if column == 0:
                 axis.set_ylabel(name, fontsize=TEXT + 1, labelpad=4)

@@ -160,7 +160,7 @@ def test_page_by_hand(measured, capsys):
 def test_figure_shows_a_cloud_before_and_a_sharp_box_after(measured):
     demo_report.write(measured)
     with Image.open(measured.with_suffix(".png")) as image:
-        assert image.size == (1800, 790)
+        assert image.size == (1800, 800)
         pixels = np.asarray(image.convert("RGB")).astype(int)
     red, green, blue = np.moveaxis(pixels, 2, 0)
     magenta = (red > 240) & (green < 200) & (blue > 180)
