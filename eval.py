@@ -155,7 +155,7 @@ def run(model: str, task: Task, data: Data, out: Out, samples: Samples = 0, thin
     check_data(config, task)
     qwen_vl.check_model(model)
     processes = fsdp.start_processes(config.timeout)
-    run = training.prepare(config, processes, model)
+    run = training.prepare(config, processes, model, frozen=True)
     run.sampler.refresh(fsdp.full_parameters(run.policy))
     rows = training.answer_heldout(
         run, samples, tries=tries, max_tokens=max_tokens or protocol.max_tokens, greedy=tries == 1,
@@ -185,7 +185,7 @@ def curriculum(model: str, data: Data, out: Out, low: float = 0.1, high: float =
     config = grpo_vl.Config(model=model, data=tuple(data))
     qwen_vl.check_model(model)
     processes = fsdp.start_processes(config.timeout)
-    run = training.prepare(config, processes, model)
+    run = training.prepare(config, processes, model, frozen=True)
     run.sampler.refresh(fsdp.full_parameters(run.policy))
     run.eval_data = run.data
     answers = training.answer_heldout(
@@ -242,7 +242,7 @@ def demo(before: Path, grpo: Path, /, out: Out = "", data: Data = (), samples: S
     processes = fsdp.start_processes(config.timeout)
     table, answers = {}, []
     for name, model in models.items():
-        run = training.prepare(config, processes, str(model))
+        run = training.prepare(config, processes, str(model), frozen=True)
         run.sampler.refresh(fsdp.full_parameters(run.policy))
         table[name], rows = ask(run)
         answers += [{"model": name} | row for row in rows]

@@ -118,8 +118,9 @@ def shard(policy: Policy, processes: Processes, *, offload: bool = False) -> Non
     if offload:
         pinned = processes.device.type == "cuda"  # host memory that a GPU reads by itself
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=pinned)
-    if processes.device.type == "cuda":
-        options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
+    dtype = compute_dtype(processes.device)
+    if dtype != torch.float32:
+        options["mp_policy"] = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32)
     for module in units_of(policy):
         fully_shard(module, **options)
 
@@ -135,7 +136,11 @@ def load_policy(source: str, processes: Processes, config, *, freeze_vision=Fals
 
     sharding: "fsdp2" or "by-hand". frozen: nothing of it is trained.
     """
-    model, tokenizer = qwen_vl.load(source, weights=processes.rank == 0, seed=config.seed)
+    kept = torch.float32
+    if frozen or config.lora:  # the model itself is never trained
+        kept = compute_dtype(processes.device)
+    model, tokenizer = qwen_vl.load(
+        source, weights=processes.rank == 0, dtype=kept, seed=config.seed)
     special = SpecialIds.read(tokenizer, model.config)
     policy = Policy(
         model, special.banned_V, checkpointing=config.checkpointing,
@@ -239,7 +244,7 @@ class Unit:
             parts = list(flat.chunk(world))
         dist.scatter(part, parts)
         self.shard = nn.Parameter(part, requires_grad=trained.pop())
-        dtype = torch.bfloat16 if device.type == "cuda" else part.dtype
+        dtype = compute_dtype(device)
         self.full = torch.empty(sum(self.sizes), dtype=dtype, device=device)
         self.free()
         module.register_forward_pre_hook(self.before_forward)

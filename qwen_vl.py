@@ -270,11 +270,12 @@ def check_model(name: str) -> None:
         raise DataError(f"--model {name}: {hub} can not be reached ({error}); {advice}") from None
 
 
-def load(name: str, *, weights: bool = True, seed: int = 0):
-    """(model in fp32, tokenizer) of "tiny", "tiny-untied", a hub id or a local directory.
+def load(name: str, *, weights: bool = True, dtype: torch.dtype = torch.float32, seed: int = 0):
+    """(model, tokenizer) of "tiny", "tiny-untied", a hub id or a local directory.
 
-    weights=False builds the same modules without touching the weights' memory: for ranks other than
-    0, which broadcasts. Weights are read from safetensors only. Errors: DataError if no Qwen2.5-VL.
+    dtype: of the weights, read into it file by file; buffers, the angles, stay fp32. weights=False
+    builds the same modules without touching the weights' memory: for ranks other than 0, which
+    broadcasts. Weights are read from safetensors only. Errors: DataError if no Qwen2.5-VL.
     """
     from transformers import AutoConfig, AutoTokenizer
     from transformers import Qwen2_5_VLForConditionalGeneration as Network
@@ -282,7 +283,10 @@ def load(name: str, *, weights: bool = True, seed: int = 0):
 
     if name in TINY:
         tokenizer = tiny_tokenizer()
-        return tiny_model(tokenizer, tied=name == "tiny", seed=seed), tokenizer
+        model = tiny_model(tokenizer, tied=name == "tiny", seed=seed)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+        return model, tokenizer
     check_model(name)
     config = AutoConfig.from_pretrained(name)
     if config.model_type != "qwen2_5_vl":
@@ -290,7 +294,9 @@ def load(name: str, *, weights: bool = True, seed: int = 0):
     tokenizer = AutoTokenizer.from_pretrained(name)
     if not weights:
         with no_init_weights():
-            model = Network(config).float()
+            model = Network(config)
         model.tie_weights()  # which no_init_weights leaves out
+        for parameter in model.parameters():
+            parameter.data = torch.empty_like(parameter, dtype=dtype)
         return model, tokenizer
-    return Network.from_pretrained(name, dtype=torch.float32, use_safetensors=True), tokenizer
+    return Network.from_pretrained(name, dtype=dtype, use_safetensors=True), tokenizer

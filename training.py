@@ -47,7 +47,7 @@ class Run:
     tokenizer: Any
     special: SpecialIds
     sampler: Sampler
-    optimizer: torch.optim.Optimizer
+    optimizer: torch.optim.Optimizer | None  # None: nothing is trained
     data: datasets.Mixture
     eval_data: datasets.Mixture | None  # None: nothing is evaluated
     reward: Any  # rewards.score, or a function of the user's
@@ -57,11 +57,12 @@ class Run:
     example: tuple = ("", "")  # a true answer and the last completion, for reports
 
 
-def prepare(config, processes: Processes, source: str, *, freeze_vision=False, beta=0.0,
-            reward=rewards.score, imitates=False):
+def prepare(config, processes: Processes, source: str, *, freeze_vision=False, frozen=False,
+            beta=0.0, reward=rewards.score, imitates=False):
     """Load, shard, and build all that a run needs; `source` is the checkpoint to begin with.
 
-    imitates: rows may have a response to imitate in place of a true answer.
+    frozen: nothing is trained, so weights are kept in the dtype to compute with. imitates: rows may
+    have a response to imitate in place of a true answer.
     """
     data = datasets.open_data(config.data, split="train", **data_options(config))
     if data.heldout_count:
@@ -75,7 +76,8 @@ def prepare(config, processes: Processes, source: str, *, freeze_vision=False, b
         warn_of_overlap(data, eval_data)
     freeze_vision = freeze_vision or config.lora > 0
     policy, tokenizer, special = fsdp.load_policy(
-        source, processes, config, freeze_vision=freeze_vision, sharding=config.sharding)
+        source, processes, config, freeze_vision=freeze_vision, frozen=frozen,
+        sharding=config.sharding)
     on_gpu = processes.device.type == "cuda"
     reference = None
     if beta and config.lora:
@@ -85,7 +87,9 @@ def prepare(config, processes: Processes, source: str, *, freeze_vision=False, b
     sampler = Sampler(
         policy.model, special, device=processes.device, dtype=fsdp.compute_dtype(processes.device),
         kv_gb=config.kv_gb, graphs=config.graphs and on_gpu, keep_features=freeze_vision)
-    optimizer = make_optimizer(config, fsdp.trainable_parameters(policy), on_gpu=on_gpu)
+    optimizer = None
+    if not frozen:
+        optimizer = make_optimizer(config, fsdp.trainable_parameters(policy), on_gpu=on_gpu)
     return Run(config, processes, policy, reference, tokenizer, special, sampler, optimizer, data,
                eval_data, reward, source)
 

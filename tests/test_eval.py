@@ -254,6 +254,26 @@ def test_run_asks_as_in_training_if_told_and_leaves_several_answers_to_an_image_
     assert len((tmp_path / "predictions.jsonl").read_text().splitlines()) == 4
 
 
+def test_models_that_only_answer_are_kept_in_the_dtype_to_compute_with(tmp_path, monkeypatch, alone, runs):
+    import fsdp
+
+    kept, prepare = [], training.prepare
+
+    def watched(*arguments, **options):
+        run = prepare(*arguments, **options)
+        kept.append({weight.dtype for weight in run.policy.parameters()})
+        return run
+
+    in_this_process(monkeypatch, alone)
+    monkeypatch.setattr(fsdp, "compute_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(training, "prepare", watched)
+    short = ["--data", SCENES, "--samples", "2", "--max-tokens", "4"]
+    evaluation.main(["run", "--model", "tiny", "--task", "grounding", *short, "--out", str(tmp_path)])
+    evaluation.main(["curriculum", "--model", "tiny", *short, "--out", str(tmp_path)])
+    evaluation.main(["demo", *map(str, runs), "--samples", "2", "--out", str(tmp_path)])
+    assert kept == [{torch.bfloat16}] * 4
+
+
 def test_run_refuses_data_of_another_task_before_a_model_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr(training, "prepare", lambda *_: pytest.fail("a model was loaded"))
     row = {"task": "math", "question": "1+1", "answer": "2"}

@@ -114,3 +114,24 @@ def test_rewards_see_special_tokens_but_no_stop_token(alone):
     ids = run.tokenizer.encode("<|box_start|>(1,2),(3,4)<|box_end|>", add_special_tokens=False)
     text = qwen_vl.decode(run.tokenizer, run.special, [*ids, run.special.im_end])
     assert text == "<|box_start|>(1,2),(3,4)<|box_end|>"
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-untied"])
+@pytest.mark.parametrize("weights", [True, False])
+def test_a_checkpoint_is_read_in_the_dtype_asked_for_and_draws_no_random_weights(tmp_path, name, weights):
+    written, tokenizer = qwen_vl.load(name)
+    written.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    before = torch.get_rng_state()
+    read, _ = qwen_vl.load(str(tmp_path), weights=weights, dtype=torch.bfloat16)
+    assert torch.equal(torch.get_rng_state(), before)
+    want = dict(written.named_parameters())
+    assert dict(read.named_parameters()).keys() == want.keys()
+    for parameter_name, parameter in read.named_parameters():
+        assert parameter.dtype == torch.bfloat16 and parameter.shape == want[parameter_name].shape
+        if weights:
+            assert torch.equal(parameter, want[parameter_name].bfloat16()), parameter_name
+    buffers = dict(written.named_buffers())
+    assert dict(read.named_buffers()).keys() == buffers.keys()
+    for buffer_name, buffer in read.named_buffers():
+        assert buffer.dtype == torch.float32 and torch.equal(buffer, buffers[buffer_name]), buffer_name

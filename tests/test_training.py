@@ -141,6 +141,42 @@ def test_two_ranks_load_a_checkpoint_that_only_rank_0_reads(alone, pair, tmp_pat
     assert close(weights, got[0][1], 1e-5)
 
 
+# ── dtypes, as on a GPU ──
+VISION = "model.model.visual."
+
+
+@pytest.mark.parametrize("options, read, small", [
+    (dict(), ["float32"], ""),
+    (dict(beta=0.04), ["float32", "bfloat16"], ""),  # the reference
+    (dict(freeze_vision=True), ["float32"], VISION),
+    (dict(frozen=True), ["bfloat16"], "model."),  # for evaluation
+    (dict(lora=4), ["bfloat16"], "model."),
+])
+@pytest.mark.parametrize("sharding", ["fsdp2", "by-hand"])
+def test_what_is_not_trained_is_read_and_kept_in_the_dtype_to_compute_with(alone, monkeypatch, sharding, options, read, small):
+    """small: what the names of weights kept in bf16 begin with, adapters aside."""
+    dtypes, load = [], qwen_vl.load
+    monkeypatch.setattr(fsdp, "compute_dtype", lambda device: torch.bfloat16)
+    monkeypatch.setattr(qwen_vl, "load", lambda *a, **k: dtypes.append(str(k["dtype"])[6:]) or load(*a, **k))
+    rank = options.get("lora", 0)
+    if rank and sharding == "by-hand":
+        pytest.skip("--sharding by-hand has no --lora")
+    config = grpo_vl.Config(**ranks.SMALL, lora=rank, sharding=sharding)
+    run = training.prepare(config, alone, "tiny", **{n: v for n, v in options.items() if n != "lora"})
+    assert dtypes == read
+    plain = {f"model.{name}": weight for name, weight in load("tiny")[0].named_parameters()}
+    kept = {name: fsdp.whole(weight) for name, weight in run.policy.named_parameters()}
+    if sharding == "by-hand":
+        kept = dict(fsdp.full_parameters(run.policy))
+    for name, weight in plain.items():
+        dtype = torch.bfloat16 if small and name.startswith(small) else torch.float32
+        assert kept[name].dtype == dtype and torch.equal(kept[name], weight.to(dtype)), name
+    assert {kept[name].dtype for name in kept.keys() - plain.keys()} <= {torch.float32}  # adapters
+    if run.reference:
+        assert {weight.dtype for _, weight in fsdp.full_parameters(run.reference)} == {torch.bfloat16}
+    assert (run.optimizer is None) == ("frozen" in options)
+
+
 # ── held-out answers ──
 def test_blind_evaluation_sees_grey_images(alone):
     run = ranks.make_run(alone, eval_every=1, blind=True)
