@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 import fsdp
@@ -19,7 +19,6 @@ import packing
 import qwen_vl
 import rewards
 import tiny
-from naive_grpo import Rollout
 from policy import Policy
 from qwen_vl import Completion, Group
 
@@ -30,7 +29,7 @@ LR = 1e-3
 @pytest.fixture(autouse=True)
 def constants(monkeypatch):
     """The CPU's constants on any machine, and few answers."""
-    few = dict(GPU=False, SIZE=56, FORMAT=1.0, MAX_TOKENS=6, PROMPTS=2, GROUP=3, STEPS=2, TEMPERATURE=TEMPERATURE)
+    few = dict(GPU=False, SIZE=84, LARGEST=9999, MAX_TOKENS=6, PROMPTS=2, GROUP=3, STEPS=2, TEMPERATURE=TEMPERATURE)
     for name, value in few.items():
         monkeypatch.setattr(naive_grpo, name, value)
 
@@ -50,9 +49,9 @@ def write_model(path, *, tied, seed):
 
 
 # ── the same rollouts on both sides ──
-# Two prompts of different length with images of different size, three answers each: of different
+# Two prompts with images of different size, so of different length, three answers each: of different
 # lengths, most with a stop token (-1: <|im_end|>, -2: <|endoftext|>), the second one cut.
-QUESTIONS = [("red circle", (56, 56)), ("the small green square in blue", (84, 56))]
+SIZES = [(56, 56), (140, 56)]
 ANSWERS = [[[5, 9, 33, -1], [70, 7, 7, 12, 81, 6], [44, -1]], [[301, -2], [21, 22, 23, -1], [8, -1]]]
 REWARDS = [[1.5, 0.0, 1.2], [0.3, 0.9, 0.0]]
 
@@ -65,14 +64,22 @@ def noise_image(width, height):
 def naive_groups(tokenizer, image_processor):
     stops = {-1: "<|im_end|>", -2: "<|endoftext|>"}
     groups = []
-    for (name, size), answers, grades in zip(QUESTIONS, ANSWERS, REWARDS):
-        prompt = naive_grpo.encode(tokenizer, image_processor, noise_image(*size), name)
-        group = []
-        for answer, reward in zip(answers, grades):
-            tokens = [tokenizer.convert_tokens_to_ids(stops[t]) if t < 0 else t for t in answer]
-            group.append(Rollout(prompt, tokens, reward))
-        groups.append(group)
+    for size, answers, grades in zip(SIZES, ANSWERS, REWARDS):
+        prompt = naive_grpo.encode(tokenizer, image_processor, noise_image(*size))
+        tokens = []
+        for answer in answers:
+            tokens.append([tokenizer.convert_tokens_to_ids(stops[t]) if t < 0 else t for t in answer])
+        groups.append(naive_grpo.Group(prompt, tokens, grades))
     return groups
+
+
+def keep_logprobs(model, groups, reference=None):
+    """What train_step does after sampling."""
+    with torch.no_grad():
+        for group in groups:
+            group.old_logps = naive_grpo.token_logprobs(model, group.prompt, group.answers)
+            if reference:
+                group.ref_logps = naive_grpo.token_logprobs(reference, group.prompt, group.answers)
 
 
 def fast_side(folder, groups, *, beta, reference_folder, optimizer_class):
@@ -93,12 +100,12 @@ def fast_side(folder, groups, *, beta, reference_folder, optimizer_class):
     run = SimpleNamespace(policy=policy, reference=reference, optimizer=optimizer, config=config)
 
     packable = []
-    for (name, size), group in zip(QUESTIONS, groups):
-        text = rewards.prompt("grounding", name)
-        prompt = qwen_vl.encode_chat(tokenizer, special, text, [noise_image(*size)])
-        assert prompt.ids == group[0].prompt["ids"]
-        torch.testing.assert_close(prompt.pixels_ND, group[0].prompt["pixel_values"])
-        completions = [Completion(r.tokens, r.old_logp_T.tolist(), reward=r.reward) for r in group]
+    for size, group in zip(SIZES, groups):
+        prompt = qwen_vl.encode_chat(tokenizer, special, rewards.prompt("ocr"), [noise_image(*size)])
+        assert prompt.ids == group.prompt["ids"]
+        torch.testing.assert_close(prompt.pixels_ND, group.prompt["pixel_values"])
+        completions = [Completion(tokens, old_T.tolist(), reward=reward)
+                       for tokens, old_T, reward in zip(group.answers, group.old_logps, group.rewards)]
         packable.append(Group(prompt, completions, row=3 * len(packable)))
     rollouts = [completion for group in packable for completion in group.completions]
     device = torch.device("cpu")
@@ -147,14 +154,12 @@ def test_grpo_vl_is_this_algorithm(alone, folder, tmp_path, monkeypatch, beta, o
     other = write_model(tmp_path, tied=True, seed=1)
     model, tokenizer, image_processor = naive_grpo.load(folder)
     groups = naive_groups(tokenizer, image_processor)
-    for group in groups:
-        naive_grpo.set_advantages(group)
-        naive_grpo.keep_logprobs(model, naive_grpo.load(other)[0], group)
+    keep_logprobs(model, groups, naive_grpo.load(other)[0] if beta else None)
     if off_policy:  # ratios between e^−0.6 and e^0.6, the clip's borders are e^−0.22 and e^0.18
         generator = torch.Generator().manual_seed(0)
-        for rollout in (rollout for group in groups for rollout in group):
-            shift_T = torch.rand(len(rollout.tokens), generator=generator)
-            rollout.old_logp_T = rollout.old_logp_T + 1.2 * shift_T - 0.6
+        for group in groups:
+            for i, old_T in enumerate(group.old_logps):
+                group.old_logps[i] = old_T + 1.2 * torch.rand(len(old_T), generator=generator) - 0.6
 
     before = weights_of(model)
     loss = 0.0
@@ -185,7 +190,7 @@ def test_grpo_vl_is_this_algorithm(alone, folder, tmp_path, monkeypatch, beta, o
 # ── its parts ──
 def test_it_stands_alone():
     allowed = {"torch", "transformers", "PIL", "numpy", "tqdm"}
-    standard = {"copy", "dataclasses", "math", "pathlib", "random", "re", "statistics", "sys", "time"}
+    standard = {"copy", "dataclasses", "math", "random", "statistics"}
     imported = set()
     for node in ast.walk(ast.parse((ROOT / "naive_grpo.py").read_text())):
         if isinstance(node, ast.Import):
@@ -196,46 +201,51 @@ def test_it_stands_alone():
     assert imported <= allowed | standard
 
 
-def test_a_drawn_box_holds_its_shape_and_nothing_else():
-    rng = random.Random(4)
-    for _ in range(30):
-        image, name, box = naive_grpo.draw_scene(rng)
-        colour = Image.new("RGB", (1, 1), name.split()[0]).getpixel((0, 0))
-        ours = np.all(np.array(image) == colour, axis=-1)
-        x1, y1, x2, y2 = box
-        assert 0 <= x1 < x2 <= 56 and 0 <= y1 < y2 <= 56
-        inside = ours[y1:y2, x1:x2]
-        assert inside[0].any() and inside[-1].any() and inside[:, 0].any() and inside[:, -1].any()
-        assert inside.all() == name.endswith("square")
+def extent(image):
+    """[height, width] of what is darker than gray."""
+    ink = np.argwhere(np.array(image.convert("L")) < 128)
+    return ink.max(0) - ink.min(0) + 1
 
 
-GOOD = '[{"bbox_2d": [0, 0, 10, 10], "label": "red circle"}]'
-CASES = [  # the true box is [0, 0, 10, 20]
-    (GOOD + "<|im_end|>", 1.5),  # 1 + 100/200
-    ("```json\n" + GOOD + "\n```<|im_end|>", 1.5),
-    (GOOD.replace("0, 0, 10, 10", "5, 10, 15, 30") + "<|im_end|>", 1.0 + 50 / 350),
-    (GOOD.replace("0, 0, 10, 10", "30, 30, 40, 40") + "<|im_end|>", 1.0),
-    (GOOD.replace("0, 0, 10, 10", "10, 10, 0, 0") + "<|im_end|>", 0.0),  # corners exchanged
-    (GOOD[:-1] + "<|im_end|>", 0.0),
-    ("I see " + GOOD + "<|im_end|>", 0.0),
+@pytest.mark.parametrize("size, largest", [(84, 9999), (448, 10**24)])
+def test_a_drawn_number_is_whole_in_the_picture(monkeypatch, size, largest):
+    """Nothing of it is cut: it has the ink's height and width that it has on a large sheet."""
+    monkeypatch.setattr(naive_grpo, "SIZE", size)
+    monkeypatch.setattr(naive_grpo, "LARGEST", largest)
+    rng, lengths = random.Random(4), set()
+    for _ in range(100):
+        image, number = naive_grpo.draw_number(rng)
+        assert image.size == (size, size) and 10 <= int(number) <= largest
+        sheet = Image.new("L", (600, 100), "white")
+        ImageDraw.Draw(sheet).text((50, 50), number, "black", ImageFont.load_default(25))
+        assert np.abs(extent(image) - extent(sheet)).max() <= 1  # a pixel: places are no whole numbers
+        lengths.add(len(number))
+    assert max(lengths) == len(str(largest - 1))
+
+
+CASES = [  # the number is 4071
+    ("4071<|im_end|>", 1.0),
+    ("4171<|im_end|>", 0.75),
+    ("1704<|im_end|>", 0.0),  # the same digits, none in its place
+    ("4017<|im_end|>", 0.5),
+    ("407<|im_end|>", 0.0),
+    ("40711<|im_end|>", 0.0),
+    ("4071", 0.0),  # cut
+    ("4071<|endoftext|>", 0.0),
+    (" 4071<|im_end|>", 0.0),
+    ("<|im_end|>", 0.0),
     ("", 0.0),
 ]
 
 
 @pytest.mark.parametrize("text, reward", CASES)
 def test_grades(text, reward):
-    assert naive_grpo.grade(text, (0, 0, 10, 20)) == pytest.approx(reward)
-
-
-def test_an_answer_without_its_stop_token_earns_nothing():
-    assert naive_grpo.grade(GOOD, (0, 0, 10, 20)) == 0.0
+    assert naive_grpo.grade(text, "4071") == reward
 
 
 def test_advantages_of_one_and_zero():
     # mean 0.5, sample standard deviation √0.5 = 0.70711: ±0.5 / 0.70721
-    group = [Rollout({}, [], reward) for reward in (1.0, 0.0)]
-    naive_grpo.set_advantages(group)
-    assert [r.advantage for r in group] == pytest.approx([0.70700, -0.70700], abs=1e-5)
+    assert naive_grpo.advantages([1.0, 0.0]) == pytest.approx([0.70700, -0.70700], abs=1e-5)
 
 
 def test_answers_end_with_their_stop_token():
@@ -246,28 +256,26 @@ def test_answers_end_with_their_stop_token():
 
 
 def test_padding_does_not_matter(folder):
-    """Log-probs of an answer alone, and between longer prompts and longer answers; the stop counts."""
+    """Log-probs of an answer alone, and beside longer answers; the stop counts."""
     model, tokenizer, image_processor = naive_grpo.load(folder)
-    groups = naive_groups(tokenizer, image_processor)
-    rollouts = groups[0] + groups[1]
-    with torch.no_grad():
-        together = naive_grpo.token_logprobs(model, rollouts)
-        for rollout, logp_T in zip(rollouts, together):
-            assert len(logp_T) == len(rollout.tokens)
-            (alone_T,) = naive_grpo.token_logprobs(model, [rollout])
-            torch.testing.assert_close(logp_T, alone_T, atol=1e-5, rtol=1e-5)
+    for group in naive_groups(tokenizer, image_processor):
+        with torch.no_grad():
+            together = naive_grpo.token_logprobs(model, group.prompt, group.answers)
+            for tokens, logp_T in zip(group.answers, together):
+                assert len(logp_T) == len(tokens)
+                (alone_T,) = naive_grpo.token_logprobs(model, group.prompt, [tokens])
+                torch.testing.assert_close(logp_T, alone_T, atol=1e-5, rtol=1e-5)
 
 
 def test_stopping_is_learned(folder):
     model, tokenizer, image_processor = naive_grpo.load(folder)
-    prompt = naive_groups(tokenizer, image_processor)[0][0].prompt
+    prompt = naive_groups(tokenizer, image_processor)[0].prompt
     stop = model.generation_config.eos_token_id[0]
-    group = [Rollout(prompt, [5, stop], 1.0), Rollout(prompt, [5, 6], 0.0)]
-    naive_grpo.set_advantages(group)
-    naive_grpo.keep_logprobs(model, None, group)
+    group = naive_grpo.Group(prompt, [[5, stop], [5, 6]], [1.0, 0.0])
+    keep_logprobs(model, [group])
     naive_grpo.update(model, torch.optim.SGD(model.parameters(), lr=0.01), [group])
     with torch.no_grad():
-        change = naive_grpo.token_logprobs(model, group[:1])[0] - group[0].old_logp_T
+        change = naive_grpo.token_logprobs(model, prompt, group.answers[:1])[0] - group.old_logps[0]
     assert change[1] > 0.01
 
 
@@ -275,22 +283,21 @@ def test_placeholders_are_neither_sampled_nor_scored(tmp_path):
     """Their rows of lm_head are made to win every draw, were they not banned."""
     folder = write_model(tmp_path, tied=False, seed=0)
     model, tokenizer, image_processor = naive_grpo.load(folder)
-    prompt = naive_groups(tokenizer, image_processor)[0][0].prompt
+    prompt = naive_groups(tokenizer, image_processor)[0].prompt
     banned = model.generation_config.suppress_tokens
     special = qwen_vl.SpecialIds.read(tokenizer, model.config)
     assert set(banned) == set(special.banned_V.nonzero().flatten().tolist())
     with torch.no_grad():
         model.lm_head.weight[banned[0::2]] = 9.0
         model.lm_head.weight[banned[1::2]] = -9.0
-        answers = naive_grpo.sample(model, [prompt, prompt])
-        assert not set(banned) & {token for group in answers for answer in group for token in answer}
+        answers = naive_grpo.sample(model, prompt) + naive_grpo.sample(model, prompt)
+        assert len(answers) == 6 and not set(banned) & {token for answer in answers for token in answer}
         # probabilities of all that may be said add up to 1
         allowed = [token for token in range(len(special.banned_V)) if token not in banned]
-        one_each = [Rollout(prompt, [token], 0.0) for token in allowed]
-        logps = torch.cat(naive_grpo.token_logprobs(model, one_each))
+        logps = torch.cat(naive_grpo.token_logprobs(model, prompt, [[token] for token in allowed]))
         assert logps.exp().sum().item() == pytest.approx(1.0, abs=1e-4)
         vision_start = tokenizer.convert_tokens_to_ids("<|vision_start|>")
-        (logp_T,) = naive_grpo.token_logprobs(model, [Rollout(prompt, [vision_start], 0.0)])
+        (logp_T,) = naive_grpo.token_logprobs(model, prompt, [[vision_start]])
         assert logp_T.item() == -float("inf")
 
 
@@ -300,9 +307,9 @@ def test_sampling_ignores_the_checkpoints_generation_config(tmp_path):
     config = dict(do_sample=True, temperature=1e-6, top_k=1, top_p=0.001, repetition_penalty=1.05)
     (tmp_path / "generation_config.json").write_text(json.dumps(config))
     model, tokenizer, image_processor = naive_grpo.load(folder)
-    prompt = naive_groups(tokenizer, image_processor)[0][0].prompt
+    prompt = naive_groups(tokenizer, image_processor)[0].prompt
     torch.manual_seed(0)
-    (answers,) = naive_grpo.sample(model, [prompt])
+    answers = naive_grpo.sample(model, prompt)
     assert len({tuple(answer) for answer in answers}) == 3
 
 
@@ -311,12 +318,8 @@ def test_sampling_ignores_the_checkpoints_generation_config(tmp_path):
 def test_it_trains(folder, monkeypatch, capsys, beta, inner_steps):
     monkeypatch.setattr(naive_grpo, "BETA", beta)
     monkeypatch.setattr(naive_grpo, "INNER_STEPS", inner_steps)
-    monkeypatch.setattr(naive_grpo, "grade", lambda text, box: float(len(text)))
-    naive_grpo.main(folder)
+    monkeypatch.setattr(naive_grpo, "grade", lambda text, number: float(len(text)))
+    monkeypatch.setattr(naive_grpo, "MODEL", folder)
+    naive_grpo.main()
     lines = capsys.readouterr().out.strip().splitlines()
-    assert len(lines) == 1 and re.match(r"step +2  reward \d+\.\d+  accuracy [01]\.\d+  \d+ s", lines[0])
-
-
-def test_a_missing_cold_start_is_one_sentence(tmp_path):
-    with pytest.raises(SystemExit, match=r"no/model is missing: `python sft_coldstart.py"):
-        naive_grpo.main(str(tmp_path / "no" / "model"))
+    assert len(lines) == 1 and re.match(r"step +2  reward \d+\.\d+  accuracy [01]\.\d+$", lines[0])
