@@ -170,7 +170,9 @@ def test_every_presets_options_are_valid_and_its_drawn_data_opens(name):
     config = sft_coldstart.Config(**sft_coldstart.PRESETS[name])
     if config.data[0].startswith("synthetic:"):
         mix = data.open_data(config.data, seed=config.seed)
-        assert len({mix[draw].task for draw in range(60)}) == (5 if config.think == "all" else 1)
+        named = {spec.removeprefix("synthetic:").partition("?")[0] for spec in config.data}
+        assert {mix[draw].task for draw in range(60)} == named
+        assert len(named) == 5 or config.think != "all"
     assert config.after in ("", *sft_coldstart.PRESETS)
 
 
