@@ -156,7 +156,7 @@ def run(model: str, task: Task, data: Data, out: Out, samples: Samples = 0, thin
     qwen_vl.check_model(model)
     processes = fsdp.start_processes(config.timeout)
     run = training.prepare(config, processes, model, frozen=True)
-    run.sampler.refresh(fsdp.full_parameters(run.policy))
+    run.sampler.refresh(fsdp.gathered_parameters(run.policy))
     rows = training.answer_heldout(
         run, samples, tries=tries, max_tokens=max_tokens or protocol.max_tokens, greedy=tries == 1,
         penalty=penalty, prompt_of=prompt_of)
@@ -186,7 +186,7 @@ def curriculum(model: str, data: Data, out: Out, low: float = 0.1, high: float =
     qwen_vl.check_model(model)
     processes = fsdp.start_processes(config.timeout)
     run = training.prepare(config, processes, model, frozen=True)
-    run.sampler.refresh(fsdp.full_parameters(run.policy))
+    run.sampler.refresh(fsdp.gathered_parameters(run.policy))
     run.eval_data = run.data
     answers = training.answer_heldout(
         run, samples, tries=samples_per_question, max_tokens=max_tokens, greedy=False)
@@ -243,7 +243,7 @@ def demo(before: Path, grpo: Path, /, out: Out = "", data: Data = (), samples: S
     table, answers = {}, []
     for name, model in models.items():
         run = training.prepare(config, processes, str(model), frozen=True)
-        run.sampler.refresh(fsdp.full_parameters(run.policy))
+        run.sampler.refresh(fsdp.gathered_parameters(run.policy))
         table[name], rows = ask(run)
         answers += [{"model": name} | row for row in rows]
     table["samples"] = len({row["id"] for row in answers})

@@ -345,34 +345,78 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def full_parameters(policy, *, frozen=True):
-    """Yields (name, whole weight as it is kept, fp32 if trained); all ranks must call together.
+def gathered_parameters(policy, *, frozen=True):
+    """Yields (name, whole weight as forward passes see it); all ranks must call together.
 
-    frozen: also what never changes. Of adapted linears the sum with their adapters, fp32. By hand a
-    unit at a time, and the tensor is a view that keeps the unit's memory.
+    A unit at a time, by its own gather: cast to the dtype to compute with first, and on the device,
+    also if it is kept in host memory. A tensor is good until the next one is asked for.
+    frozen: also what never changes. Of adapted linears the sum with their adapters, fp32.
+    Plain twin: `full_parameters`, then cast.
     """
     if hasattr(policy, "units"):
-        yield from full_parameters_by_hand(policy, frozen)
+        yield from gathered_by_hand(policy, frozen)
         return
     adapted = lora.adapted_linears(policy)
-    for name, parameter in policy.named_parameters():
-        if name in adapted:
-            yield name, merged(adapted[name], policy.banned_V.device)
-        elif not name.endswith(lora.NAMES) and (frozen or parameter.requires_grad):
-            yield name, whole(parameter)
+    for unit, names in names_by_unit(policy):
+        if not frozen and not any(policy.get_parameter(name).requires_grad for name in names):
+            continue
+        unit.unshard()
+        for name in names:
+            parameter = policy.get_parameter(name)
+            if name in adapted:
+                yield name, merged(adapted[name])
+            elif not name.endswith(lora.NAMES) and (frozen or parameter.requires_grad):
+                yield name, parameter.detach()
+        unit.reshard()
 
 
-def merged(linear: nn.Linear, device: torch.device) -> torch.Tensor:
-    """The whole weight with its adapter, computed on the device also if it is kept elsewhere."""
-    parts = [whole(part).to(device) for part in (linear.weight, linear.lora_A, linear.lora_B)]
-    return lora.merge(*parts, linear.lora_scale)
+def names_by_unit(policy) -> list[tuple[nn.Module, list[str]]]:
+    """Each unit, and which of the policy's weights are gathered with it."""
+    left = {parameter: name for name, parameter in policy.named_parameters()}
+    found = []
+    for unit in units_of(policy):
+        own = [parameter for parameter in unit.parameters() if parameter in left]
+        found.append((unit, [left.pop(parameter) for parameter in own]))
+    return found
 
 
-def full_parameters_by_hand(policy, frozen: bool):
+def gathered_by_hand(policy, frozen: bool):
     names = {parameter: name for name, parameter in policy.named_parameters()}
     for unit in policy.units:
         if not frozen and not unit.shard.requires_grad:
             continue
+        unit.gather()
+        for parameter, weight in zip(unit.parameters, unit.full.split(unit.sizes)):
+            yield names[parameter], weight.view(parameter.shape)
+        unit.free()
+
+
+def full_parameters(policy):
+    """Yields (name, whole weight as it is kept, fp32 if trained); all ranks must call together.
+
+    Of adapted linears the sum with their adapters, fp32. By hand a unit at a time, and the tensor
+    is a view that keeps the unit's memory.
+    """
+    if hasattr(policy, "units"):
+        yield from full_parameters_by_hand(policy)
+        return
+    adapted = lora.adapted_linears(policy)
+    for name, parameter in policy.named_parameters():
+        if name in adapted:
+            yield name, merged(adapted[name])
+        elif not name.endswith(lora.NAMES):
+            yield name, whole(parameter)
+
+
+def merged(linear: nn.Linear) -> torch.Tensor:
+    """The whole weight with its adapter, fp32."""
+    parts = [whole(part) for part in (linear.weight, linear.lora_A, linear.lora_B)]
+    return lora.merge(*parts, linear.lora_scale)
+
+
+def full_parameters_by_hand(policy):
+    names = {parameter: name for name, parameter in policy.named_parameters()}
+    for unit in policy.units:
         shard = unit.shard.detach()
         full = shard.new_empty(sum(unit.sizes))
         all_gather_single(full, shard)

@@ -362,7 +362,7 @@ def train_step(run: Run, step: int) -> dict:
     clock.append(time.perf_counter())
 
     # 7. The sampler's copy of the weights follows; its log-probs should equal the trainer's.
-    run.sampler.refresh(fsdp.full_parameters(run.policy, frozen=False))
+    run.sampler.refresh(fsdp.gathered_parameters(run.policy, frozen=False))
     add_sums(sums, {"sampler_gap": sampler_gap(packs, old_logp, sampler_logp, weight_B)})
     clock.append(time.perf_counter())
 

@@ -326,7 +326,7 @@ class Progress:
         self.metrics: dict = {}
         self.unlogged = False  # the last step's evaluation was interrupted
         self.log = run_folder.RunLog(run.config) if run.processes.rank == 0 else None
-        run.sampler.refresh(fsdp.full_parameters(run.policy))
+        run.sampler.refresh(fsdp.gathered_parameters(run.policy))
         run.sampler.interrupted = stopped or watch_signals()
         self.before = self.evaluate_before()
         self.started = time.perf_counter()
@@ -382,7 +382,7 @@ class Progress:
         """Finish a step's metrics. Bad held-out data ends the run, and loses no step."""
         run, config = self.run, self.config
         if config.eval_every and (self.done % config.eval_every == 0 or self.last):
-            run.sampler.refresh(fsdp.full_parameters(run.policy, frozen=False))
+            run.sampler.refresh(fsdp.gathered_parameters(run.policy, frozen=False))
             try:
                 metrics = metrics | evaluate(run, self.eval_tokens(self.done))[1]
             except ABANDONED as error:

@@ -97,7 +97,8 @@ class WeightCopy:
     def refresh(self, pairs) -> None:
         """Copy the policy's weights here.
 
-        pairs: (name of the policy's parameter, whole tensor), as fsdp.full_parameters gathers them.
+        pairs: (name of the policy's parameter, whole tensor), as fsdp.gathered_parameters yields
+        them: each is copied before the next is asked for.
         Errors: ValueError naming parameters that are unknown, or were never given.
         """
         for name, full in pairs:

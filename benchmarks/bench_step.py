@@ -204,7 +204,7 @@ def ours(a) -> dict:
     run.data = [Sample(str(i), "math", QUESTION, "7", (image,))
                 for i, image in enumerate(make_images(a))]
     run.reward = lambda task, completion, *_, **__: len(completion) % 7 / 7
-    run.sampler.refresh(fsdp.full_parameters(run.policy))
+    run.sampler.refresh(fsdp.gathered_parameters(run.policy))
     if a.g_scaling:
         return g_scaling(a, run) | describe(baseline)
 

@@ -1,6 +1,8 @@
 """What several test files ask of ranks: each function runs on every rank (conftest.Pair) or on one alone."""
+import contextlib
 import json
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch.distributed.checkpoint import state_dict as dist_state
@@ -28,8 +30,15 @@ def make_run(ranks, optimizer="sgd", reward=by_length, **changes):
     run.reward = reward
     if optimizer == "sgd":
         run.optimizer = torch.optim.SGD(fsdp.trainable_parameters(run.policy), lr=config.lr)
-    run.sampler.refresh(fsdp.full_parameters(run.policy))
+    run.sampler.refresh(fsdp.gathered_parameters(run.policy))
     return run
+
+
+@contextlib.contextmanager
+def computing_in_bf16():
+    """As on GPUs."""
+    with mock.patch.object(fsdp, "compute_dtype", lambda device: torch.bfloat16):
+        yield
 
 
 def full_weights(policy):

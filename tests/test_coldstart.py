@@ -24,7 +24,7 @@ def make_run(processes, **changes):
                  checkpointing=False, micro_tokens=400)
     config = sft_coldstart.Config(**(small | changes))
     run = training.prepare(config, processes, config.model, freeze_vision=config.train == "llm", imitates=True)
-    run.sampler.refresh(fsdp.full_parameters(run.policy))
+    run.sampler.refresh(fsdp.gathered_parameters(run.policy))
     return run
 
 

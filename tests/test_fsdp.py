@@ -7,11 +7,14 @@ import pytest
 import ranks
 import torch
 from ranks import steps
+from test_lora import randomise
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 import fsdp
 import grpo_vl
+import lora
 import policy as policy_module
 import qwen_vl
 from data import open_data
@@ -153,6 +156,36 @@ def names_in_order(ranks, sharding, model):
     return [name for name, _ in fsdp.full_parameters(policy)]
 
 
+class Gathers(TorchDispatchMode):
+    """Bytes of each all-gather's output."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "_allgather_base_" in str(function):
+            self.bytes.append(args[0].nbytes)
+        return function(*args, **(kwargs or {}))
+
+
+def gathered(ranks_, **changes):
+    """Of a policy that computes in bf16: gathered weights, all and those that change; all by the plain twin, cast and
+    then merged with adapters; the bytes of each gather; whether each rank is left with its own part alone."""
+    with ranks.computing_in_bf16():
+        policy = ranks.make_run(ranks_, **changes).policy
+        randomise(policy)
+        with Gathers() as gathers:
+            found = {n: (w.dtype, w.to(torch.bfloat16, copy=True)) for n, w in fsdp.gathered_parameters(policy)}
+        changing = [name for name, _ in fsdp.gathered_parameters(policy, frozen=False)]
+        plain = {n: w.to(torch.bfloat16, copy=True) for n, w in fsdp.full_parameters(policy)}
+    for name, linear in lora.adapted_linears(policy).items():
+        parts = [fsdp.whole(part).bfloat16() for part in (linear.weight, linear.lora_A, linear.lora_B)]
+        plain[name] = lora.merge(*parts, linear.lora_scale).bfloat16()
+    own = all(parameter.is_meta or hasattr(parameter, "to_local") for parameter in policy.parameters())
+    return found, changing, plain, gathers.bytes, own
+
+
 def exported(ranks, folder, model):
     """Rank 0 writes the model as Hugging Face's; the log-probabilities of the policy itself."""
     policy, *_ = load(ranks, "by-hand", model)
@@ -244,6 +277,34 @@ def test_a_rank_keeps_half_of_weights_and_optimizer(pair):
 
 
 # ── what the others ask for ──
+@pytest.mark.parametrize("changes", [
+    dict(), dict(model="tiny-untied"), dict(freeze_vision=True), dict(offload=True), dict(lora=4),
+    dict(sharding="by-hand"), dict(sharding="by-hand", model="tiny-untied", freeze_vision=True),
+])
+def test_weights_are_gathered_a_unit_at_a_time_in_the_dtype_to_compute_with(pair, changes):
+    for found, changing, plain, sizes, own in pair.run("test_fsdp.gathered", **changes):
+        assert found.keys() == plain.keys() and own
+        for name, (dtype, weight) in found.items():
+            assert torch.equal(weight, plain[name]), name
+            assert dtype == (torch.float32 if changes.get("lora") and name.endswith("_proj.weight") and "language" in name
+                             else torch.bfloat16)
+        # two bytes a weight; an untied head has 640·128 of its own, rank 4 takes 4·(in + out) of each linear:
+        # q and o 256, k and v 192, MLP 512 are 4·(2·256 + 2·192 + 3·512) = 9,728 a layer
+        layer = REDUCED["layer"] + (9728 if "lora" in changes else 0)
+        root = REDUCED["root"] + (640 * 128 if "model" in changes else 0)
+        assert sizes == [2 * size for size in (REDUCED["vision"], layer, layer, layer, layer, root)]
+        wanted = [name for name in found if not (changes.get("freeze_vision") and "visual" in name)]
+        if "lora" in changes:
+            wanted = [name for name in found if ".layers." in name and name.endswith("_proj.weight")]
+        assert changing == wanted
+
+
+def test_one_rank_gathers_in_the_dtype_to_compute_with(alone):
+    found, _, plain, *_ = gathered(alone)
+    assert found.keys() == plain.keys() and {dtype for dtype, _ in found.values()} == {torch.bfloat16}
+    assert all(torch.equal(weight, plain[name]) for name, (_, weight) in found.items())
+
+
 @pytest.mark.parametrize("model, head", [("tiny", False), ("tiny-untied", True)])
 def test_all_ranks_name_the_same_weights_in_the_same_order(pair, model, head):
     one, two = pair.run("test_fsdp.names_in_order", sharding="by-hand", model=model)

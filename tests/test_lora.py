@@ -39,7 +39,7 @@ def randomise(policy):
 def adapted_run(ranks_, **changes):
     run = ranks.make_run(ranks_, **(dict(lora=4) | changes))
     randomise(run.policy)
-    run.sampler.refresh(fsdp.full_parameters(run.policy, frozen=False))
+    run.sampler.refresh(fsdp.gathered_parameters(run.policy, frozen=False))
     return run
 
 
@@ -86,8 +86,8 @@ def sharded_gradients(ranks_, model="tiny", bf16=False, draws=3):
 def refreshed_names(ranks_, **changes):
     """Weights of a first refresh, and of one after a step."""
     run = ranks.make_run(ranks_, **changes)
-    first = [name for name, _ in fsdp.full_parameters(run.policy)]
-    return first, [name for name, _ in fsdp.full_parameters(run.policy, frozen=False)]
+    first = [name for name, _ in fsdp.gathered_parameters(run.policy)]
+    return first, [name for name, _ in fsdp.gathered_parameters(run.policy, frozen=False)]
 
 
 def exported(ranks_, folder, model):

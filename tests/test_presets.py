@@ -23,7 +23,7 @@ def test_every_preset_takes_two_steps_on_a_file_in_the_true_format(alone, preset
     small = dict(model="tiny", data=(spec,), prompts=2, group=2, max_tokens=6, max_tokens_at=(), out=str(tmp_path), eval_every=0)
     config = grpo_vl.Config(**(grpo_vl.PRESETS[preset] | small))
     run = training.prepare(config, alone, config.model, beta=config.beta)
-    run.sampler.refresh(fsdp.full_parameters(run.policy))
+    run.sampler.refresh(fsdp.gathered_parameters(run.policy))
     metrics = [grpo_vl.train_step(run, step) for step in range(2)]
     assert metrics[1]["step"] == 1 and metrics[1]["sampler_gap"] < 1e-5 and metrics[1]["groups"] == 2
     assert (tmp_path / "samples" / "step-0.json").exists()

@@ -68,7 +68,7 @@ def checkpoint_roundtrip(ranks, folder, **changes):
             if found:
                 state = run_folder.load_checkpoint(found[-1], run.policy, run.optimizer)
                 first, run.cursor = state["step"], state["cursor"]
-                run.sampler.refresh(fsdp.full_parameters(run.policy))
+                run.sampler.refresh(fsdp.gathered_parameters(run.policy))
             for step in range(first, stop):
                 grpo_vl.train_step(run, step)
             state = {"step": stop, "cursor": run.cursor}
