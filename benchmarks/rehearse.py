@@ -1,11 +1,12 @@
 """The CUDA branch rehearsed without a GPU: true shapes and dtypes, on tensors that hold no data.
 
     c++ -shared -fPIC -std=c++20 -I <torch>/include benchmarks/no_gpu.cpp -o no_gpu.so
-    python benchmarks/rehearse.py no_gpu.so --layers 36 --depth 32      # Qwen2.5-VL-3B
+    python benchmarks/rehearse.py no_gpu.so --shape 3b      # or 7b
 
 One JSON object: dtypes, how often the host waits for the device or copies to it, and the kernels a
-decoder layer takes, of decoding and of a training pass under FSDP2 as one of 8 ranks. Not
-rehearsed: values, memory, NCCL, and capture itself.
+decoder layer takes, of decoding and, under FSDP2 as one of 8 ranks, of a training pass, an
+optimizer step and a refresh of the sampler; bytes that tensors hold at their fullest in each, and
+what --plan says of the same sizes. Not rehearsed: values, NCCL, the allocator, and capture itself.
 """
 # ruff: noqa: E402 (the device guard must be there before torch is)
 import argparse
@@ -13,7 +14,9 @@ import contextlib
 import ctypes
 import importlib.util
 import json
+import subprocess
 import sys
+import weakref
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,12 +31,15 @@ def load_guard(library: str) -> None:
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
 parser.add_argument("guard", help="no_gpu.cpp, built")
-parser.add_argument("--layers", type=int, default=36, help="of the decoder")
-parser.add_argument("--depth", type=int, default=32, help="blocks of the vision tower")
+parser.add_argument("--shape", choices=("3b", "7b"), default="3b")
+parser.add_argument("--layers", type=int, help="of the decoder, if not all; then without --plan's")
+parser.add_argument("--depth", type=int, help="blocks of the vision tower, if not all")
 arguments = parser.parse_args()
 load_guard(str(Path(arguments.guard).resolve()))
+sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import bench_step
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
@@ -45,10 +51,12 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 import fsdp
 import packing
 import policy
+import training
 from packing import Pack
 from policy import Policy
 from qwen_vl import Completion, Group, Prompt, rope_positions
 from sampler import Sampler
+from weight_copy import WeightCopy
 
 CUDA = torch.device("cuda:0")
 GRID = (1, 34, 46)  # an image of 644×476 pixels
@@ -87,6 +95,46 @@ class Count(TorchDispatchMode):
 
     def report(self) -> dict:
         return {"kernels": self.total(), "waits": self.waits, "copies": self.copies}
+
+
+class Memory(TorchDispatchMode):
+    """Bytes that tensors on CUDA hold, now and at most; what FSDP2 frees it resizes to nothing."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes, self.now, self.peak = {}, 0, 0
+        resize = torch.UntypedStorage.resize_
+
+        def resize_and_note(storage, size):
+            resize(storage, size)
+            if storage._cdata in self.sizes:
+                self.note(storage)
+
+        torch.UntypedStorage.resize_ = resize_and_note
+
+    def note(self, storage) -> None:
+        key = storage._cdata
+        if key not in self.sizes:
+            self.sizes[key] = 0
+            weakref.finalize(storage, self.forget, key)
+        self.now += storage.nbytes() - self.sizes[key]
+        self.sizes[key] = storage.nbytes()
+        self.peak = max(self.peak, self.now)
+
+    def forget(self, key) -> None:
+        self.now -= self.sizes.pop(key)
+
+    def peak_since(self) -> int:
+        """Bytes at most since the last call."""
+        peak, self.peak = self.peak, self.now
+        return peak
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves((args, kwargs, out)):
+            if isinstance(tensor, torch.Tensor) and tensor.is_cuda:
+                self.note(fsdp.local(tensor).untyped_storage())
+        return out
 
 
 @torch.library.custom_op("rehearsal::rms_norm", mutates_args=())
@@ -163,19 +211,15 @@ def on_the_host(function):
     return call
 
 
-def true_config(layers: int, depth: int) -> Qwen2_5_VLConfig:
-    """Qwen2.5-VL-3B's, but for the number of layers and blocks."""
-    rope = dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24])
+def true_config() -> Qwen2_5_VLConfig:
+    """Of the published shape, but for the number of layers and blocks if they are given."""
+    text, vision = dict(bench_step.TEXT[arguments.shape]), dict(bench_step.VISION)
+    text["num_hidden_layers"] = arguments.layers or text["num_hidden_layers"]
+    vision["depth"] = arguments.depth or vision["depth"]
     return Qwen2_5_VLConfig(
-        text_config=dict(
-            hidden_size=2048, num_hidden_layers=layers, num_attention_heads=16,
-            num_key_value_heads=2, intermediate_size=11_008, vocab_size=151_936, rms_norm_eps=1e-6,
-            max_position_embeddings=128_000, tie_word_embeddings=True, rope_parameters=rope),
-        vision_config=dict(
-            depth=depth, hidden_size=1280, num_heads=16, intermediate_size=3420,
-            out_hidden_size=2048, window_size=112, fullatt_block_indexes=[7, 15, 23, 31]),
+        text_config=text, vision_config=vision | dict(out_hidden_size=text["hidden_size"]),
         image_token_id=151_655, video_token_id=151_656, vision_start_token_id=151_652,
-        vision_end_token_id=151_653, tie_word_embeddings=True)
+        vision_end_token_id=151_653, tie_word_embeddings=text["tie_word_embeddings"])
 
 
 def make_groups(prompts: int, group: int, length: int) -> list[Group]:
@@ -236,8 +280,9 @@ def rehearse_decoding(config, banned_V) -> dict:
     return report
 
 
-def rehearse_training(config, banned_V, pack: Pack) -> dict:
-    """A packed row of 6 groups of 8 completions, forward and backward, sharded over 8 ranks."""
+def rehearse_training(config, banned_V, pack: Pack, memory: Memory) -> dict:
+    """A packed row of 6 groups of 8 completions, forward and backward, sharded over 8 ranks; a step
+    of the optimizer, and a refresh."""
     with CUDA:
         model = Qwen2_5_VLForConditionalGeneration(config)
     trained = Policy(model, banned_V, checkpointing=True)
@@ -250,14 +295,41 @@ def rehearse_training(config, banned_V, pack: Pack) -> dict:
         return forward(**given)
 
     attention.forward = watched
+    copy = WeightCopy(model, device=CUDA, dtype=torch.bfloat16)
+    optimizer = training.make_optimizer(
+        SimpleNamespace(beta2=0.999), fsdp.trainable_parameters(trained), on_gpu=True)
+    memory.peak_since()
+    held = {"kept, and the sampler's copy": memory.now}
     with Count() as count:
         logp_S, _ = trained(pack)
         logp_S.sum().backward()
-    report = count.report()
+    report = count.report() | {"inputs": inputs[0], "logp": str(logp_S.dtype)}
+    del logp_S
+    held["a pass, before there is AdamW's state"] = memory.peak_since()
+    with Count() as count:
+        fsdp.clip_gradients(trained, 1.0)
+        optimizer.step()
+    report["step"] = count.report()
+    held["an optimizer step"] = memory.peak_since()
+    memory.peak = memory.now
+    with Count() as count:
+        copy.refresh(fsdp.gathered_parameters(trained))
+    report["refresh"] = count.report()
+    held["a refresh"] = memory.peak_since()
+    report["bytes"] = held
     gradients = {str(p.grad.dtype) for p in trained.parameters() if p.grad is not None}
     without = [name for name, p in trained.named_parameters() if p.grad is None]
-    return report | {"inputs": inputs[0], "logp": str(logp_S.dtype),
-                     "gradients": sorted(gradients), "without_gradient": without}
+    return report | {"gradients": sorted(gradients), "without_gradient": without}
+
+
+def planned(tokens: int) -> list[str]:
+    """What --plan prints of what `rehearse_training` holds, and of the cache for its rollouts."""
+    command = [
+        sys.executable, str(Path(__file__).parent.parent / "grpo_vl.py"), "--plan", "8x80",
+        "--model", f"Qwen/Qwen2.5-VL-{arguments.shape.upper()}-Instruct", "--prompts", "48",
+        "--group", "8", "--max-tokens", "200", "--max-prompt", "437", "--max-pixels", "306544",
+        "--micro-tokens", str(tokens)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
 def main() -> None:
@@ -267,7 +339,7 @@ def main() -> None:
     torch.nn.Module._apply = move_in_place
     dist.init_device_mesh = on_the_host(dist.init_device_mesh)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    config = true_config(arguments.layers, arguments.depth)
+    config = true_config()
     layout = on_the_host(policy.vision_layout)
     grids = {images: torch.tensor([GRID] * images) for images in (6, 8)}
     policy.vision_layout = lambda vision, given: layout(vision, grids[len(given)])
@@ -275,8 +347,12 @@ def main() -> None:
     with mode:
         banned_V = torch.zeros(config.text_config.vocab_size, dtype=torch.bool, device=CUDA)
         decoding = rehearse_decoding(config, banned_V)
-        training = rehearse_training(config, banned_V, pack)
-    print(json.dumps({"decoding": decoding, "training": training}))
+        with Memory() as memory:
+            trained = rehearse_training(config, banned_V, pack, memory)
+    report = {"decoding": decoding, "training": trained}
+    if not (arguments.layers or arguments.depth):
+        report["plan"] = planned(len(pack.ids_L))
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":

@@ -61,3 +61,22 @@ def test_a_training_pass_computes_in_bf16_and_reduces_in_fp32(report):
 def test_a_training_pass_asks_the_device_for_nothing(report):
     """Four copies: order, borders (windows, images) and positions of the images' patches."""
     assert (report["training"]["waits"], report["training"]["copies"]) == (0, 4)
+
+
+def test_a_step_and_a_refresh_ask_the_device_for_nothing(report):
+    for part in ("step", "refresh"):
+        assert (report["training"][part]["waits"], report["training"][part]["copies"]) == (0, 0), part
+
+
+def test_bytes_that_are_kept_and_that_a_refresh_adds(report):
+    """A layer has 2048·2048 + 2048 (q), 2·(256·2048 + 256) (k, v), 2048² (o), 3·2048·11008 (MLP), 2·2048 (norms)
+    = 77,076,992, the root 151936·2048 + 2048 = 311,166,976, a block of the tower 1280·3840 + 3840, 1280² + 1280,
+    3·1280·3420 + 2·3420 + 1280 and 2·1280 = 19,702,200, the rest of it 1176·1280, 1280, 5120² + 5120 and
+    5120·2048 + 2048 = 38,213,888."""
+    held = report["training"]["bytes"]
+    weights = 2 * 77_076_992 + 311_166_976 + 2 * 19_702_200 + 38_213_888
+    # fp32 on 8 ranks, and a copy in bf16; angles are a few thousand numbers
+    assert 0 <= held["kept, and the sampler's copy"] - (4 * weights / 8 + 2 * weights) < 20_000
+    # of the largest unit what arrives, rank after rank, and the weights laid out from it, in bf16
+    assert held["a refresh"] - held["an optimizer step"] == 2 * 2 * 311_166_976
+    assert held["an optimizer step"] > held["kept, and the sampler's copy"] + 12 * weights / 8  # gradients, moments
