@@ -16,9 +16,11 @@ graphs_are_eager    tokens and log-probabilities of captured graphs and of the s
 sampler_is_trainer  mean |Δ log π| of the sampler's tokens under the policy, in the dtype of the run
 deterministic       --deterministic: a gradient twice, bit for bit
 tiny_steps          ten steps of `grpo_vl.py` on the stand-in, with evaluation and checkpoint
-bench_3b            bench_step.py's step: share of a copy's bandwidth in decoding, MFU, memory, refresh
+bench_3b            bench_step.py's step: share of a copy's bandwidth in decoding (decode.share, wanted
+                    0.6), MFU (train.mfu, wanted 0.33), memory, refresh_share of a step (wanted 0.03)
 steps_3b            two steps at 3B, prompts of mixed length, --eval-every 1
 lora_3b             a step at 3B with --lora 32
+offload_3b          a step at 3B with --offload
 """
 import argparse
 import json
@@ -222,6 +224,10 @@ def lora_3b(device, folder) -> dict:
     return take_steps(build_3b(folder, device), device, 1, lora=32, lr=1e-5)
 
 
+def offload_3b(device, folder) -> dict:
+    return take_steps(build_3b(folder, device), device, 1, offload=True)
+
+
 def bench_3b(device, folder) -> dict:
     peak = [tflops for name, tflops in PEAK_TFLOPS.items() if name in card(device)]
     size = dict(prompts=8, group=8, length=256, image_tokens=400, steps=2)
@@ -230,7 +236,9 @@ def bench_3b(device, folder) -> dict:
     asked = dict(
         folder=build_3b(folder, device), beta=0.0, micro_tokens=16384, checkpointing=True, seed=0,
         peak_tflops=peak[0] if peak else 0.0, g_scaling=False)
-    return bench_step.ours(SimpleNamespace(**asked, **size))
+    found = bench_step.ours(SimpleNamespace(**asked, **size))
+    seconds = found["seconds"]
+    return found | {"refresh_share": seconds["refresh"] / seconds["step"]}
 
 
 def card(device) -> str:
@@ -252,7 +260,8 @@ def build_3b(folder, device) -> str:
 # ── running them ──
 CHECKS = {  # seconds that each may take
     machine: 60, varlen_is_mask: 60, graphs_are_eager: 90, sampler_is_trainer: 60,
-    deterministic: 60, tiny_steps: 120, bench_3b: 240, steps_3b: 240, lora_3b: 120}
+    deterministic: 60, tiny_steps: 120, bench_3b: 240, steps_3b: 240, lora_3b: 120,
+    offload_3b: 120}
 
 
 def outcome(name: str, limit: float, arguments) -> dict:
