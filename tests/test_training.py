@@ -2,6 +2,7 @@
 import importlib
 import json
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import ranks
@@ -175,6 +176,31 @@ def test_what_is_not_trained_is_read_and_kept_in_the_dtype_to_compute_with(alone
     if run.reference:
         assert {weight.dtype for _, weight in fsdp.full_parameters(run.reference)} == {torch.bfloat16}
     assert (run.optimizer is None) == ("frozen" in options)
+
+
+def step_in_bf16(ranks_):
+    """A step as on GPUs: its metrics, dtypes of a layer's inputs and of gradients, is the copy what was trained?"""
+    inputs, gradients, clip = set(), set(), fsdp.clip_gradients
+
+    def watched(policy, max_norm):
+        gradients.update(weight.grad.dtype for weight in policy.parameters())
+        return clip(policy, max_norm)
+
+    with ranks.computing_in_bf16(), mock.patch.object(fsdp, "clip_gradients", watched):
+        run = make_run(ranks_, lr=0.1, checkpointing=True)
+        run.policy.decoder.layers[1].register_forward_pre_hook(lambda layer, args: inputs.add(args[0].dtype))
+        metrics = grpo_vl.train_step(run, 0)
+    kept = {name: fsdp.whole(weight) for name, weight in run.policy.named_parameters()}
+    equal = [torch.equal(run.sampler.copy.targets[name], weight.bfloat16()) for name, weight in kept.items()]
+    return metrics, inputs, gradients, {weight.dtype for weight in kept.values()}, len(equal), all(equal)
+
+
+def test_the_sampler_scores_as_the_trainer_does_in_bf16(pair):
+    """A token of 640 alike is at log(1/640) = −6.5, where bf16 steps by 2⁻⁵."""
+    for metrics, inputs, gradients, kept, count, equal in pair.run("test_training.step_in_bf16"):
+        assert (inputs, gradients, kept) == ({torch.bfloat16}, {torch.float32}, {torch.float32})
+        assert count == 92 and equal  # tensors of the stand-in, its head tied
+        assert 1e-5 < metrics["sampler_gap"] < 2**-5 and metrics["grad_norm"] > 0
 
 
 # ── held-out answers ──
