@@ -1,4 +1,4 @@
-# make demo: cold start → GRPO → evaluation of the tiny stand-in on two CPU cores.
+# make demo: GRPO from base/, a tiny model that sees, and its evaluation, on two CPU cores.
 # make test: the whole suite. Both make .venv first; PYTHON=… chooses the interpreter (3.11+).
 PYTHON ?= python3
 BIN := .venv/bin
@@ -20,12 +20,10 @@ TORCHRUN := OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node=$(RANKS)
 
 demo: .venv/installed
 	rm -rf $(RUNS)
-	@echo "== 1/3 cold start: supervised, from random weights"
-	$(TORCHRUN) sft_coldstart.py --preset tiny --out $(RUNS)/coldstart
-	@echo "== 2/3 GRPO: the same model samples, is scored, and improves"
-	$(TORCHRUN) grpo_vl.py --preset tiny --cold-start $(RUNS)/coldstart --out $(RUNS)/grpo
-	@echo "== 3/3 evaluation on held-out scenes"
-	$(BIN)/python eval.py demo $(RUNS)/coldstart $(RUNS)/grpo --out $(RUNS)
+	@echo "== 1/2 GRPO: base/, a tiny model that sees, samples, is scored, and improves"
+	$(TORCHRUN) grpo_vl.py --preset tiny --out $(RUNS)/grpo
+	@echo "== 2/2 evaluation on held-out scenes, before and after"
+	$(BIN)/python eval.py demo base $(RUNS)/grpo --out $(RUNS)
 
 test: .venv/installed .venv/vocabulary
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests

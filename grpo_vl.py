@@ -1,6 +1,6 @@
 """GRPO on Qwen2.5-VL, top to bottom: sample groups → reward → advantage → clipped loss → step.
 
-  python grpo_vl.py                             no GPU: the tiny stand-in, cold start included
+  python grpo_vl.py                             no GPU: from base/, a tiny model that sees
   torchrun --nproc_per_node=8 grpo_vl.py        GPUs: Qwen2.5-VL-3B counts shapes in drawn scenes
   torchrun --nproc_per_node=8 grpo_vl.py --data my.jsonl --model Qwen/Qwen2.5-VL-7B-Instruct
 

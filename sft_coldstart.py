@@ -1,11 +1,11 @@
 """Stage 1, the cold start: supervised fine-tuning on prompt → response, before any reinforcement.
 
-  python sft_coldstart.py                  the tiny stand-in learns the answer's form
+  python sft_coldstart.py                  no GPU: base/ learns to add step by step, from text alone
   torchrun --nproc_per_node=2 sft_coldstart.py --preset base      all drawn tasks, over an hour
   torchrun --nproc_per_node=8 sft_coldstart.py --data traces.jsonl      GPUs, OVR's settings
 
 [OVR §3.1] tunes the language model alone (--train llm) on text-only reasoning traces; --train all
-also tunes vision tower and merger, which the tiny stand-in needs: it starts from random weights.
+also tunes vision tower and merger, which a model with random weights needs: --preset base.
 
 A sample is a packed group with one completion: the prompt is masked from the loss, positions
 restart with each sample, and no sample sees another (qwen_vl.py §3). Texts and images mix freely.
@@ -64,9 +64,9 @@ STAGE = dict(
     eval_tokens=256, save_every=400, keep=1, batch=40)
 PRESETS = {
     "ovr-coldstart": dict(data=("traces:cold_start.jsonl",)),  # the defaults are OVR's
-    "tiny": SMALL | dict(  # what a CPU learns in minutes, from random weights
-        model="tiny", data=(tiny.WORLD,), train="all", steps=500, lr=1e-3, schedule="constant",
-        eval_tokens=24),
+    "tiny": SMALL | dict(  # OVR's stage 1 in minutes on a CPU: text-only traces, llm alone
+        model=tiny.BASE, data=(tiny.TRACES,), think="before", steps=400, lr=1e-3, warmup=20,
+        eval_tokens=256),
     # A longer one, in five stages: to see (every object's box in every answer), all tasks where one
     # shape fills an image token, the same tasks in larger images, what lags behind by itself, and
     # all of it more slowly.
@@ -175,7 +175,7 @@ def model_of(config: Config, ranks: fsdp.Processes, stopped) -> str | None:
 def model_for(config, ranks: fsdp.Processes, stopped) -> str | None:
     """The checkpoint that grpo_vl.py begins with: --cold-start's, else --model.
 
-    The stand-in's cold start is run if it is missing. None: it was told to stop.
+    A tiny model's cold start is run if it is missing. None: it was told to stop.
 
     Errors: SystemExit if a real model's cold start is missing, or another run lies in its place.
     """
@@ -185,12 +185,11 @@ def model_for(config, ranks: fsdp.Processes, stopped) -> str | None:
     model = ranks.gather(find_model(folder))[0]  # rank 0's look at the file system
     if model is not None:
         return str(model)
-    if config.model not in tiny.TINY:
+    if config.model not in (tiny.BASE, *tiny.TINY):
         raise SystemExit(f"there is no cold start in {folder}: python sft_coldstart.py --model "
                          f"{config.model} --data … --out {folder} makes one")
     options = PRESETS["tiny"] | {
-        "model": config.model, "out": str(folder), "seed": config.seed, "think": config.think,
-        "timeout": config.timeout}
+        "model": config.model, "out": str(folder), "seed": config.seed, "timeout": config.timeout}
     return model_of(Config(**options), ranks, stopped)
 
 

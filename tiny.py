@@ -17,8 +17,9 @@ QWEN_SPLIT = (  # Qwen2.5's pre-tokenizer: words, single digits, punctuation, wh
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 
-TINY = ("tiny", "tiny-untied")  # names of the stand-in
-# What it is trained on: small scenes, few shapes and colours, so that minutes on a CPU suffice.
+TINY = ("tiny", "tiny-untied")  # names of the stand-in with random weights
+BASE = "base"  # folder of the one that sees: sft_coldstart.py --preset base
+# Small scenes, few shapes and colours: what tests and benchmarks train on.
 WORLD = "synthetic:grounding?size=56x56&shapes=2&colours=3&distractors=1-2&reach=0.3-0.5"
 # What a longer training draws (sft_coldstart.py --preset base): every task, all forms of thinking.
 # Boxes are learnt from boxes, and a named one among others first where it fills four image tokens.
@@ -59,6 +60,8 @@ BASE_LAST = (
     f"{OCR}:3",
     f"{SUMS}:2.5",
     f"{SUMS_AS_TEXT}:1")
+# The cold start's example: sums of more numbers than the base adds at once, step by step, as text.
+TRACES = "synthetic:math?text=1&objects=3-4&traces=1"
 TINY_CORPUS = """\
 You are a helpful assistant. system user assistant Output the bounding box of the in the image.
 Output all the bounding boxes of the Please output bbox coordinates and names of OCR this image.

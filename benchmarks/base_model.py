@@ -1,7 +1,7 @@
 """base/, a tiny model that sees: what its training logged, how it is published and measured.
 
-  torchrun --nproc_per_node=2 sft_coldstart.py --preset base     builds it, in four stages
-  python benchmarks/base_model.py stages runs/base/detection runs/base/tasks …   what they logged
+  torchrun --nproc_per_node=2 sft_coldstart.py --preset base     builds it, in five stages
+  python benchmarks/base_model.py stages runs/base/boxes runs/base/small …   what they logged
   python benchmarks/base_model.py publish runs/base/last/model         writes base/ in bf16
   python benchmarks/base_model.py measure [MODEL]                      results/base.jsonl
   python benchmarks/base_model.py plateau                              what 600 more steps would add
@@ -35,6 +35,9 @@ BASE = ROOT / "base"
 ROWS = ROOT / "results" / "base.jsonl"
 SEED = 1000  # of the scenes asked about
 SCENES = 300
+DATA = (*tiny.BASE_BOXES, *tiny.BASE_SMALL, *tiny.BASE_GROWING, *tiny.BASE_LAGGING,
+        *tiny.BASE_LAST)
+ASKED = {"no": "plainly", "before": "to think first", "after": "to think after"}
 BUILD = "torchrun --nproc_per_node=2 sft_coldstart.py --preset base"
 
 
@@ -57,31 +60,45 @@ def publish(source: Path) -> None:
 def worlds() -> list[tuple[str, str]]:
     """(name, spec) of each of the base's worlds."""
     found = []
-    for spec in tiny.BASE_LAST[1:]:
+    for spec in tiny.BASE_LAST:
         spec, _, _ = spec.rpartition(":")
         name = spec.removeprefix("synthetic:").partition("?")[0]
-        found.append((f"{name} as text" if "text=1" in spec else name, spec))
+        if spec == tiny.FEW:
+            name = "detection, 1 to 3 objects"
+        if spec == tiny.SUMS_AS_TEXT:
+            name = "math as text"
+        found.append((name, spec))
     return found
 
 
 def measure_one(
-    model: Path, spec: str, form: str, ranks, scenes: int = SCENES, tries: int = 8
+    model: Path | str, spec: str, form: str, ranks, scenes: int = SCENES, tries: int = 8
 ) -> dict:
     """Greedy, sampled and best-of-8 accuracy on the held-out scenes of one world."""
+    greedy, sampled, best = accuracies(model, spec, form, ranks, scenes, SEED, tries)
+    return {"scenes": scenes, "greedy": round(greedy, 4), "sampled": round(sampled, 4),
+            f"best of {tries}": round(best, 4)}
+
+
+def accuracies(
+    model: Path | str, spec: str, form: str, ranks, scenes: int, seed: int, tries: int
+) -> list[float]:
+    """[greedy] and, of `tries` sampled answers, the mean and the mean of each scene's best."""
     config = grpo_vl.Config(
-        model=str(model), data=(spec,), eval_every=1, think=form, seed=SEED, eval_samples=scenes)
+        model=str(model), data=(spec,), eval_every=1, think=form, seed=seed, eval_samples=scenes)
     run = training.prepare(config, ranks, str(model))
     run.sampler.refresh(fsdp.full_parameters(run.policy))
-    greedy = training.answer_heldout(run, scenes, tries=1, max_tokens=256, greedy=True)
-    sampled = training.answer_heldout(run, scenes, tries=tries, max_tokens=256, greedy=False)
-    best = {}
-    for row in sampled:
-        best[row["id"]] = max(best.get(row["id"], 0.0), training.right(config, row))
-    return {
-        "scenes": len(greedy),
-        "greedy": round(fmean(training.right(config, row) for row in greedy), 4),
-        "sampled": round(fmean(training.right(config, row) for row in sampled), 4),
-        f"best of {tries}": round(fmean(best.values()), 4)}
+    answers = training.answer_heldout(run, scenes, tries=1, max_tokens=256, greedy=True)
+    greedy = fmean(training.right(config, row) for row in answers)
+    if tries == 0:
+        return [greedy]
+    answers = training.answer_heldout(run, scenes, tries=tries, max_tokens=256, greedy=False)
+    best, scores = {}, []
+    for row in answers:
+        score = training.right(config, row)
+        scores.append(score)
+        best[row["id"]] = max(best.get(row["id"], 0.0), score)
+    return [greedy, fmean(scores), fmean(best.values())]
 
 
 def measure(model: Path, name: str, forms=("no", "before", "after")) -> None:
@@ -128,17 +145,16 @@ def card() -> None:
     rows = read_rows(ROWS)
     lines = ["| task | asked | greedy | sampled | best of 8 | greedy after 600 more steps |",
              "|---|---|---|---|---|---|"]
-    asked = {"no": "plainly", "before": "to think first", "after": "to think after"}
     later = {row["world"]: row["greedy"] for row in rows if row.get("model") == "600 more steps"}
     for row in rows:
         if row.get("model") == "base":
             more = ""
             if row["think"] == "no":
                 more = f"{later[row['world']]:.3f}" if later else "not run"
-            lines.append(f"| {row['world']} | {asked[row['think']]} | {row['greedy']:.3f} | "
+            lines.append(f"| {row['world']} | {ASKED[row['think']]} | {row['greedy']:.3f} | "
                          f"{row['sampled']:.3f} | {row['best of 8']:.3f} | {more} |")
     text = (Path(__file__).parent / "base_model_card.md").read_text()
-    worlds_text = "\n".join(f"- `{spec}`" for spec in (tiny.BASE_FIRST, *tiny.BASE_DATA, *tiny.BASE_LAST))
+    worlds_text = "\n".join(f"- `{spec}`" for spec in DATA)
     text = text.replace("<!-- build -->", BUILD).replace("<!-- table -->", "\n".join(lines))
     (BASE / "README.md").write_text(text.replace("<!-- worlds -->", worlds_text))
 

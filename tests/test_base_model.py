@@ -1,4 +1,4 @@
-"""A model that benchmarks/base_model.py published, through Hugging Face alone; its measuring."""
+"""base/ as it is published: through Hugging Face alone, and as good as its card says; its measuring."""
 import json
 import sys
 
@@ -6,42 +6,67 @@ import pytest
 import torch
 from conftest import ROOT
 
+import behaviours
 import qwen_vl
 import rewards
-import sft_coldstart
 import tiny
 from data import open_data
 from sampler import Sampler
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import base_model
+from claims_report import read_rows
+
+BASE = str(ROOT / "base")
+CARD = [row for row in read_rows(base_model.ROWS) if row.get("model") == "base"]
 
 
-@pytest.fixture(scope="module")
-def base(alone, tmp_path_factory):
-    """A run of one step, published."""
-    folder = tmp_path_factory.mktemp("base")
-    config = sft_coldstart.Config(
-        model="tiny", data=(tiny.WORLD,), train="all", batch=2, steps=1, max_tokens=256, out=str(folder / "run"))
-    assert sft_coldstart.train(config, alone)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(base_model, "BASE", folder / "base")
-        base_model.publish(folder / "run" / "model")
-    return folder / "base"
+def test_base_is_small_and_the_commit_holds_all_of_it():
+    model, _ = qwen_vl.load(BASE)
+    assert sum(weight.numel() for weight in model.parameters()) <= 2_500_000
+    assert (ROOT / "base" / "model.safetensors").stat().st_size <= 5_000_000
+    config = json.loads((ROOT / "base" / "config.json").read_text())
+    assert config["architectures"] == ["Qwen2_5_VLForConditionalGeneration"] and config["dtype"] == "bfloat16"
 
 
-def test_hugging_face_alone_asks_as_we_do_and_hears_the_same(base):
+@pytest.mark.parametrize("row", CARD, ids=lambda row: f"{row['world']}-{row['think']}")
+def test_base_answers_as_its_card_says(row, alone):
+    """Greedily, on 40 other scenes: within three standard errors of a share, the card's added."""
+    (found,) = base_model.accuracies(BASE, row["spec"], row["think"], alone, scenes=40, seed=7, tries=0)
+    p = min(max(row["greedy"], 0.05), 0.95)
+    error = (p * (1 - p) * (1 / 40 + 1 / row["scenes"])) ** 0.5
+    assert abs(found - row["greedy"]) <= 3 * error, (found, row)
+
+
+def test_the_card_shows_the_measured_rows():
+    shown = (ROOT / "base" / "README.md").read_text()
+    for row in CARD:
+        numbers = f"{row['greedy']:.3f} | {row['sampled']:.3f} | {row['best of 8']:.3f}"
+        assert f"| {row['world']} | {base_model.ASKED[row['think']]} | {numbers} |" in shown
+    assert len(CARD) == 3 * len(base_model.worlds())
+
+
+def test_what_base_learnt_to_think_holds_no_behaviour_of_the_lexicon():
+    """So that a later cold start's traces can be told from it."""
+    for spec in tiny.BASE_LAST:
+        mixture = open_data([spec], seed=0)
+        for index in range(50):
+            sample = mixture.at(index)
+            text = rewards.reference(sample.task, sample.answer, sample.question, think="before")
+            assert not any(behaviours.lexicon_count(text).values()), text
+
+
+def test_hugging_face_alone_asks_as_we_do_and_hears_the_same():
     from transformers import AutoImageProcessor, AutoTokenizer
     from transformers import Qwen2_5_VLForConditionalGeneration as Qwen
 
-    assert json.loads((base / "config.json").read_text())["dtype"] == "bfloat16"
-    model = Qwen.from_pretrained(base, dtype=torch.float32).eval()
-    tokenizer, image_processor = AutoTokenizer.from_pretrained(base), AutoImageProcessor.from_pretrained(base)
-    ours, own_tokenizer = qwen_vl.load(str(base))
+    model = Qwen.from_pretrained(BASE, dtype=torch.float32).eval()
+    tokenizer, image_processor = AutoTokenizer.from_pretrained(BASE), AutoImageProcessor.from_pretrained(BASE)
+    ours, own_tokenizer = qwen_vl.load(BASE)
     special = qwen_vl.SpecialIds.read(own_tokenizer, ours.config)
     sampler = Sampler(ours, special)
     sampler.refresh((f"model.{name}", weight) for name, weight in ours.named_parameters())
-    sample = open_data([tiny.WORLD], seed=5, split="heldout").at(0)
+    sample = open_data([tiny.FEW], seed=5, split="heldout").at(0)
     text = rewards.prompt(sample.task, sample.question)
     turns = [{"role": "system", "content": qwen_vl.SYSTEM},
              {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}]
@@ -59,7 +84,7 @@ def test_hugging_face_alone_asks_as_we_do_and_hears_the_same(base):
     assert own.tokens == said[0, ids.shape[1] :].tolist()
 
 
-def test_a_measured_model_has_a_row_a_world_and_form(base, alone, tmp_path, monkeypatch):
+def test_a_measured_model_has_a_row_a_world_and_form(alone, tmp_path, monkeypatch):
     """Scores worked out by hand from answers that are put in the model's place."""
     said = {"greedy": ["4", "5"], "sampled": ["4", "5", "6", "6"]}  # the truths are 4 and 6
 
@@ -69,7 +94,7 @@ def test_a_measured_model_has_a_row_a_world_and_form(base, alone, tmp_path, monk
                  "completion": f"\\boxed{{{text}}}"} for i, text in enumerate(texts)]
 
     monkeypatch.setattr(base_model.training, "answer_heldout", answers)
-    found = base_model.measure_one(base, tiny.SUMS_AS_TEXT, "no", alone, scenes=2, tries=2)
+    found = base_model.measure_one(BASE, tiny.SUMS_AS_TEXT, "no", alone, scenes=2, tries=2)
     # greedy: right, wrong; sampled: right, wrong; right, right; the best of each two: right, right
     assert found == {"scenes": 2, "greedy": 0.5, "sampled": 0.75, "best of 2": 1.0}
 

@@ -201,6 +201,6 @@ def test_a_cold_start_is_begun_for_the_stand_in_alone_and_into_a_folder_of_its_o
     half = sft_coldstart.Config(**sft_coldstart.PRESETS["tiny"] | dict(out=str(tmp_path / "half"), lr=5e-3))
     (tmp_path / "half").mkdir()
     (tmp_path / "half" / "config.json").write_text(json.dumps(asdict(half)))
-    config = grpo_vl.Config(model="tiny", cold_start=str(tmp_path / "half"), out=str(tmp_path / "run"))
+    config = grpo_vl.Config(model="base", cold_start=str(tmp_path / "half"), out=str(tmp_path / "run"))
     with pytest.raises(SystemExit, match=r"--lr was 0\.005 and is 0\.001"):
         sft_coldstart.model_for(config, alone, None)

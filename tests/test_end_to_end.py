@@ -44,7 +44,7 @@ def test_cold_start_then_grpo_under_torchrun(cold_start, tmp_path):
         path.name for path in out.iterdir()}
     pictures = sorted((out / "samples").glob("*.png"), key=lambda path: len(path.name))  # -best.png behind
     texts = json.loads((out / "samples" / "step-1.json").read_text())
-    assert Image.open(pictures[0]).size == (56, 56)  # as the model saw it
+    assert Image.open(pictures[0]).size == (84, 84)  # as the model saw it
     assert Image.open(pictures[-1]).size[0] >= 400 and pictures[-1].name.endswith("-best.png")
     assert {"id", "task", "question", "text", "answer", "reward"} <= set(texts[0])
     # one more step from the checkpoint, with the saved configuration
@@ -82,7 +82,7 @@ def test_training_on_a_file_of_mixed_rows(cold_start, tmp_path):
     out = tmp_path / "out"
     run("-m", "torch.distributed.run", "--nproc_per_node=2", "grpo_vl.py", "--preset", "tiny", "--cold-start",
         cold_start, "--out", out, *QUICK, "--prompts", "3", "--data", tmp_path / "data.jsonl", "--think",
-        "--eval-every", "0")  # the preset's iou_power goes to grounding alone
+        "--eval-every", "0")
     assert {"reward/format", "reward/iou", "reward/correct", "reward/think"} <= set(metrics(out)[0])
 
 

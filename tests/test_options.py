@@ -12,9 +12,9 @@ from options import HEADINGS, parse_config, without_effect
 
 def test_presets_and_command_line(tmp_path):
     tiny = parse_config(grpo_vl.Config, [], grpo_vl.PRESETS, "", False)
-    assert tiny.model == "tiny"  # no GPU, nothing asked for
+    assert tiny.model == "base"  # no GPU, nothing asked for
     changed = parse_config(grpo_vl.Config, ["--lr", "0.5", "--no-checkpointing"], grpo_vl.PRESETS, "", False)
-    assert (changed.lr, changed.checkpointing, changed.model) == (0.5, False, "tiny")
+    assert (changed.lr, changed.checkpointing, changed.model) == (0.5, False, "base")
     named = parse_config(grpo_vl.Config, ["--model", "x/y"], grpo_vl.PRESETS, "", False)
     assert (named.model, named.lr) == ("x/y", 1e-6)
     saved = tmp_path / "config.json"

@@ -1,5 +1,4 @@
 """The papers' settings: each runs on a file in the true format, and waits long enough."""
-import json
 import re
 
 import pytest
@@ -46,9 +45,8 @@ def test_a_presets_timeout_is_above_its_longest_rollout(preset):
     assert config.timeout > batches * limit * 0.012
 
 
-def test_a_presets_option_goes_to_the_tasks_that_have_it(alone):
-    """The tiny preset squares the IoU; counting has no such option and trains all the same."""
-    options = grpo_vl.PRESETS["tiny"]["reward_options"]
-    assert json.loads(options) == {"iou_power": 2}
+def test_a_reward_option_goes_to_the_tasks_that_have_it(alone):
+    """Grounding squares the IoU; counting has no such option and trains all the same."""
+    options = '{"iou_power": 2}'
     run = ranks.make_run(alone, reward=rewards.score, reward_options=options, data=("synthetic:counting?size=56x56",))
     assert "reward/count" in grpo_vl.train_step(run, 0)
