@@ -27,6 +27,7 @@ BASE_SCENES = "size=84x84&shapes=3&colours=3"
 FEW = f"synthetic:detection?{BASE_SCENES}&objects=1-3&coloured=1"
 DETECTION = f"synthetic:detection?{BASE_SCENES}&objects=1-6&coloured=1"
 GROUNDING = f"synthetic:grounding?{BASE_SCENES}&distractors=1-3"
+# the demo's: GRPO has the most to bring out where the right answer is among eight, not yet first
 COUNTING = f"synthetic:counting?{BASE_SCENES}&objects=1-4&distractors=1-2"
 OCR = "synthetic:ocr?size=84x84&objects=1-1&numbers=1"
 SUMS = "synthetic:math?size=84x84&objects=2-2"

@@ -35,8 +35,8 @@ BASE = ROOT / "base"
 ROWS = ROOT / "results" / "base.jsonl"
 SEED = 1000  # of the scenes asked about
 SCENES = 300
-DATA = (*tiny.BASE_BOXES, *tiny.BASE_SMALL, *tiny.BASE_GROWING, *tiny.BASE_LAGGING,
-        *tiny.BASE_LAST)
+DATA = {"boxes": tiny.BASE_BOXES, "small": tiny.BASE_SMALL, "growing": tiny.BASE_GROWING,
+        "lagging": tiny.BASE_LAGGING, "last": tiny.BASE_LAST}  # stage: what it draws
 ASKED = {"no": "plainly", "before": "to think first", "after": "to think after"}
 BUILD = "torchrun --nproc_per_node=2 sft_coldstart.py --preset base"
 
@@ -154,9 +154,12 @@ def card() -> None:
             lines.append(f"| {row['world']} | {ASKED[row['think']]} | {row['greedy']:.3f} | "
                          f"{row['sampled']:.3f} | {row['best of 8']:.3f} | {more} |")
     text = (Path(__file__).parent / "base_model_card.md").read_text()
-    worlds_text = "\n".join(f"- `{spec}`" for spec in DATA)
+    worlds_text = ""
+    for stage, specs in DATA.items():
+        listed = "\n".join(f"- `{spec}`" for spec in specs)
+        worlds_text += f"\n\n{stage}:\n\n{listed}"
     text = text.replace("<!-- build -->", BUILD).replace("<!-- table -->", "\n".join(lines))
-    (BASE / "README.md").write_text(text.replace("<!-- worlds -->", worlds_text))
+    (BASE / "README.md").write_text(text.replace("<!-- worlds -->", worlds_text.strip()))
 
 
 def main() -> None:
