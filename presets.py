@@ -9,8 +9,8 @@ PR1 = dict(  # what its tasks share, where it differs from the defaults  [PR1 §
     model="Qwen/Qwen2.5-VL-3B-Instruct", prompts=14, beta=0.04, schedule="linear", seed=42)
 PRESETS = {
     "tiny": dict(  # what a machine without a GPU trains in minutes; no paper's values
-        model=BASE, data=(COUNTING,), max_tokens=80, steps=240, lr=1e-4, warmup=5,
-        schedule="linear", eval_every=20, checkpointing=False, micro_tokens=4096),
+        model=BASE, data=(COUNTING,), max_tokens=80, prompts=32, steps=150, lr=1.5e-4, warmup=10,
+        schedule="linear", eval_every=25, checkpointing=False, micro_tokens=4096),
     # steps: samples used / 14 prompts a step [PR1 T7, code]; max_tokens [PR1 code]
     "pr1-grounding": PR1 | dict(data=("refcoco-pr1:refcoco_train.json",), steps=357),
     "pr1-counting": PR1 | dict(data=("pixmo-pr1:pixmo_count_train.json",), steps=714),

@@ -28,7 +28,7 @@ class Arm:
     lr: float = 0.0  # supervised
 
 
-SUPERVISED_LRS = 1e-4, 3e-4
+SUPERVISED_LRS = (3e-4,)
 BASE = Arm("base", "base", "base")
 GRPO = Arm("GRPO", "grpo", "grpo")
 CONTROLS = Arm("format-only reward", "format_only", "control"), Arm(
@@ -111,7 +111,7 @@ def against_supervised(results: dict) -> list[str]:
     arm = better_supervised(results)
     if not results[arm.name]:
         return []
-    lines = [f"Beside {arm.name}, the better learning rate on these scenes, for as many seconds:"]
+    lines = [f"Beside {arm.name} for as many seconds:"]
     for mode in MODES:
         lower = estimate(results, {GRPO.name: 1.0, arm.name: -1.0}, mode)
         if lower is None:
