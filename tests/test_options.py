@@ -95,7 +95,7 @@ def test_help_stands_under_headings(module, capsys):
     headings = [heading for heading in HEADINGS if heading not in empty]
     assert re.findall(r"^(\w.*):$", said, re.M) == ["options", *headings]
     words = " ".join(said.split())
-    assert "What it is." in words and "[PR1 code: 3136]" in words and "(default: tiny)" in words
+    assert "What it is." in words and "[PR1 code: 3136]" in words and "(default: base)" in words
     data = said.split("the data:")[1].split("the prompt:")[0]
     assert re.findall(r"^  (--[a-z-]+)", data, re.M) == ["--data", "--fields", "--heldout", "--skip-bad", "--check"]
 
