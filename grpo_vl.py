@@ -29,6 +29,7 @@ import torch
 
 import fsdp
 import packing
+import plan
 import qwen_vl
 import reward_function
 import run_folder
@@ -443,7 +444,7 @@ def train(run: Run, stopped=None) -> bool:
 def main(arguments: list[str] | None = None) -> None:
     config = parse_config(Config, arguments, PRESETS, __doc__, torch.cuda.is_available())
     if config.plan:
-        return fsdp.plan(config, longest(config, config.steps))
+        return plan.show(config, longest(config, config.steps))
     if config.check:
         return check_data(config)
     if not run_folder.claim(config):
