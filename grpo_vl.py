@@ -79,8 +79,6 @@ class Config(Options):
         super().__post_init__()
         if self.cold_start and Path(self.cold_start) == Path(self.out):
             raise ValueError(f"--cold-start and --out are both {self.out}: give them two folders")
-        if self.plan and self.lora:
-            raise ValueError("--plan does not count what --lora saves: leave one of them out")
         if self.overlong == "soft" and self.overlong_buffer >= self.max_tokens:
             raise ValueError(f"--overlong-buffer is {self.overlong_buffer} and --max-tokens "
                              f"{self.max_tokens}: every answer would be punished; lower the buffer")

@@ -28,15 +28,19 @@ def adapt(policy, rank: int, alpha: float | None = None, seed: int = 0) -> None:
     """Freeze the policy, and give each linear of its decoder layers an A and a B to train."""
     policy.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    for layer in policy.decoder.layers:
-        for linear in [part for part in layer.modules() if isinstance(part, nn.Linear)]:
-            rows, columns = linear.weight.shape
-            bound = columns**-0.5  # as PEFT draws it; the paper's is Gaussian
-            a = torch.empty(rank, columns).uniform_(-bound, bound, generator=generator)
-            linear.lora_A = nn.Parameter(a)
-            linear.lora_B = nn.Parameter(torch.zeros(rows, rank))
-            linear.lora_scale = (2 * rank if alpha is None else alpha) / rank
-            linear.forward = MethodType(adapted_linear, linear)
+    for linear in linears(policy.decoder.layers):
+        rows, columns = linear.weight.shape
+        bound = columns**-0.5  # as PEFT draws it; the paper's is Gaussian
+        a = torch.empty(rank, columns).uniform_(-bound, bound, generator=generator)
+        linear.lora_A = nn.Parameter(a)
+        linear.lora_B = nn.Parameter(torch.zeros(rows, rank))
+        linear.lora_scale = (2 * rank if alpha is None else alpha) / rank
+        linear.forward = MethodType(adapted_linear, linear)
+
+
+def linears(layers: nn.Module) -> list[nn.Linear]:
+    """Those of decoder layers, attention's and the MLPs': what is adapted."""
+    return [part for part in layers.modules() if isinstance(part, nn.Linear)]
 
 
 def adapted_linear(self, x: torch.Tensor) -> torch.Tensor:

@@ -4,10 +4,12 @@
 """
 import math
 import re
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+import lora
 import qwen_vl
 
 # §1 ──────────────────────────────── the network without memory ──────────────────────────────
@@ -54,53 +56,142 @@ def show(config, max_tokens: int) -> None:
         raise SystemExit(f"--plan is {config.plan!r}; give GPUs and GiB of each, as in 8x80")
     gpus, gib = int(shape[1]), int(shape[2])
     model = bare_model(config.model)
-    print(f"{count(model):,} parameters on {gpus} GPUs")
-    held = held_by_a_rank(config, model, gpus, max_tokens)
-    peak = sum(held.values())
-    for name, size in [*held.items(), (f"peak, of {gib} GiB", peak)]:
-        print(f"{name:26}{size / 2**30:8.2f} GiB")
+    sizes = sizes_of(config, model)
+    said = f"{sizes.model:,} parameters"
+    if config.lora:
+        said += f" and {sizes.trained:,} of adapters"
+    print(f"{said} on {gpus} GPUs")
+
+    kept = kept_by_a_rank(config, sizes, gpus)
+    moments = held_at_moments(config, model, sizes, gpus, max_tokens)
+    moment, terms = max(moments.items(), key=lambda pair: sum(pair[1].values()))
+    print(f"on each GPU at the fullest moment, {moment}")
+    if not config.offload:
+        terms = kept | terms
+    peak = sum(terms.values())
+    print_terms(terms | {f"peak, of {gib} GiB": peak})
+    if config.offload:
+        print("in host memory, the share of each GPU")
+        print_terms(kept | {"together": sum(kept.values())})
     if peak < 0.9 * gib * 2**30:
         print("fits")
     else:
-        print("does not fit: lower --micro-tokens, --kv-gb or --max-pixels, add --offload or GPUs")
+        print("does not fit: lower --micro-tokens, --kv-gb or --max-pixels, add --lora, --offload "
+              "or GPUs")
+
+
+def print_terms(terms: dict[str, float]) -> None:
+    for name, size in terms.items():
+        print(f"{name:26}{size / 2**30:8.2f} GiB")
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Numbers of parameters."""
+
+    model: int  # all of it, without adapters
+    trained: int
+    frozen: int
+    vision: int  # of the tower, if training passes run it; else features come from the sampler
+    layer: int  # of a decoder layer, without adapters
+    adapters: int  # of a decoder layer's A [rank, in] and B [out, rank]
+    root: int  # of what is in no other unit: embeddings, last norm, lm_head
+    largest: int  # of the largest weight that a refresh of the sampler gathers
+
+
+def sizes_of(config, model: nn.Module) -> Sizes:
+    layers, tower = model.model.language_model.layers, count(model.model.visual)
+    everything, layer = count(model), count(layers[0])
+    linears = lora.linears(layers[0])
+    adapters = sum(config.lora * sum(linear.weight.shape) for linear in linears)
+    if config.lora:
+        trained, frozen = len(layers) * adapters, everything
+        largest = max(linear.weight.numel() for linear in linears)
+    else:
+        frozen = tower if config.freeze_vision else 0
+        trained = everything - frozen
+        largest = max(parameter.numel() for parameter in model.parameters())
+    return Sizes(
+        model=everything, trained=trained, frozen=frozen,
+        vision=0 if config.lora or config.freeze_vision else tower, layer=layer,
+        adapters=adapters, root=everything - tower - len(layers) * layer, largest=largest)
 
 
 def count(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def held_by_a_rank(config, model: nn.Module, gpus: int, max_tokens: int) -> dict[str, float]:
-    """{what: bytes}, as `shard` cuts the model. Each term at its own peak, all at once."""
-    text, vision_config = model.config.text_config, model.config.vision_config
-    layers = text.num_hidden_layers
-    weights, vision = count(model), count(model.model.visual)
-    layer = count(model.model.language_model.layers[0])
-    root = weights - vision - layers * layer
-    gathered = root + vision + 2 * layer  # one computes, the next is on its way
-    if config.beta:
-        gathered += root  # the reference's stays whole: it waits for a backward
-    trained_vision = 0 if config.freeze_vision else vision
-    trained = weights - vision + trained_vision
-    reduced = root + max(layer, trained_vision)  # the root's lasts through the backward
-    parts = math.inf if config.offload else gpus  # offloaded: in host memory
+def kept_by_a_rank(config, sizes: Sizes, gpus: int) -> dict[str, float]:
+    """{what: bytes} that is cut over all ranks and stays from step to step: on the host with
+    --offload, else on the GPU."""
+    return {
+        "trained weights, fp32": 4 * sizes.trained / gpus,
+        "frozen weights, bf16": 2 * sizes.frozen / gpus,
+        "gradients, fp32": 4 * sizes.trained / gpus,
+        "AdamW, fp32": 8 * sizes.trained / gpus,
+        "reference, bf16": 2 * sizes.model / gpus if has_second_model(config) else 0}
 
+
+def held_at_moments(config, model, sizes: Sizes, gpus: int, max_tokens: int):
+    """{moment of a step: {what: bytes}} on a GPU, beside what `kept_by_a_rank` counts."""
+    text, tower = model.config.text_config, model.config.vision_config
     prompts = math.ceil(config.prompts / gpus)
     image_tokens = min(config.max_pixels // 28**2, config.max_prompt)  # one image a prompt
-    patches = 4 * min(prompts * image_tokens, config.micro_tokens)
-    pictures = saved(config, patches, vision_config, vision_config.depth)
-    return {
-        "weights, fp32, sharded": 4 * weights / parts,
-        "gradients, fp32, sharded": 4 * trained / parts,
-        "AdamW, fp32, sharded": 8 * trained / parts,
-        "reference, bf16, sharded": 2 * weights / parts if config.beta else 0,
-        "gathered units, bf16": 2 * gathered,
-        "gradients of units, bf16": 2 * reduced,
-        "reduce-scatter input, fp32": 4 * reduced,
-        "sampling copy, bf16": 2 * weights,
-        "keys and values, bf16": cache(config, text, prompts, max_tokens),
-        "activations": saved(config, config.micro_tokens, text, layers),
-        "vision activations": 0 if config.freeze_vision else pictures,
+    patches = 4 * min(prompts * image_tokens, config.micro_tokens) if sizes.vision else 0
+    vision_kept, vision_again = saved(config, patches, tower, tower.depth)
+    activations = sum(saved(config, config.micro_tokens, text, text.num_hidden_layers))
+    trained_root = 0 if config.lora else sizes.root
+    trained_layer = sizes.adapters if config.lora else sizes.layer
+    reduced = 4 + 4 / gpus  # bytes of a number to reduce in fp32, and of a rank's part of the sum
+    always = {
+        "sampling copy, bf16": 2 * sizes.model,
+        "keys and values, bf16": cache(config, text, prompts, max_tokens)}
+    in_a_pass = always | {
+        "whole root, bf16": 2 * sizes.root,
+        "root of the reference": 2 * sizes.root if has_second_model(config) else 0}
+    decoder = in_a_pass | {
+        "whole layers, bf16": 2 * 2 * (sizes.layer + sizes.adapters),  # one is on its way
+        "a layer from the host": from_host(config, sizes) / gpus,
+        "gradient of a layer": (2 + reduced) * trained_layer,
+        "gradient of the root, bf16": 2 * trained_root,
+        "activations": activations,
+        "vision activations": vision_kept,
         "logits of a chunk": 10 * 1024 * text.vocab_size}  # two in fp32 and one in bf16
+    copies = 3 if model.config.tie_word_embeddings else 1  # as lm_head, as embedding, their sum
+    tower = in_a_pass | {
+        "whole tower, bf16": 2 * sizes.vision,
+        "gradient of a layer": reduced * trained_layer,  # of the last one, on its way
+        "gradient of the root, bf16": 2 * copies * trained_root,
+        "gradient of the tower, bf16": 2 * sizes.vision,
+        "vision activations": vision_kept + vision_again}
+    end = in_a_pass | {  # what has inputs without gradients is reduced last, one after the other
+        "whole tower, bf16": 2 * sizes.vision,
+        "gradient of the root, bf16": 2 * trained_root,
+        "gradient of the tower, bf16": 2 * sizes.vision,
+        "gradient in fp32": reduced * max(trained_root, sizes.vision)}
+    return {
+        "the decoder's backward": decoder, "the tower's backward": tower,
+        "the last reduce-scatter": end,
+        "the sampler's refresh": always | for_the_sampler(config, sizes)}
+
+
+def has_second_model(config) -> bool:
+    """A reference of its own: with adapters, the model without them is the reference."""
+    return config.beta > 0 and not config.lora
+
+
+def from_host(config, sizes: Sizes) -> int:
+    """Bytes of a layer on its way to a GPU: as the host keeps it, and in bf16."""
+    if not config.offload:
+        return 0
+    frozen = sizes.layer if config.lora else 0
+    trained = sizes.layer + sizes.adapters - frozen
+    return (4 + 2) * trained + (2 + 2) * frozen
+
+
+def for_the_sampler(config, sizes: Sizes) -> dict[str, int]:
+    """A whole weight; of an adapted one W in bf16, W in fp32 and W + α/r·B·A in fp32."""
+    return {"a weight for the sampler": (2 + 4 + 4 if config.lora else 4) * sizes.largest}
 
 
 def cache(config, text, prompts: int, max_tokens: int) -> int:
@@ -114,11 +205,16 @@ def cache(config, text, prompts: int, max_tokens: int) -> int:
     return min(prompts, at_once) * one_prompt
 
 
-def saved(config, tokens: int, shape, layers: int) -> int:
-    """Bytes that the backward needs in bf16: each layer's input, and what is inside of those that
-    are not checkpointed and of one: counted, 14 tensors of the layer's width, 6 of its MLP's."""
+def saved(config, tokens: int, shape, layers: int) -> tuple[int, int]:
+    """Bytes in bf16 that the backward needs: (from forward, and of the layer computed again).
+
+    Each layer's input is kept, and what is inside of those that are not checkpointed: counted, 14
+    tensors of the layer's width, 6 of its MLP's.
+    """
     inside = 14 * shape.hidden_size + 6 * shape.intermediate_size
-    open_layers = layers
     if config.checkpointing:
-        open_layers = 1 + layers - math.ceil(layers / config.checkpoint_every)
-    return 2 * tokens * (layers * shape.hidden_size + open_layers * inside)
+        again, not_checkpointed = inside, layers - math.ceil(layers / config.checkpoint_every)
+    else:
+        again, not_checkpointed = 0, layers
+    kept = layers * shape.hidden_size + not_checkpointed * inside
+    return 2 * tokens * kept, 2 * tokens * again

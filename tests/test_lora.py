@@ -308,8 +308,3 @@ def test_adapters_and_a_trained_tower_are_refused():
     with pytest.raises(ValueError, match="--lora leaves the vision tower as it is: give --train llm"):
         sft_coldstart.Config(lora=4, train="all")
     assert sft_coldstart.Config(lora=4).train == "llm"
-
-
-def test_a_plan_says_that_it_does_not_count_adapters():
-    with pytest.raises(ValueError, match="--plan does not count what --lora saves"):
-        grpo_vl.Config(plan="8x80", lora=32)

@@ -1,15 +1,19 @@
 """What a GPU would hold: the published shapes, each term by hand, what is no plan."""
+import functools
 import itertools
 
 import pytest
 import torch
 from torch import nn
 
+import fsdp
 import grpo_vl
+import lora
 import plan
 import policy as policy_module
 import qwen_vl
-from policy import token_logprobs
+from policy import Policy, token_logprobs
+from qwen_vl import SpecialIds
 
 
 def no_hub(*_, **__):
@@ -29,66 +33,192 @@ def test_the_published_shapes_are_built_in(size, parameters, monkeypatch, capsys
 
 # 7B: a layer has 3584² + 3584 (q), 2·(512·3584 + 512) (k, v), 3584² (o), 3·3584·18944 (MLP), 2·3584 (norms)
 # = 233,057,792, the tower 676,550,144, the root 2·152064·3584 + 3584 = 1,089,998,336; 8,292,166,656 together.
-HELD = {
-    "weights, fp32, sharded": 4_146_083_328,  # 4 bytes / 8 GPUs
-    "gradients, fp32, sharded": 4_146_083_328,
-    "AdamW, fp32, sharded": 8_292_166_656,  # two moments
-    "reference, bf16, sharded": 0,
-    "gathered units, bf16": 4_465_328_128,  # root, tower and two layers, 2 bytes
-    "gradients of units, bf16": 3_533_096_960,  # root and tower, 2 bytes
-    "reduce-scatter input, fp32": 7_066_193_920,  # the same, 4 bytes
+KEPT = {
+    "trained weights, fp32": 4_146_083_328,  # 4 bytes / 8 GPUs
+    "frozen weights, bf16": 0,
+    "gradients, fp32": 4_146_083_328,
+    "AdamW, fp32": 8_292_166_656,  # two moments
+    "reference, bf16": 0,
+}
+ALWAYS = {
     "sampling copy, bf16": 16_584_333_312,
     # a token 2·2·28·512 = 57,344 bytes, a prompt 2048 + 8·768 = 8,192 tokens: 469,762,048; 16 prompts on 8 GPUs
     "keys and values, bf16": 939_524_096,
-    "activations": 8_657_043_456,  # 2·16,384·(28·3584 inputs + 14·3584 + 6·18944 of the open layer)
-    # 1,000,000 pixels are 1,275 tokens, two prompts 10,200 patches; 2·10,200·(32·1280 + 14·1280 + 6·3420)
-    "vision activations": 1_619_760_000,
+}
+IN_A_PASS = ALWAYS | {"whole root, bf16": 2_179_996_672, "root of the reference": 0}
+DECODER = IN_A_PASS | {
+    "whole layers, bf16": 932_231_168,  # two
+    "a layer from the host": 0,
+    "gradient of a layer": 1_514_875_648,  # 2 bytes, 4 to be reduced, 4/8 of the sum
+    "gradient of the root, bf16": 2_179_996_672,
+    "activations": 8_657_043_456,  # 2·16,384·(28·3584 inputs + 14·3584 + 6·18944 of the layer computed again)
+    # 1,000,000 pixels are 1,275 tokens, two prompts 10,200 patches; 2·10,200·32·1280 inputs of blocks
+    "vision activations": 835_584_000,
     "logits of a chunk": 1_557_135_360,  # 1024·152064·(4 + 4 + 2): π and the gradient, in fp32 and rounded
 }
+TOWER = IN_A_PASS | {
+    "whole tower, bf16": 1_353_100_288,
+    "gradient of a layer": 1_048_760_064,  # 4 + 4/8 bytes: the last one is being reduced
+    "gradient of the root, bf16": 2_179_996_672,  # untied
+    "gradient of the tower, bf16": 1_353_100_288,
+    "vision activations": 1_619_760_000,  # 2·10,200·(32·1280 + 14·1280 + 6·3420)
+}
+END = IN_A_PASS | {
+    "whole tower, bf16": 1_353_100_288,
+    "gradient of the root, bf16": 2_179_996_672,
+    "gradient of the tower, bf16": 1_353_100_288,
+    "gradient in fp32": 4_904_992_512,  # 4 + 4/8 bytes of the root, the larger one
+}
+REFRESH = ALWAYS | {"a weight for the sampler": 2_179_989_504}  # the embedding, 152064·3584 in fp32
+
+
+@functools.cache
+def model_7b():
+    return plan.bare_model("Qwen/Qwen2.5-VL-7B-Instruct")
 
 
 def held(gpus=8, **options):
+    """(kept, the four moments)."""
     config = grpo_vl.Config(model="Qwen/Qwen2.5-VL-7B-Instruct", **options)
-    return plan.held_by_a_rank(config, plan.bare_model(config.model), gpus, config.max_tokens)
+    sizes = plan.sizes_of(config, model_7b())
+    moments = plan.held_at_moments(config, model_7b(), sizes, gpus, config.max_tokens)
+    return plan.kept_by_a_rank(config, sizes, gpus), *moments.values()
+
+
+def test_each_term_of_the_plan_by_hand():
+    assert held() == (KEPT, DECODER, TOWER, END, REFRESH)
+
+
+def test_a_reference_in_the_plan():
+    """Its weights, and its root, which waits for a backward that never comes."""
+    kept, decoder, *_ = held(beta=0.04)
+    assert kept == KEPT | {"reference, bf16": 2_073_041_664}
+    assert decoder == DECODER | {"root of the reference": 2_179_996_672}
+
+
+def test_a_frozen_tower_in_the_plan():
+    """7,615,616,512 are trained; the tower is kept in bf16, and training passes never ask for it."""
+    kept, decoder, tower, end, _ = held(freeze_vision=True)
+    assert kept == KEPT | {
+        "trained weights, fp32": 3_807_808_256, "frozen weights, bf16": 169_137_536,
+        "gradients, fp32": 3_807_808_256, "AdamW, fp32": 7_615_616_512}
+    assert decoder == DECODER | {"vision activations": 0}
+    for moment in (tower, end):
+        assert all(moment[name] == 0 for name in moment if "tower" in name or "vision" in name)
+
+
+def test_adapters_in_the_plan():
+    """Rank 32: 32·(2·7168 + 2·4096 + 3·22,528) = 2,883,584 a layer, of inputs + outputs of q, o; k, v; the MLP;
+    80,740,352 together. No reference of its own, no gradient of the root, no tower."""
+    kept, decoder, tower, end, refresh = held(gpus=1, lora=32, beta=0.04, offload=True)
+    assert kept == {
+        "trained weights, fp32": 322_961_408, "frozen weights, bf16": 16_584_333_312,
+        "gradients, fp32": 322_961_408, "AdamW, fp32": 645_922_816, "reference, bf16": 0}
+    assert decoder == DECODER | {
+        "keys and values, bf16": 16 * 469_762_048,
+        "whole layers, bf16": 943_765_504,  # 4·(233,057,792 + 2,883,584)
+        "a layer from the host": 949_532_672,  # frozen 2 + 2 bytes, adapters 4 + 2
+        "gradient of a layer": 28_835_840,  # of adapters, 2 + 4 + 4 bytes
+        "gradient of the root, bf16": 0, "vision activations": 0}
+    assert refresh["a weight for the sampler"] == 678_952_960  # 10·3584·18944: bf16, fp32, and their sum with B·A
+    assert sum(tower.values()) < sum(decoder.values()) and sum(end.values()) < sum(decoder.values())
+
+
+def test_offload_in_the_plan():
+    kept, decoder, *_ = held(offload=True)
+    assert kept == KEPT and decoder == DECODER | {"a layer from the host": 174_793_344}  # (4 + 2)·233,057,792 / 8
 
 
 @pytest.mark.parametrize("options, changes", [
-    (dict(), {}),
-    (dict(beta=0.04), {  # its weights, and its root, which waits for a backward that never comes
-        "reference, bf16, sharded": 2_073_041_664, "gathered units, bf16": 4_465_328_128 + 2_179_996_672}),
-    (dict(freeze_vision=True), {  # 7,615,616,512 are trained; root and a layer are 1,323,056,128
-        "gradients, fp32, sharded": 3_807_808_256, "AdamW, fp32, sharded": 7_615_616_512,
-        "gradients of units, bf16": 2_646_112_256, "reduce-scatter input, fp32": 5_292_224_512,
-        "vision activations": 0}),
-    (dict(offload=True), {
-        "weights, fp32, sharded": 0, "gradients, fp32, sharded": 0, "AdamW, fp32, sharded": 0}),
     (dict(kv_gb=0.1), {"keys and values, bf16": 469_762_048}),  # one prompt, though it is 0.44 GiB
-    (dict(kv_gb=0.5, prompts=80), {  # one of ten prompts at once; all ten images fit the micro-batch
-        "keys and values, bf16": 469_762_048, "vision activations": 8_098_800_000}),
-    (dict(prompts=800), {  # 18 prompts in 8 GiB; no more than 16,384 image tokens in a micro-batch
-        "keys and values, bf16": 8_455_716_864, "vision activations": 2 * 65_536 * 79_400}),
-    (dict(checkpoint_every=2), {  # 14 layers and 16 blocks are kept open, and one is while it is computed again
+    (dict(kv_gb=0.5, prompts=80), {"keys and values, bf16": 469_762_048}),  # one of ten prompts at once
+    (dict(prompts=800), {"keys and values, bf16": 8_455_716_864}),  # 18 prompts in 8 GiB
+    (dict(checkpoint_every=2), {  # 14 layers and 16 blocks are not, and one layer is computed again
         "activations": 2 * 16_384 * (28 * 3584 + 15 * 163_840),
-        "vision activations": 2 * 10_200 * (32 * 1280 + 17 * 38_440)}),
+        "vision activations": 2 * 10_200 * (32 * 1280 + 16 * 38_440)}),
     (dict(checkpoint_every=2, checkpointing=False), {
         "activations": 2 * 16_384 * (28 * 3584 + 28 * 163_840),
         "vision activations": 2 * 10_200 * (32 * 1280 + 32 * 38_440)}),
-    (dict(checkpointing=False), {  # all 28 layers and 32 blocks are open
-        "activations": 2 * 16_384 * (28 * 3584 + 28 * 163_840),
-        "vision activations": 2 * 10_200 * (32 * 1280 + 32 * 38_440)}),
 ])
-def test_each_term_of_the_plan_by_hand(options, changes):
-    assert held(**options) == HELD | changes
+def test_what_options_change_in_the_decoders_backward(options, changes):
+    decoder = held(**options)[1]
+    assert {name: decoder[name] for name in changes} == changes
 
 
+@pytest.mark.parametrize("options, patches", [  # of as many images as fit the micro-batch
+    (dict(kv_gb=0.5, prompts=80), 51_000), (dict(prompts=800), 65_536),
+])
+def test_patches_of_a_micro_batch(options, patches):
+    assert held(**options)[2]["vision activations"] == 2 * patches * 79_400
+
+
+def test_tied_embeddings_have_a_gradient_of_each_place_and_their_sum():
+    model = plan.bare_model("Qwen/Qwen2.5-VL-3B-Instruct")
+    config = grpo_vl.Config()
+    _, tower, *_ = plan.held_at_moments(config, model, plan.sizes_of(config, model), 8, 768).values()
+    assert tower["gradient of the root, bf16"] == 3 * 2 * (151_936 * 2048 + 2048)
+
+
+# ── held against what is counted elsewhere ──
+def shards(ranks, **options):
+    """Bytes of this rank's shards as on a GPU: (trained, frozen), and of AdamW's two moments."""
+    network, tokenizer = qwen_vl.load("tiny-untied")
+    policy = Policy(network, SpecialIds.read(tokenizer, network.config).banned_V)
+    if options.get("lora"):
+        lora.adapt(policy, options["lora"])
+    policy.vision.requires_grad_(not options)
+    fsdp.cast_kept(policy, torch.device("cuda"))
+    fsdp.shard(policy, ranks)
+    optimizer = torch.optim.AdamW(fsdp.trainable_parameters(policy))
+    for parameter in fsdp.trainable_parameters(policy):
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    trained, frozen = (
+        sum(fsdp.local(p).nbytes for p in policy.parameters() if p.requires_grad == kind) for kind in (True, False))
+    state = sum(fsdp.local(v).nbytes for s in optimizer.state.values() for v in s.values() if v.dim())
+    return trained, frozen, state
+
+
+@pytest.mark.parametrize("options", [{}, dict(freeze_vision=True), dict(lora=4)])
+def test_what_a_rank_keeps_is_what_fsdp_keeps(pair, options):
+    """Two ranks' shards together: a rank alone may have a row more than the other."""
+    config = grpo_vl.Config(model="tiny-untied", **options)
+    kept = plan.kept_by_a_rank(config, plan.sizes_of(config, plan.bare_model("tiny-untied")), 2)
+    one, two = pair.run("test_plan.shards", **options)
+    planned = kept["trained weights, fp32"], kept["frozen weights, bf16"], kept["AdamW, fp32"]
+    assert [a + b for a, b in zip(one, two)] == [2 * size for size in planned]
+
+
+def test_adapters_are_counted_as_they_are_made():
+    model = plan.bare_model("Qwen/Qwen2.5-VL-3B-Instruct")
+    sizes = plan.sizes_of(grpo_vl.Config(lora=32), model)
+    policy = Policy(model, torch.zeros(1, dtype=torch.bool))
+    lora.adapt(policy, 32)
+    trained = [p.numel() for p in policy.parameters() if p.requires_grad]
+    # 36 layers of 32·(q, o: 2·4096; k, v: 2·2304; MLP: 3·13,056)
+    assert sum(trained) == sizes.trained == 59_867_136 and sizes.frozen == 3_754_622_976
+
+
+# ── what is printed ──
 def test_the_plan_prints_its_terms_and_the_peak(capsys):
     plan.show(grpo_vl.Config(model="Qwen/Qwen2.5-VL-7B-Instruct", plan="8x80"), 768)
     lines = capsys.readouterr().out.splitlines()
-    # 61,006,748,544 bytes together
+    # 16,584,333,312 bytes kept and 35,380,720,384 of the decoder's backward
+    assert lines[1] == "on each GPU at the fullest moment, the decoder's backward"
     assert "sampling copy, bf16          15.45 GiB" in lines and lines[-1] == "fits"
-    assert lines[-2] == "peak, of 80 GiB              56.82 GiB"
-    plan.show(grpo_vl.Config(model="Qwen/Qwen2.5-VL-7B-Instruct", plan="8x63"), 768)  # 0.9 · 63 = 56.7
+    assert lines[-2] == "peak, of 80 GiB              48.40 GiB"
+    plan.show(grpo_vl.Config(model="Qwen/Qwen2.5-VL-7B-Instruct", plan="8x50"), 768)
     assert capsys.readouterr().out.splitlines()[-1].startswith("does not fit: lower --micro-tokens")
+
+
+def test_the_plan_prints_adapters_and_what_the_host_keeps(capsys):
+    plan.show(grpo_vl.Config(model="Qwen/Qwen2.5-VL-7B-Instruct", plan="1x48", lora=32, offload=True), 768)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "8,292,166,656 parameters and 80,740,352 of adapters on 1 GPUs"
+    host = lines.index("in host memory, the share of each GPU")
+    assert not any(line.startswith("frozen weights") for line in lines[:host])
+    assert "frozen weights, bf16         15.45 GiB" in lines[host:]
+    assert lines[-2] == "together                     16.65 GiB"  # 17,876,178,944 bytes
 
 
 def test_a_chunk_of_logits_takes_two_copies(monkeypatch):
