@@ -171,12 +171,15 @@ HEADINGS = {  # of --help, in the order in which a user comes to need them
 def parse_config(config_class, arguments, presets: dict, text: str, gpu: bool):
     """Defaults < --preset < --config FILE < command line, each option's help the comment beside it.
 
-    Without a GPU, and with none of --preset, --config and --model, the preset is "tiny".
+    Of --preset A,B a later one overrides an earlier one. Without a GPU, and with none of --preset,
+    --config and --model, the preset is "tiny".
     Errors: exit status 2 and one sentence for an unknown option or a wrong value.
     """
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("-h", "--help", action="store_true", help="this text")
-    first.add_argument("--preset", choices=presets, help="options' values to begin with")
+    first.add_argument(
+        "--preset", default="", metavar="PRESET[,PRESET…]",
+        help=f"options' values to begin with, of several the later one's: {', '.join(presets)}")
     first.add_argument("--config", type=Path, help="a run's config.json: the same values again")
     chosen, rest = first.parse_known_args(arguments)
     named = any(word == "--model" or word.startswith("--model=") for word in rest)
@@ -185,13 +188,27 @@ def parse_config(config_class, arguments, presets: dict, text: str, gpu: bool):
     try:
         saved = json.loads(chosen.config.read_text()) if chosen.config else {}
         saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
-        default = config_class(**(presets.get(chosen.preset, {}) | saved))
+        default = config_class(**(join_presets(presets, chosen.preset) | saved))
         if chosen.help:
             print_help(first, config_class, default, text)
             raise SystemExit(0)
         return tyro.cli(config_class, args=bare_think(rest), default=default)
     except (OSError, ValueError, TypeError) as error:
         first.error(str(error))
+
+
+def join_presets(presets: dict[str, dict], names: str) -> dict:
+    """The options of all presets named, as in "pr1-grounding,3b-24gb"; later ones override.
+
+    Errors: ValueError naming one that there is not.
+    """
+    options = {}
+    for name in names.split(",") if names else []:
+        if name not in presets:
+            raise ValueError(f"--preset {name!r}: choose from {', '.join(presets)}, or several "
+                             "with commas and without spaces")
+        options |= presets[name]
+    return options
 
 
 def print_help(first, config_class, default, text: str) -> None:

@@ -23,7 +23,21 @@ def test_presets_and_command_line(tmp_path):
     assert (replayed.lr, list(replayed.data), replayed.seed) == (0.25, ["a.jsonl"], 3)
 
 
+def test_of_several_presets_a_later_one_overrides():
+    parse = lambda *words: parse_config(grpo_vl.Config, [*words], grpo_vl.PRESETS, "", True)  # noqa: E731
+    both = parse("--preset", "pr1-grounding,3b-24gb")
+    assert (list(both.data), both.beta, both.prompts) == (["refcoco-pr1:refcoco_train.json"], 0.04, 14)  # the task's
+    assert (both.lora, both.lr, both.kv_gb, both.micro_tokens) == (32, 1e-5, 2.0, 4096)  # the card's
+    assert parse("--preset", "pr1-grounding,7b-48gb").model == "Qwen/Qwen2.5-VL-7B-Instruct"
+    assert parse("--preset", "7b-48gb,pr1-grounding").model == "Qwen/Qwen2.5-VL-3B-Instruct"
+    assert parse("--preset", "pr1-grounding,3b-24gb", "--lora", "8").lora == 8
+    stage_1 = parse_config(sft_coldstart.Config, ["--preset", "tiny,ovr-coldstart"], sft_coldstart.PRESETS, "", True)
+    assert (list(stage_1.data), stage_1.model) == (["traces:cold_start.jsonl"], "base")
+
+
 @pytest.mark.parametrize("arguments, said", [
+    (["--preset", "pr1-grounding,huge"], "--preset 'huge': choose from tiny, pr1-grounding"),
+    (["--preset", "tiny, 3b-24gb"], "--preset ' 3b-24gb': choose from"),
     (["--bogus", "1"], "bogus"), (["--loss", "foo"], "foo"), (["--group", "0"], "--group is 0"),
     (["--temperature", "0"], "--temperature is 0"), (["--preset", "huge"], "huge"),
 ])

@@ -1,4 +1,5 @@
-"""The papers' settings: each runs on a file in the true format, and waits long enough."""
+"""The papers' settings: each runs on a file in the true format, and waits long enough. A card's: each fits and runs."""
+import json
 import re
 
 import pytest
@@ -9,6 +10,7 @@ import fsdp
 import grpo_vl
 import rewards
 import training
+from options import parse_config
 
 FILES = {"pr1-grounding": "refcoco-pr1:refcoco_pr1.json", "pr1-counting": "pixmo-pr1:pixmo_train.json",
          "pr1-ocr": "fox:en_page_ocr.json", "pr1-detection": "coco:instances_val.json", "ovr-rl": "math500.jsonl"}
@@ -50,3 +52,35 @@ def test_a_reward_option_goes_to_the_tasks_that_have_it(alone):
     options = '{"iou_power": 2}'
     run = ranks.make_run(alone, reward=rewards.score, reward_options=options, data=("synthetic:counting?size=56x56",))
     assert "reward/count" in grpo_vl.train_step(run, 0)
+
+
+# ── a card's, beside a task's ──
+@pytest.mark.parametrize("preset", ["3b-24gb", "3b-48gb", "7b-48gb", "7b-80gb"])
+def test_a_cards_preset_fits_the_card_by_the_plan(preset, capsys):
+    """With each paper's task, whose group and lengths it takes over; adapters take ten times the lr of PR1."""
+    for task in ("pr1-grounding", "pr1-detection"):
+        card = preset.split("-")[1].removesuffix("gb")
+        arguments = ["--preset", f"{task},{preset}", "--plan", f"1x{card}"]
+        grpo_vl.main(arguments)
+        assert capsys.readouterr().out.splitlines()[-1] == "fits", task
+    config = parse_config(grpo_vl.Config, arguments, grpo_vl.PRESETS, "", True)
+    assert config.lr == (1e-5 if config.lora else 1e-6)
+
+
+@pytest.mark.parametrize("preset, trained", [("3b-24gb", 56), ("3b-48gb", None)])
+def test_a_cards_preset_runs_on_the_stand_in(preset, trained, alone, tmp_path):
+    """The preset's own flags, on the tiny model and two steps of one small scene."""
+    small = [
+        "--model", "tiny", "--data", "synthetic:grounding?size=56x56", "--steps", "2", "--prompts", "2", "--group",
+        "2", "--max-tokens", "6", "--pictures-every", "0", "--eval-samples", "2", "--out", str(tmp_path / "run")]
+    arguments = ["--preset", f"pr1-grounding,{preset}", *small]
+    config = parse_config(grpo_vl.Config, arguments, grpo_vl.PRESETS, "", True)
+    expected = grpo_vl.PRESETS[preset]
+    assert {name: getattr(config, name) for name in expected} == expected | {"model": "tiny"}
+    run = training.prepare(config, alone, config.model, beta=config.beta)
+    kept = fsdp.trainable_parameters(run.policy)
+    assert trained is None or len(kept) == trained  # A and B of 4 layers' 7 linears
+    assert grpo_vl.train(run)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 2 and rows[0]["kl"] == 0 and rows[0]["lr"] == config.lr
+    assert list((tmp_path / "run" / "model").glob("*.safetensors"))
