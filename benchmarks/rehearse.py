@@ -6,7 +6,8 @@
 One JSON object: dtypes, how often the host waits for the device or copies to it, and the kernels a
 decoder layer takes, of decoding and, under FSDP2 as one of 8 ranks, of a training pass, an
 optimizer step and a refresh of the sampler; bytes that tensors hold at their fullest in each, and
-what --plan says of the same sizes. Not rehearsed: values, NCCL, the allocator, and capture itself.
+what --plan says of the same sizes; bytes of a pass of one card with adapters, with and without
+--offload, beside plan.py's. Not rehearsed: values, NCCL, the allocator, and capture itself.
 """
 # ruff: noqa: E402 (the device guard must be there before torch is)
 import argparse
@@ -49,7 +50,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import fsdp
+import grpo_vl
+import lora
 import packing
+import plan
 import policy
 import training
 from packing import Pack
@@ -163,6 +167,13 @@ def fuse_norms() -> None:
     torch.nn.functional.rms_norm = lambda x, shape, weight, eps: rms_norm(x, weight)
 
 
+def fuse_silu() -> torch.library.Library:
+    """Its backward as on CUDA: one kernel. A CPU build writes out its parts, and keeps them all."""
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("silu_backward", lambda gradient, x: torch.empty_like(x), "CUDA")
+    return library  # its kernels live as long as it does
+
+
 class Stub:
     """A stream, an event, a graph: everything may be asked of it, nothing happens."""
 
@@ -186,6 +197,8 @@ def stub_cuda() -> None:
         get_device_capability=lambda *_: (9, 0), is_current_stream_capturing=lambda: False)
     for name, stub in stubs.items():
         setattr(torch.cuda, name, stub)
+    torch.Tensor.pin_memory = lambda self: self  # fakes have no host memory to be locked
+    torch.Tensor.is_pinned = lambda self: True
     torch.Tensor.record_stream = lambda self, stream: None
 
 
@@ -222,7 +235,8 @@ def true_config() -> Qwen2_5_VLConfig:
         vision_end_token_id=151_653, tie_word_embeddings=text["tie_word_embeddings"])
 
 
-def make_groups(prompts: int, group: int, length: int) -> list[Group]:
+def make_groups(prompts: int, group: int, length: int, width: int | None = None) -> list[Group]:
+    """width: of features that the sampler kept, where the tower is frozen."""
     count = GRID[1] * GRID[2] // 4
     ids = [1] * 15 + [151_655] * count + [5] * 31
     positions_3L, after = rope_positions([15, GRID, 31])
@@ -231,6 +245,8 @@ def make_groups(prompts: int, group: int, length: int) -> list[Group]:
         pixels_ND = torch.zeros(GRID[1] * GRID[2], 1176)
         slots = list(range(15, 15 + count))
         prompt = Prompt(ids, positions_3L, after, slots, pixels_ND, (GRID,))
+        if width:
+            prompt.features_ID = torch.zeros(count, width, dtype=torch.bfloat16)
         completions = [Completion([7] * length) for _ in range(group)]
         groups.append(Group(prompt, completions, row=index * group))
     return groups
@@ -332,8 +348,43 @@ def planned(tokens: int) -> list[str]:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
+def rehearse_adapters(config, banned_V, pack: Pack, memory: Memory, offload: bool) -> dict:
+    """One card, --lora 32: the same pack forward and backward; bytes that it holds, and planned."""
+    with CUDA:
+        model = Qwen2_5_VLForConditionalGeneration(config)
+    trained = Policy(model, banned_V, checkpointing=True)
+    lora.adapt(trained, 32)
+    for linear in lora.adapted_linears(trained).values():  # drawn on the host
+        linear.lora_A = torch.nn.Parameter(linear.lora_A.detach().to(CUDA))
+        linear.lora_B = torch.nn.Parameter(linear.lora_B.detach().to(CUDA))
+    fsdp.cast_kept(trained, CUDA)
+    fsdp.shard(trained, fsdp.Processes(0, 1, CUDA), offload=offload)
+    memory.peak = held = memory.now
+    logp_S, _ = trained(pack)
+    logp_S.sum().backward()
+    kept = {True: set(), False: set()}
+    for parameter in trained.parameters():
+        kept[parameter.requires_grad].add(f"{parameter.dtype} {parameter.device.type}")
+    gradients = {f"{p.grad.dtype} {p.grad.device.type}" for p in trained.parameters() if p.grad is not None}
+    return {"trained": sorted(kept[True]), "frozen": sorted(kept[False]), "gradients": sorted(gradients),
+            "held": held, "peak": memory.peak, "planned": planned_pass(model, pack, offload)}
+
+
+def planned_pass(model, pack: Pack, offload: bool) -> int:
+    """Bytes by plan.py of the same pass alone: without sampler and optimizer."""
+    options = grpo_vl.Config(lora=32, offload=offload, micro_tokens=len(pack.ids_L))
+    with unset_fake_temporarily(), torch.device("meta"):
+        bare = Qwen2_5_VLForConditionalGeneration(model.config)
+    sizes = plan.sizes_of(options, bare)
+    terms = plan.held_at_moments(options, bare, sizes, 1, 200)["the decoder's backward"]
+    if not offload:
+        terms |= plan.kept_by_a_rank(options, sizes, 1)
+    return sum(size for name, size in terms.items() if not name.startswith(("sampling", "keys", "AdamW")))
+
+
 def main() -> None:
     stub_cuda()
+    silu = fuse_silu()  # noqa: F841 (kept alive)
     fuse_norms()
     dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
     torch.nn.Module._apply = move_in_place
@@ -344,12 +395,17 @@ def main() -> None:
     grids = {images: torch.tensor([GRID] * images) for images in (6, 8)}
     policy.vision_layout = lambda vision, given: layout(vision, grids[len(given)])
     pack = fake_pack(make_groups(6, 8, 200), mode)
+    seen = fake_pack(make_groups(6, 8, 200, config.text_config.hidden_size), mode)
     with mode:
         banned_V = torch.zeros(config.text_config.vocab_size, dtype=torch.bool, device=CUDA)
         decoding = rehearse_decoding(config, banned_V)
         with Memory() as memory:
             trained = rehearse_training(config, banned_V, pack, memory)
-    report = {"decoding": decoding, "training": trained}
+        with Memory() as memory:
+            adapters = rehearse_adapters(config, banned_V, seen, memory, offload=False)
+        with Memory() as memory:
+            offloaded = rehearse_adapters(config, banned_V, seen, memory, offload=True)
+    report = {"decoding": decoding, "training": trained, "adapters": adapters, "offloaded": offloaded}
     if not (arguments.layers or arguments.depth):
         report["plan"] = planned(len(pack.ids_L))
     print(json.dumps(report))

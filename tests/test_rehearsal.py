@@ -80,3 +80,25 @@ def test_bytes_that_are_kept_and_that_a_refresh_adds(report):
     # of the largest unit what arrives, rank after rank, and the weights laid out from it, in bf16
     assert held["a refresh"] - held["an optimizer step"] == 2 * 2 * 311_166_976
     assert held["an optimizer step"] > held["kept, and the sampler's copy"] + 12 * weights / 8  # gradients, moments
+
+
+@pytest.mark.parametrize("name, place", [("adapters", "cuda"), ("offloaded", "cpu")])
+def test_adapters_on_one_card_with_and_without_offload(report, name, place):
+    """The base in bf16, A and B in fp32 with their gradients: on the card, or all of it on the host."""
+    found = report[name]
+    assert found["trained"] == [f"torch.float32 {place}"] and found["frozen"] == [f"torch.bfloat16 {place}"]
+    assert found["gradients"] == [f"torch.float32 {place}"]
+    weights = 0
+    if place == "cuda":
+        # Two layers of 77,076,992, a root of 151,936·2048 + 2048, a tower of two blocks of 19,702,200, patches'
+        # 1176·1280 and the merger's 36,708,608: 542,939,248 in bf16. A and B: 2·32·51,968 in fp32.
+        weights = 2 * 542_939_248 + 4 * 3_325_952
+    assert 0 < found["held"] - weights < 2**18  # 151,936 banned ids, and angles
+
+
+@pytest.mark.parametrize("name", ["adapters", "offloaded"])
+def test_the_plan_is_an_estimate_from_above(report, name):
+    """Of a pass alone: the bytes of all tensors that are alive, after each operation. The plan adds up a chunk of
+    logits and a layer computed again, 1.5 and 1.4 GB, of which there is one at a time."""
+    found = report[name]
+    assert found["peak"] <= found["planned"] <= found["peak"] + 2.3e9
