@@ -332,6 +332,17 @@ def test_the_gradient_is_clipped_to_its_norm(alone):
     assert fsdp.clip_gradients(nn.ParameterList([nn.Parameter(torch.zeros(1))]), 1.0).item() == 0
 
 
+# ── in host memory ──
+def test_offloaded_steps_are_the_same_bit_by_bit(pair):
+    """On CPUs both lie in the same memory: what is tested is FSDP2's way there, the clipping and the refresh."""
+    (metrics, weights), _ = pair.run("ranks.steps", count=2)
+    (offloaded, moved), _ = pair.run("ranks.steps", count=2, offload=True)
+    for one, other in zip(metrics, offloaded):
+        assert all(one[name] == other[name] for name in ("loss", "grad_norm", "reward", "sampler_gap"))
+    assert metrics[0]["grad_norm"] > 0 and weights.keys() == moved.keys()
+    assert all(torch.equal(weights[name], moved[name]) for name in weights)
+
+
 # ── refusals ──
 def test_what_sharding_by_hand_lacks_is_refused(tmp_path):
     config = grpo_vl.Config(save_every=501, steps=500, out=str(tmp_path))

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from test_training import close
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import distribute_tensor
 from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -71,13 +71,15 @@ def gradients(ranks_, policy, packs):
     return {name: fsdp.whole(p.grad).clone() for name, p in policy.named_parameters() if p.requires_grad}
 
 
-def sharded_gradients(ranks_, model="tiny", bf16=False, draws=3):
+def sharded_gradients(ranks_, model="tiny", bf16=False, draws=3, offload=False):
     """Under FSDP2; bf16: as on a GPU, the base kept in bf16, A and B in fp32, computed in bf16."""
     policy, tokenizer, special = unsharded(model)
     options = {"mesh": dist.init_device_mesh("cpu", (ranks_.world,))}
     if bf16:
         fsdp.cast_kept(policy, torch.device("cuda"))
         options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, reduce_dtype=torch.float32)
+    if offload:
+        options["offload_policy"] = CPUOffloadPolicy(pin_memory=False)
     for unit in fsdp.units_of(policy):
         fully_shard(unit, **options)
     return gradients(ranks_, policy, micro_batches(ranks_, tokenizer, special, draws))
@@ -221,6 +223,8 @@ def test_a_base_in_bf16_under_adapters_in_fp32(alone, pair):
     assert want.keys() == one.keys() and all(torch.equal(one[name], want[name].float()) for name in want)
     two, _ = pair.run("test_lora.sharded_gradients", bf16=True, draws=2)
     assert close(two, sharded_gradients(alone, bf16=True, draws=2), 1e-6)
+    offloaded, _ = pair.run("test_lora.sharded_gradients", bf16=True, draws=2, offload=True)
+    assert offloaded.keys() == two.keys() and all(torch.equal(offloaded[name], two[name]) for name in two)
 
 
 @pytest.mark.parametrize("changes", [{}, dict(model="tiny-untied", beta=0.1), dict(checkpointing=True, offload=True)])
@@ -244,8 +248,9 @@ def test_the_reference_is_the_base_and_kl_grows_from_zero(alone):
 
 
 # ── the run folder ──
-def test_resume_is_exact(pair, tmp_path):
-    found = pair.run("test_training.checkpoint_roundtrip", folder=str(tmp_path), lora=4)
+@pytest.mark.parametrize("changes", [{}, dict(offload=True)])
+def test_resume_is_exact(pair, tmp_path, changes):
+    found = pair.run("test_training.checkpoint_roundtrip", folder=str(tmp_path), lora=4, **changes)
     assert found == [(True, ["checkpoint-6"])] * 2
 
 
@@ -273,6 +278,13 @@ def test_the_exports_are_the_trained_policy(pair, alone, tmp_path, model):
     with torch.no_grad():
         assert (bare(micro_batches(alone, tokenizer, special, draws=1)[0])[0] - want[0][0]).abs().max() > 0.01
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == model
+
+
+def test_longer_limits_come_with_adapters_too(alone):
+    """OVR's curriculum of lengths, 4 tokens and then 8: what is sampled grows, and both steps are trained."""
+    metrics, _ = ranks.steps(alone, count=2, lora=4, max_tokens=4, max_tokens_at=("1:8",))
+    assert metrics[0]["length"] <= 4 < metrics[1]["length"] <= 8
+    assert min(m["grad_norm"] for m in metrics) > 1e-4 and max(m["sampler_gap"] for m in metrics) < 1e-5
 
 
 def test_a_cold_start_with_adapters_leads_to_grpo_with_others(alone, tmp_path):
