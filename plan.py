@@ -96,25 +96,22 @@ class Sizes:
     layer: int  # of a decoder layer, without adapters
     adapters: int  # of a decoder layer's A [rank, in] and B [out, rank]
     root: int  # of what is in no other unit: embeddings, last norm, lm_head
-    largest: int  # of the largest weight that a refresh of the sampler gathers
 
 
 def sizes_of(config, model: nn.Module) -> Sizes:
     layers, tower = model.model.language_model.layers, count(model.model.visual)
     everything, layer = count(model), count(layers[0])
-    linears = lora.linears(layers[0])
-    adapters = sum(config.lora * sum(linear.weight.shape) for linear in linears)
+    shapes = [linear.weight.shape for linear in lora.linears(layers[0])]
+    adapters = config.lora * sum(rows + columns for rows, columns in shapes)
     if config.lora:
         trained, frozen = len(layers) * adapters, everything
-        largest = max(linear.weight.numel() for linear in linears)
     else:
         frozen = tower if config.freeze_vision else 0
         trained = everything - frozen
-        largest = max(parameter.numel() for parameter in model.parameters())
     return Sizes(
         model=everything, trained=trained, frozen=frozen,
         vision=0 if config.lora or config.freeze_vision else tower, layer=layer,
-        adapters=adapters, root=everything - tower - len(layers) * layer, largest=largest)
+        adapters=adapters, root=everything - tower - len(layers) * layer)
 
 
 def count(module: nn.Module) -> int:
@@ -172,7 +169,7 @@ def held_at_moments(config, model, sizes: Sizes, gpus: int, max_tokens: int):
     return {
         "the decoder's backward": decoder, "the tower's backward": tower,
         "the last reduce-scatter": end,
-        "the sampler's refresh": always | for_the_sampler(config, sizes)}
+        "the sampler's refresh": always | for_the_sampler(config, model, gpus)}
 
 
 def has_second_model(config) -> bool:
@@ -189,9 +186,37 @@ def from_host(config, sizes: Sizes) -> int:
     return (4 + 2) * trained + (2 + 2) * frozen
 
 
-def for_the_sampler(config, sizes: Sizes) -> dict[str, int]:
-    """A whole weight; of an adapted one W in bf16, W in fp32 and W + α/r·B·A in fp32."""
-    return {"a weight for the sampler": (2 + 4 + 4 if config.lora else 4) * sizes.largest}
+def for_the_sampler(config, model: nn.Module, gpus: int) -> dict[str, float]:
+    """A unit at a time is gathered: it arrives rank after rank, and is laid out weight by weight.
+
+    On one GPU nothing arrives, and a weight is cast on its way: less than is counted here.
+    """
+    weight = max(parameter.numel() for parameter in model.parameters())
+    adapted = [linear.weight.numel() for linear in lora.linears(model.model.language_model.layers)]
+    unit = largest_unit(model, gpus)
+    kept = 2 if config.lora else 4  # bytes of a number
+    return {
+        "a unit as it arrives, bf16": 2 * unit,
+        "a unit for the sampler": 2 * unit,
+        "a weight from the host": kept * weight / gpus if config.offload else 0,
+        "a merged weight, fp32": (4 + 4) * max(adapted) if config.lora else 0}  # W, W + α/r·B·A
+
+
+def largest_unit(model: nn.Module, gpus: int) -> int:
+    """Numbers of FSDP's largest unit: tower, decoder layer or root. A layer's adapters are few."""
+    tower, layers = model.model.visual, model.model.language_model.layers
+    inner = {*tower.parameters(), *layers.parameters()}
+    root = [parameter for parameter in model.parameters() if parameter not in inner]
+    sizes = []
+    for unit in (tower.parameters(), layers[0].parameters(), root):
+        sizes.append(sum(padded(parameter, gpus) for parameter in unit))
+    return max(sizes)
+
+
+def padded(parameter: torch.Tensor, gpus: int) -> int:
+    """Numbers in all ranks' shards: each has as many rows as the first."""
+    rows = len(parameter)
+    return math.ceil(rows / gpus) * gpus * (parameter.numel() // rows)
 
 
 def cache(config, text, prompts: int, max_tokens: int) -> int:

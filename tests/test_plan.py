@@ -69,7 +69,9 @@ END = IN_A_PASS | {
     "gradient of the tower, bf16": 1_353_100_288,
     "gradient in fp32": 4_904_992_512,  # 4 + 4/8 bytes of the root, the larger one
 }
-REFRESH = ALWAYS | {"a weight for the sampler": 2_179_989_504}  # the embedding, 152064·3584 in fp32
+REFRESH = ALWAYS | {
+    "a unit as it arrives, bf16": 2_179_996_672,  # the root
+    "a unit for the sampler": 2_179_996_672, "a weight from the host": 0, "a merged weight, fp32": 0}
 
 
 @functools.cache
@@ -120,13 +122,17 @@ def test_adapters_in_the_plan():
         "a layer from the host": 949_532_672,  # frozen 2 + 2 bytes, adapters 4 + 2
         "gradient of a layer": 28_835_840,  # of adapters, 2 + 4 + 4 bytes
         "gradient of the root, bf16": 0, "vision activations": 0}
-    assert refresh["a weight for the sampler"] == 678_952_960  # 10·3584·18944: bf16, fp32, and their sum with B·A
+    assert refresh == REFRESH | {
+        "keys and values, bf16": 16 * 469_762_048,
+        "a weight from the host": 1_089_994_752,  # 152064·3584 in bf16
+        "a merged weight, fp32": 543_162_368}  # 8·3584·18944: W, and its sum with B·A
     assert sum(tower.values()) < sum(decoder.values()) and sum(end.values()) < sum(decoder.values())
 
 
 def test_offload_in_the_plan():
-    kept, decoder, *_ = held(offload=True)
+    kept, decoder, _, _, refresh = held(offload=True)
     assert kept == KEPT and decoder == DECODER | {"a layer from the host": 174_793_344}  # (4 + 2)·233,057,792 / 8
+    assert refresh == REFRESH | {"a weight from the host": 272_498_688}  # 152064·3584 in fp32, / 8
 
 
 @pytest.mark.parametrize("options, changes", [
@@ -157,6 +163,17 @@ def test_tied_embeddings_have_a_gradient_of_each_place_and_their_sum():
     config = grpo_vl.Config()
     _, tower, *_ = plan.held_at_moments(config, model, plan.sizes_of(config, model), 8, 768).values()
     assert tower["gradient of the root, bf16"] == 3 * 2 * (151_936 * 2048 + 2048)
+
+
+@pytest.mark.parametrize("gpus, size", [
+    (1, 668_684_288),  # 32 blocks of 19,702,200, and 38,213,888 of patches and merger
+    (8, 669_012_224),  # 4 rows more in each block's two [3420, 1280] and their biases: 32·2·4·1281
+])
+def test_at_3b_the_tower_is_the_largest_unit_that_a_refresh_gathers(gpus, size):
+    model = plan.bare_model("Qwen/Qwen2.5-VL-3B-Instruct")
+    assert plan.largest_unit(model, gpus) == size
+    found = plan.for_the_sampler(grpo_vl.Config(), model, gpus)
+    assert sum(found.values()) == 4 * size
 
 
 # ── held against what is counted elsewhere ──
