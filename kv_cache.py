@@ -224,11 +224,15 @@ class Cache:
         small = selected(batch, prompt_P, row_PG)
         if not small["alive_PG"].any():
             return
-        layers = [cached_rows(batch, i, prompt_P, row_PG, t) for i in range(self.layer_count)]
+        prompts, owns = [], []
+        for index in range(self.layer_count):  # the device never holds copies of all layers
+            prompt, own = cached_rows(batch, index, prompt_P, row_PG, t)
+            prompts.append(prompt.cpu())
+            owns.append(own.cpu())
         parked.append(Batch(
             shape=(*row_PG.shape, batch.shape[2], t),
-            prompt=[prompt.cpu() for prompt, _ in layers],
-            own=[own.cpu() for _, own in layers],
+            prompt=prompts,
+            own=owns,
             place_1=batch.place_1.cpu(),
             **{name: values.cpu() for name, values in small.items()}))
 

@@ -96,6 +96,20 @@ def test_rows_start_by_what_they_hold_and_are_split_as_they_grow(stopping, monke
     assert bytes_held(sampler) == kv_gib(4 * (length + 32)) * 2**30
 
 
+def test_parked_rows_go_to_the_host_layer_by_layer(monkeypatch):
+    """Copies of all layers at once would need on the device what parking is to free."""
+    cache = kv_cache.Cache(layers=3, kv_heads=1, head_width=2, kv_gb=1.0, device=CPU, dtype=torch.float32, graphs=False)
+    cache.reserve((2, 2, 3, 4), 4)
+    batch, done, parked = cache.batch_of((2, 2, 3, 4)), [], []
+    batch.alive_PG.fill_(True)
+    read = kv_cache.cached_rows
+    monkeypatch.setattr(kv_cache, "cached_rows", lambda *given: done.append("read") or read(*given))
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: done.append("moved") or tensor)
+    cache.park(batch, torch.tensor([1]), torch.tensor([[0, 1]]), 2, parked)
+    assert done[:9] == ["read", "moved", "moved"] * 3
+    assert [own.shape for own in parked[0].own] == [(2, 1, 1, 2, 2, 2)] * 3
+
+
 def test_few_shapes_are_captured_and_the_oldest_dropped(stopping, monkeypatch):
     policy, special, prompts = stopping
     monkeypatch.setattr(kv_cache, "PLACES", 4)
