@@ -1,11 +1,11 @@
 """The papers' claims in miniature: each asked of the model in base/, on drawn scenes.
 
-base/ is what `sft_coldstart.py --preset base` and `benchmarks/base_model.py publish` build; any
+base/ is what `sft_coldstart.py --preset base` and `benchmarks/base_model.py publish` built; any
 model that answers drawn scenes can stand in its place (--base DIR).
 
   python benchmarks/claims.py P1 --seeds 0 1 2     its arms, two at a time, on one thread each
   python benchmarks/claims.py --report             all tables and figures, and the README's table
-  python benchmarks/claims.py P2 --seeds 10 --set steps=50 lr=1e-4 --only "8 objects"    trying
+  python benchmarks/claims.py P2 --seeds 10 --set steps=50 lr=1e-4 --only "6 objects"    trying
 
 §1 a call and its jobs · §2 training · §3 which step is answered · §4 answers · §5 chance ·
 §6 arms in order. The claims are claims_table.py; how "seen" is decided: claims_report.py §2.

@@ -6,8 +6,8 @@
 
 For each seed, from base/: GRPO as `make demo` has it; the same with a format-only and with a random
 reward; supervised training on the same scenes with as many prompts a step, for as many seconds as
-GRPO took (evaluations included). Runs are evaluated on 200 held-out scenes as
-they go. In the end each model answers the same 500 held-out scenes, greedily and eight times at
+GRPO took (evaluations included), at two learning rates. Runs are evaluated on 200 held-out scenes
+as they go. In the end each model answers the same 500 held-out scenes, greedily and eight times at
 T = 1, and so does the base. Seed n trains on scenes of seed n, and its held-out scenes are its own.
 
 A finished arm is a file in results/demo/ and is not run again: delete it to repeat the arm. One that

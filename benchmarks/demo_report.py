@@ -28,7 +28,7 @@ class Arm:
     lr: float = 0.0  # supervised
 
 
-SUPERVISED_LRS = (3e-4,)
+SUPERVISED_LRS = 1e-4, 3e-4
 BASE = Arm("base", "base", "base")
 GRPO = Arm("GRPO", "grpo", "grpo")
 CONTROLS = Arm("format-only reward", "format_only", "control"), Arm(

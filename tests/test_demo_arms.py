@@ -193,7 +193,7 @@ def test_nothing_to_report(tmp_path):
 def test_the_page_is_of_the_raw_rows():
     folder = ROOT / "results" / "demo"
     results = demo_report.read_arms(folder)
-    assert (ROOT / "results" / "demo.md").read_text() == demo_report.page(results, "F1")
+    assert (ROOT / "results" / "demo.md").read_text() == demo_report.page(results, "accuracy")
 
 
 # ---- running ----
