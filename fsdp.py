@@ -3,7 +3,10 @@
 §1 ranks · §2 sharding by PyTorch's FSDP2 · §3 the same by hand · §4 either way: what the others
 need of a sharded policy
 """
+import atexit
 import os
+import sys
+import threading
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -98,9 +101,24 @@ def gloo_one_thread(store, rank: int, world: int, timeout: timedelta):
 
 
 def leave() -> None:
-    """The end of a script: ranks wait for each other, and end gloo's threads before they exit."""
+    """The end of a run: ranks wait for each other, so that none waits for one that has gone."""
     dist.barrier()
     dist.destroy_process_group()
+
+
+def end_process() -> None:
+    """The end of a script, with status 0 and without the interpreter's teardown.
+
+    DTensor's caches keep the mesh, so the group, so gloo's thread, beyond `leave`. What that
+    thread still has to do after the last barrier may need the interpreter, and one that is being
+    torn down ends the process instead: "terminate called without an active exception", SIGABRT,
+    and torchrun reports a failure of a run that has written everything.
+    """
+    threading._shutdown()  # as the interpreter does first: wait for threads that are no daemons
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 # §2 ──────────────────────────────── sharding by PyTorch's FSDP2 ─────────────────────────────

@@ -463,3 +463,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
+    fsdp.end_process()
