@@ -15,6 +15,7 @@ from claims_report import Estimate, Result, estimate
 
 import data as datasets
 import plots
+import readers
 import sheets
 from plots import Line
 
@@ -294,24 +295,46 @@ def draw_scenes(figure, folder: Path, results: dict, metric: str) -> None:
     rows_of = {"before": before,
                "after GRPO": claims_report.read_rows(answers_file(folder, GRPO, seed))}
     samples = first_scenes(results[BASE.name][seed].about["scenes"], before)
-    left, top = 735, 85
+    left, top = 735, 100
     figure.text((left - 35) / WIDE, 1 - 20 / HIGH, "The first held-out scenes, "
                 f"{sheets.TRIES} sampled answers over each", va="top", fontsize=TEXT + 1.5)
     for place, (name, rows) in enumerate(rows_of.items()):
         for column, sample in enumerate(samples):
             own = [row for row in rows if row["id"] == sample.id]
-            axis = add_axes(figure, left=left + column * (TILE + GAP), top=top + place * (TILE + 75),
+            axis = add_axes(figure, left=left + column * (TILE + GAP), top=top + place * (TILE + 62),
                             width=TILE, height=TILE)
             texts = [row["completion"] for row in own]
             axis.imshow(sheets.cloud(sample.images[0], sample.task, texts, sample.answer,
                                     sample.image_size, width=TILE), interpolation="nearest")
             axis.set(xticks=[], yticks=[])
-            axis.set_xlabel(f"mean {metric} {fmean(row['correct'] for row in own):.2f}",
-                            fontsize=TEXT + 0.5, labelpad=4)
+            axis.set_xlabel(below(own, metric), fontsize=TEXT, labelpad=4)
+            if place == 0:
+                axis.set_title(above(sample), fontsize=TEXT, pad=3)
             if column == 0:
                 axis.set_ylabel(name, fontsize=TEXT + 1, labelpad=4)
-    figure.text((WIDE - 10) / WIDE, 12 / HIGH, "boxes sampled in magenta, true in cyan",
+    marks = "boxes in magenta"
+    if samples[0].task == "counting":
+        marks = "points in magenta, their number below"
+    figure.text((WIDE - 10) / WIDE, 12 / HIGH, f"answers: {marks}; the truth in cyan",
                 ha="right", va="bottom", fontsize=TEXT - 0.5)
+
+
+def above(sample) -> str:
+    """What a tile's scene is asked, with the true number where it is a number."""
+    if sample.task == "counting":
+        return f"{sample.question}: {len(sample.answer)}"
+    return sample.question
+
+
+def below(rows: list[dict], metric: str) -> str:
+    """What a tile's answers amount to: each one's count, or their mean score."""
+    if rows[0]["task"] != "counting":
+        return f"mean {metric} {fmean(row['correct'] for row in rows):.2f}"
+    counts = []
+    for row in rows:
+        points, _ = readers.read_shapes(row["completion"], row["image_size"])
+        counts.append(len(points))
+    return " ".join(map(str, sorted(counts)))
 
 
 def draw(folder: Path, results: dict, metric: str, path: Path) -> None:
