@@ -8,9 +8,9 @@
 Its slow twin, one file and no flags, is naive_grpo.py: a test holds the two together.
 [PR1] Perception-R1, arXiv 2504.07954 · [OVR] Open-Vision-Reasoner, 2507.05255 · [DSM] DeepSeekMath,
 2402.03300 · [DAPO] 2503.14476 · [DRG] Dr. GRPO, 2503.20783 · [GSPO] 2507.18071 · [RLOO] 2402.14740
-Shapes: P prompts, G completions a prompt, B = P·G rollouts, S tokens of a micro-batch whose log π
-is trained: those of the completions. A draw is the number of a sample in the run's endless order
-of data; a group is a prompt with its G completions (qwen_vl.Group).
+Shapes: P prompts, G completions a prompt, B rollouts of this rank (on one rank P·G), S tokens of a
+micro-batch whose log π is trained: those of the completions. A draw is the number of a sample in
+the run's endless order of data; a group is a prompt with its G completions (qwen_vl.Group).
 
 DEVIATION D1: OVR trains with PPO and a critic (γ = λ = 1, so A_t = R − V(s_t)). Here the mean of
 the group stands in V's place, as in GRPO, and no critic is trained.
@@ -123,7 +123,7 @@ def sample_groups(run: Run, step: int, attempt: int = 0) -> list[Group]:
     sampled = run.sampler.generate(prompts, noise, limit, config.temperature)
     for group, completions in zip(groups, sampled):
         group.completions = completions
-    score_groups(run, step, groups)
+    score_groups(run, step, groups)  # §3
     return groups
 
 
@@ -219,11 +219,11 @@ def std_of(rewards: torch.Tensor, kind: str) -> torch.Tensor | None:
 
 # §4 ─────────────────────────────────────────── loss ─────────────────────────────────────────
 def token_weights(lengths_B, *, loss: str, max_tokens: int, norm: float | None = None):
-    """weight_B, float64: how much each token of rollout i counts. The losses differ in this alone.
+    """weight_B, float64: how much each token of rollout i counts. --loss chooses this alone.
 
-    lengths_B: trained tokens of each rollout. A masked rollout has 0: its tokens weigh nothing, and
-    it counts in B (grpo, dr_grpo) but not in Σ|o| (dapo).
-    norm: that B or Σ|o| of the global batch, so that micro-batches and ranks add up to one
+    lengths_B: trained tokens of each rollout. One that is masked or undecided has 0: its tokens
+    weigh nothing, and it counts in B (grpo, dr_grpo) but not in Σ|o| (dapo).
+    norm: all rollouts, or Σ|o|, of the global batch, so that micro-batches and ranks add up to one
     gradient; without it the batch at hand counts.
     """
     lengths_B = lengths_B.double()
@@ -295,7 +295,7 @@ def check_loss_inputs(logp_S, old_logp_S, advantage_S, weight_S, ratio, row_S, b
 
 
 def mean_of_row(values_S, counted_S, row_S) -> torch.Tensor:
-    """Each token's rollout mean of the values, over the tokens that count. [S]"""
+    """Each token's rollout mean of the values (0 where they do not count) that count. [S]"""
     rows = int(row_S.max()) + 1 if len(row_S) else 0
     sum_B = values_S.new_zeros(rows).index_add(0, row_S, values_S)
     count_B = values_S.new_zeros(rows).index_add(0, row_S, counted_S.to(values_S.dtype))
@@ -317,31 +317,35 @@ def train_step(run: Run, step: int) -> dict:
     config, ranks = run.config, run.processes
     clock, sums, total_loss = [time.perf_counter()], {}, torch.zeros((), device=ranks.device)
 
-    # 1. Sample G completions o_1 … o_G of each prompt from π_θ and score them.
+    # 1. Sample G completions o_1 … o_G of each prompt from π_θ and score them (README 1, 2).
     groups, rewards_of = collect_groups(run, step)
     rollouts = [completion for group in groups for completion in group.completions]
     clock.append(time.perf_counter())
 
-    # 2. Pack this rank's, the prompt once: [prompt | o_1 | … | o_G]. row_S: a token's rollout.
+    # 2. Pack this rank's, the prompt once: [prompt | o_1 | … | o_G]. pack.row_S[s] says which of
+    # this rank's rollouts token s belongs to.
     packs = packing.pack_for_ranks(groups, config.micro_tokens, run.special, ranks)
     sampler_logp = packing.sampled_logps(rollouts, packs, ranks.device)
 
-    # 3. log π_ref, if β > 0. k1 goes into the reward: r ← r − β·Σ_t (log π_sampler − log π_ref).
+    # 3. log π_ref, if β > 0. k1 goes into the reward: r ← r − β·Σ_t (log π_sampler − log π_ref);
+    # else kl_PG is 0 (README 6).
     ref_logp = reference_logps(run, packs)
     rewards_PG = as_PG(rewards_of, config.group)
     kl_PG = sequence_kl(run, groups, packs, sampler_logp, ref_logp, sums)
     penalised_PG = rewards_PG - config.beta * kl_PG
 
-    # 4. Advantages A_i from the rewards of the whole global batch; this rank's rows of them.
+    # 4. Advantages A_i from the rewards of the whole global batch; this rank's rows of them, in the
+    # order of `rollouts` (README 3).
     advantages_PG = group_advantages(
         penalised_PG, scale=config.scale, std=config.std, baseline=config.baseline)
     own_P = [list(rewards_of).index(group.draw) for group in groups]
     advantages_B = advantages_PG[own_P].flatten().to(ranks.device)
 
-    # 5. What a token weighs, by lengths of the global batch, before it is cut into micro-batches.
+    # 5. What a token weighs, by lengths of the global batch, before it is cut (README 7).
     weight_B = rollout_weights(config, step, ranks, rollouts, rewards_PG.numel())
 
-    # 6. µ optimizer steps; the first pass's own log-probs are π_old.
+    # 6. µ optimizer steps: log π_θ with gradients by policy.py, loss, backward, AdamW (README 4, 5,
+    # 8, 9). The first pass, detached, is π_old: naive_grpo.py spends a pass of its own on it.
     (clip_low, clip_high), old_logp = clip_range(config), [None] * len(packs)
     for inner in range(config.inner_steps):
         for k, pack in enumerate(packs):
@@ -360,7 +364,8 @@ def train_step(run: Run, step: int) -> dict:
         grad_norm = optimizer_step(run, step)  # clips the gradient's norm, then AdamW
     clock.append(time.perf_counter())
 
-    # 7. The sampler's copy of the weights follows; its log-probs should equal the trainer's.
+    # 7. The sampler's copy of the weights follows (README 10). Its log-probs of this batch should
+    # have been the trainer's.
     run.sampler.refresh(fsdp.gathered_parameters(run.policy, frozen=False))
     add_sums(sums, {"sampler_gap": sampler_gap(packs, old_logp, sampler_logp, weight_B)})
     clock.append(time.perf_counter())

@@ -2,11 +2,11 @@
 
 The model sees a picture of a number and is asked to read it. It is never shown an answer. It
 answers G times, a rule grades each answer, and answers better than the average of their group
-become more likely, worse ones less likely. That is GRPO. The functions below are its steps in
-order; `train_step` puts them together. `python naive_grpo.py` prints the mean reward and the
+become more likely, worse ones less likely. That is GRPO. Its parts stand below; `train_step` puts
+them together. `python naive_grpo.py` prints the mean reward and the
 accuracy (the share of answers that are the whole number) as it trains a small model, base/, or on
-a GPU Qwen2.5-VL-3B (not run): in fp32 a weight takes 4 bytes, its gradient 4 and AdamW 8, so the 3B
-takes 60 GB, and activations come on top: an 80 GB GPU.
+a GPU Qwen2.5-VL-3B (not run): in fp32 a weight takes 4 bytes, its gradient 4 and AdamW 8, so its
+3.75 billion take 60 GB, and activations come on top: an 80 GB GPU.
 
 grpo_vl.py does the same fast and on many GPUs; a test holds it to this file's loss, gradients and
 weights. [DSM] DeepSeekMath, arXiv 2402.03300, brought GRPO; [PR1] Perception-R1, 2504.07954.
@@ -26,7 +26,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration as Qwen
 GPU = torch.cuda.is_available()
 MODEL = "Qwen/Qwen2.5-VL-3B-Instruct" if GPU else "base"
 SIZE = 448 if GPU else 84  # side of a picture in pixels; the model reads 28×28 of them as one token
-LARGEST = 10**24 if GPU else 9999  # numbers are from 10 to this, printed 25 pixels high
+LARGEST = 10**24 if GPU else 9999  # numbers are from 10 to this
 MAX_TOKENS = 32 if GPU else 8  # longer answers are cut
 PROMPTS = 8  # pictures a step
 GROUP = 8  # G, answers a picture [PR1 §4.3: 8]
@@ -75,9 +75,9 @@ def encode(tokenizer, image_processor, image):
 
 
 def grade(text, number):
-    """The reward, 0 … 1: how many of the number's n digits are right and in their places."""
+    """The reward, 0 … 1: the share of the number's n digits that are right; 0 for other lengths."""
     said = text.removesuffix("<|im_end|>")
-    if said == text or len(said) != len(number):  # it was cut, or is no number of this length
+    if said == text or len(said) != len(number):  # its turn did not end, or not after n characters
         return 0.0
     # r = 1/n · Σ_k [said_k = number_k]
     return statistics.mean(float(a == b) for a, b in zip(said, number))
@@ -131,7 +131,8 @@ def cut_after_stop(ids, stops):
 
 def sample(model, prompt):
     """G answers o_1 … o_G ~ π(· | q) to a prompt q: lists of token ids."""
-    ids_GL = model.generate(**make_batch(model, prompt, [[]] * GROUP))
+    no_answers_yet = [[]] * GROUP
+    ids_GL = model.generate(**make_batch(model, prompt, no_answers_yet))
     start = len(prompt["ids"])
     stops = model.generation_config.eos_token_id
     return [cut_after_stop(ids, stops) for ids in ids_GL[:, start:].tolist()]
@@ -139,7 +140,8 @@ def sample(model, prompt):
 
 def token_logprobs(model, prompt, answers):
     """log π(o_t | q, o_<t) of each token o_t of each answer: a tensor [T] an answer."""
-    # A place's logits predict the token after it: the first wanted are at the prompt's last place.
+    # A place's logits predict the token after it: the first wanted are at the prompt's last place,
+    # and the last place's are not used.
     wanted = 1 + max(len(tokens) for tokens in answers)
     batch = make_batch(model, prompt, answers)
     logits_GTV = model(**batch, logits_to_keep=wanted, use_cache=False).logits
@@ -162,8 +164,9 @@ def advantages(rewards):
 def grpo_loss(model, group):
     """Minus the objective of the G answers to one prompt.
 
-    In the first of the µ steps π is π_old: every ratio is 1, no clip acts, and the loss is 0, since
-    advantages sum to 0. Its gradient, −mean(A·∇log π), is not 0: it tells good from bad answers.
+    In the first of the µ steps π is π_old: every ratio is 1, no clip acts, and without KL the loss
+    is 0, since advantages sum to 0. Its gradient, −mean(A·∇log π), is not 0: it tells good from bad
+    answers.
     """
     objective = 0.0
     logps = token_logprobs(model, group.prompt, group.answers)
