@@ -313,44 +313,43 @@ def kl_estimate(log_ratio: torch.Tensor, kind: str) -> torch.Tensor:
 
 # §5 ─────────────────────────────────────── train_step ───────────────────────────────────────
 def train_step(run: Run, step: int) -> dict:
-    """One batch of GRPO [DSM Algorithm 1]. Returns the step's metrics, the same on every rank."""
+    """One batch of GRPO [DSM Algorithm 1]. Returns the step's metrics, the same on every rank.
+
+    Numbers in brackets are those of the README's ten lines.
+    """
     config, ranks = run.config, run.processes
     clock, sums, total_loss = [time.perf_counter()], {}, torch.zeros((), device=ranks.device)
 
-    # 1. Sample G completions o_1 … o_G of each prompt from π_θ and score them (README 1, 2).
+    # 1. Sample G completions o_1 … o_G of each prompt from π_θ and score them (1, 2).
     groups, rewards_of = collect_groups(run, step)
     rollouts = [completion for group in groups for completion in group.completions]
     clock.append(time.perf_counter())
 
-    # 2. Pack this rank's, the prompt once: [prompt | o_1 | … | o_G]. pack.row_S[s] says which of
-    # this rank's rollouts token s belongs to.
+    # 2. Pack them, the prompt once: [prompt | o_1 | … | o_G]. pack.row_S[s] is token s's rollout.
     packs = packing.pack_for_ranks(groups, config.micro_tokens, run.special, ranks)
     sampler_logp = packing.sampled_logps(rollouts, packs, ranks.device)
 
-    # 3. log π_ref, if β > 0. k1 goes into the reward: r ← r − β·Σ_t (log π_sampler − log π_ref);
-    # else kl_PG is 0 (README 6).
+    # 3. log π_ref, if β > 0. k1 goes into the reward: r ← r − β·Σ_t (log π_sampler − log π_ref).
     ref_logp = reference_logps(run, packs)
     rewards_PG = as_PG(rewards_of, config.group)
-    kl_PG = sequence_kl(run, groups, packs, sampler_logp, ref_logp, sums)
+    kl_PG = sequence_kl(run, groups, packs, sampler_logp, ref_logp, sums)  # 0.0 but for k1
     penalised_PG = rewards_PG - config.beta * kl_PG
 
-    # 4. Advantages A_i from the rewards of the whole global batch; this rank's rows of them, in the
-    # order of `rollouts` (README 3).
+    # 4. Advantages A_i from the rewards of all ranks; this rank's, in the order of `rollouts` (3).
     advantages_PG = group_advantages(
         penalised_PG, scale=config.scale, std=config.std, baseline=config.baseline)
     own_P = [list(rewards_of).index(group.draw) for group in groups]
     advantages_B = advantages_PG[own_P].flatten().to(ranks.device)
 
-    # 5. What a token weighs, by lengths of the global batch, before it is cut (README 7).
+    # 5. What a token weighs, by lengths of the global batch, before it is cut (7).
     weight_B = rollout_weights(config, step, ranks, rollouts, rewards_PG.numel())
 
-    # 6. µ optimizer steps: log π_θ with gradients by policy.py, loss, backward, AdamW (README 4, 5,
-    # 8, 9). The first pass, detached, is π_old: naive_grpo.py spends a pass of its own on it.
+    # 6. µ optimizer steps: log π_θ by policy.py, loss, backward, AdamW (4, 5, 6, 8, 9).
     (clip_low, clip_high), old_logp = clip_range(config), [None] * len(packs)
     for inner in range(config.inner_steps):
         for k, pack in enumerate(packs):
             logp_S, entropy_S = run.policy(pack, config.temperature)
-            if inner == 0:  # no weight has changed yet
+            if inner == 0:  # π_old: naive_grpo.py spends a pass of its own on it
                 old_logp[k] = logp_S.detach()
             loss, stats = policy_loss(
                 logp_S, old_logp[k], advantages_B[pack.row_S], weight_B[pack.row_S],
@@ -364,8 +363,7 @@ def train_step(run: Run, step: int) -> dict:
         grad_norm = optimizer_step(run, step)  # clips the gradient's norm, then AdamW
     clock.append(time.perf_counter())
 
-    # 7. The sampler's copy of the weights follows (README 10). Its log-probs of this batch should
-    # have been the trainer's.
+    # 7. The sampler's copy of the weights follows (10).
     run.sampler.refresh(fsdp.gathered_parameters(run.policy, frozen=False))
     add_sums(sums, {"sampler_gap": sampler_gap(packs, old_logp, sampler_logp, weight_B)})
     clock.append(time.perf_counter())
