@@ -312,11 +312,11 @@ def draw_scenes(figure, folder: Path, results: dict, metric: str) -> None:
                 axis.set_title(above(sample), fontsize=TEXT, pad=3)
             if column == 0:
                 axis.set_ylabel(name, fontsize=TEXT + 1, labelpad=4)
-    marks = "boxes in magenta"
+    marks = "boxes said in magenta"
     if samples[0].task == "counting":
-        marks = "points in magenta, their number below"
-    figure.text((WIDE - 10) / WIDE, 12 / HIGH, f"answers: {marks}; the truth in cyan",
-                ha="right", va="bottom", fontsize=TEXT - 0.5)
+        marks = "points said in magenta, counted below"
+    figure.text((WIDE - 10) / WIDE, 12 / HIGH, f"{marks}; true in cyan",
+                ha="right", va="bottom", fontsize=TEXT - 1.5)
 
 
 def above(sample) -> str:
