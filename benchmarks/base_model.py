@@ -134,7 +134,7 @@ def plateau() -> None:
     shutil.rmtree(out, ignore_errors=True)
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "sft_coldstart.py",
-        "--preset", "base", "--after", "", "--model", str(BASE), "--steps", "600", "--seed", "2",
+        "--preset", "base", "--after", "", "--model", str(BASE), "--steps", "600", "--seed", "4",
         "--eval-every", "0", "--lr", "3e-4", "--out", str(out)]
     subprocess.run(command, cwd=ROOT, check=True)
     measure(out / "model", "600 more steps", forms=("no",))
