@@ -230,12 +230,12 @@ def evaluations(result: Result, metric: str) -> dict:
 
 
 def draw_curves(figure, results: dict, metric: str) -> None:
-    """Greedy above sampled; GRPO in colour over the others in grey."""
+    """Greedy above sampled; GRPO and supervised training in colour, the controls in grey."""
     seeds = len(results[GRPO.name])
     figure.text(60 / WIDE, 1 - 20 / HIGH, f"Held-out {metric}, {in_words(seeds)}",
                 va="top", fontsize=TEXT + 1.5)
     better = better_supervised(results)
-    lines = [(better, "#555555", "--", "supervised")]
+    lines = [(better, "#c05a00", "--", "supervised")]
     for arm in CONTROLS:
         lines.append((arm, *GREYS[arm.slug], arm.name))
     lines.append((GRPO, "C0", "-", "GRPO"))
@@ -258,7 +258,7 @@ def draw_curves(figure, results: dict, metric: str) -> None:
 
 
 def in_words(seeds: int) -> str:
-    return "one seed" if seeds == 1 else f"mean of {seeds} seeds"
+    return "one seed" if seeds == 1 else f"{seeds} seeds ± SE"
 
 
 def add_axes(figure, *, left: int, top: int, width: int, height: int):
