@@ -30,13 +30,13 @@ import fsdp  # noqa: E402
 import grpo_vl  # noqa: E402
 import tiny  # noqa: E402
 import training  # noqa: E402
+from sft_coldstart import PRESETS  # noqa: E402
 
 BASE = ROOT / "base"
 ROWS = ROOT / "results" / "base.jsonl"
 SEED = 1000  # of the scenes asked about
 SCENES = 300
-DATA = {"boxes": tiny.BASE_BOXES, "small": tiny.BASE_SMALL, "growing": tiny.BASE_GROWING,
-        "lagging": tiny.BASE_LAGGING, "last": tiny.BASE_LAST}  # stage: what it draws
+STAGES = [options for name, options in PRESETS.items() if name.startswith("base")]
 ASKED = {"no": "plainly", "before": "to think first", "after": "to think after"}
 BUILD = "torchrun --nproc_per_node=2 sft_coldstart.py --preset base"
 
@@ -86,8 +86,8 @@ def accuracies(
     """[greedy] and, of `tries` sampled answers, the mean and the mean of each scene's best."""
     config = grpo_vl.Config(
         model=str(model), data=(spec,), eval_every=1, think=form, seed=seed, eval_samples=scenes)
-    run = training.prepare(config, ranks, str(model))
-    run.sampler.refresh(fsdp.full_parameters(run.policy))
+    run = training.prepare(config, ranks, str(model), frozen=True)
+    run.sampler.refresh(fsdp.gathered_parameters(run.policy))
     answers = training.answer_heldout(run, scenes, tries=1, max_tokens=256, greedy=True)
     greedy = fmean(training.right(config, row) for row in answers)
     if tries == 0:
@@ -155,9 +155,9 @@ def card() -> None:
                          f"{row['sampled']:.3f} | {row['best of 8']:.3f} | {more} |")
     text = (Path(__file__).parent / "base_model_card.md").read_text()
     worlds_text = ""
-    for stage, specs in DATA.items():
-        listed = "\n".join(f"- `{spec}`" for spec in specs)
-        worlds_text += f"\n\n{stage}:\n\n{listed}"
+    for stage in STAGES:
+        listed = "\n".join(f"- `{spec}`" for spec in stage["data"])
+        worlds_text += f"\n\n{Path(stage['out']).name}:\n\n{listed}"
     text = text.replace("<!-- build -->", BUILD).replace("<!-- table -->", "\n".join(lines))
     (BASE / "README.md").write_text(text.replace("<!-- worlds -->", worlds_text.strip()))
 
