@@ -26,6 +26,7 @@ import run_folder
 import tiny
 import training
 from options import Options, check_data, parse_config, think_of
+from presets import COLD_START as PRESETS
 from qwen_vl import Completion
 from training import Run
 
@@ -56,33 +57,6 @@ class Config(Options):
             raise ValueError(f"--after is {self.after!r}; choose from {', '.join(PRESETS)}")
         if self.lora and self.train == "all":
             raise ValueError("--lora leaves the vision tower as it is: give --train llm")
-
-
-SMALL = dict(batch=32, max_tokens=256, eval_every=100, checkpointing=False, micro_tokens=4096)
-STAGE = dict(
-    model="tiny", train="all", lr=1e-3, schedule="constant", max_tokens=512, eval_every=400,
-    eval_tokens=256, save_every=400, keep=1, batch=40)
-PRESETS = {
-    "ovr-coldstart": dict(data=("traces:cold_start.jsonl",)),  # the defaults are OVR's
-    "tiny": SMALL | dict(  # OVR's stage 1 in minutes on a CPU: text-only traces, llm alone
-        model=tiny.BASE, data=(tiny.TRACES,), think="before", steps=400, lr=1e-3, warmup=20,
-        eval_tokens=256),
-    # A longer one, in five stages: to see (every object's box in every answer), all tasks where one
-    # shape fills an image token, the same tasks in larger images, what lags behind by itself, and
-    # all of it more slowly.
-    "base-1": SMALL | STAGE | dict(
-        data=tiny.BASE_BOXES, batch=48, steps=2000, eval_tokens=160, out="runs/base/boxes"),
-    "base-2": SMALL | STAGE | dict(
-        after="base-1", data=tiny.BASE_SMALL, think="all", steps=2500, out="runs/base/small"),
-    "base-3": SMALL | STAGE | dict(
-        after="base-2", data=tiny.BASE_GROWING, think="all", steps=3500, seed=1,
-        out="runs/base/growing"),
-    "base-4": SMALL | STAGE | dict(
-        after="base-3", data=tiny.BASE_LAGGING, steps=700, seed=3, out="runs/base/lagging"),
-    "base": SMALL | STAGE | dict(
-        after="base-4", data=tiny.BASE_LAST, think="all", steps=2500, lr=5e-4, seed=2,
-        out="runs/base/last"),
-}
 
 
 def response_tokens(run: Run, sample) -> list[int]:

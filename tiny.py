@@ -21,8 +21,7 @@ TINY = ("tiny", "tiny-untied")  # names of the stand-in with random weights
 BASE = "base"  # folder of the one that sees: sft_coldstart.py --preset base
 # Small scenes, few shapes and colours: what tests and benchmarks train on.
 WORLD = "synthetic:grounding?size=56x56&shapes=2&colours=3&distractors=1-2&reach=0.3-0.5"
-# What a longer training draws (sft_coldstart.py --preset base): every task, all forms of thinking.
-# Boxes are learnt from boxes, and a named one among others first where it fills four image tokens.
+# What a longer training draws (presets.py, "base"): every task.
 BASE_SCENES = "size=84x84&shapes=3&colours=3"
 FEW = f"synthetic:detection?{BASE_SCENES}&objects=1-3&coloured=1"
 DETECTION = f"synthetic:detection?{BASE_SCENES}&objects=1-6&coloured=1"
@@ -32,35 +31,6 @@ COUNTING = f"synthetic:counting?{BASE_SCENES}&objects=1-4&distractors=1-2"
 OCR = "synthetic:ocr?size=84x84&objects=1-1&numbers=1"
 SUMS = "synthetic:math?size=84x84&objects=2-2"
 SUMS_AS_TEXT = "synthetic:math?text=1&objects=2-2"
-SMALL_SCENES = "size=56x56&shapes=3&colours=3&reach=0.3-0.5"
-BASE_BOXES = (f"{FEW}:2", f"{SUMS_AS_TEXT}:1")
-BASE_SMALL = (
-    f"{FEW}:5",
-    f"synthetic:grounding?{SMALL_SCENES}&distractors=1-2:4",
-    f"synthetic:counting?{SMALL_SCENES}&objects=1-3&distractors=1-1:1",
-    f"{OCR}:2",
-    f"{SUMS}:1.5",
-    f"{SUMS_AS_TEXT}:1")
-BASE_GROWING = (
-    f"{DETECTION}:3",
-    f"synthetic:grounding?{SMALL_SCENES}&distractors=1-2:2",
-    f"{GROUNDING}:3",
-    f"{COUNTING}:2",
-    f"{OCR}:3",
-    f"{SUMS}:2.5",
-    f"{SUMS_AS_TEXT}:1")
-BASE_LAGGING = (
-    f"synthetic:grounding?{SMALL_SCENES}&distractors=1-2:3",
-    f"{GROUNDING}:3",
-    f"{SUMS}:2")
-BASE_LAST = (
-    f"{FEW}:3",
-    f"{DETECTION}:1",
-    f"{GROUNDING}:3",
-    f"{COUNTING}:1.5",
-    f"{OCR}:3",
-    f"{SUMS}:2.5",
-    f"{SUMS_AS_TEXT}:1")
 # The cold start's example: sums of more numbers than the base adds at once, step by step, as text.
 TRACES = "synthetic:math?text=1&objects=3-4&traces=1"
 TINY_CORPUS = """\

@@ -28,15 +28,15 @@ from claims_report import read_rows  # noqa: E402
 
 import fsdp  # noqa: E402
 import grpo_vl  # noqa: E402
+import presets  # noqa: E402
 import tiny  # noqa: E402
 import training  # noqa: E402
-from sft_coldstart import PRESETS  # noqa: E402
 
 BASE = ROOT / "base"
 ROWS = ROOT / "results" / "base.jsonl"
 SEED = 1000  # of the scenes asked about
 SCENES = 300
-STAGES = [options for name, options in PRESETS.items() if name.startswith("base")]
+STAGES = [options for name, options in presets.COLD_START.items() if name.startswith("base")]
 ASKED = {"no": "plainly", "before": "to think first", "after": "to think after"}
 BUILD = "torchrun --nproc_per_node=2 sft_coldstart.py --preset base"
 
@@ -60,7 +60,7 @@ def publish(source: Path) -> None:
 def worlds() -> list[tuple[str, str]]:
     """(name, spec) of each of the base's worlds."""
     found = []
-    for spec in tiny.BASE_LAST:
+    for spec in presets.BASE_LAST:
         spec, _, _ = spec.rpartition(":")
         name = spec.removeprefix("synthetic:").partition("?")[0]
         if spec == tiny.FEW:

@@ -7,6 +7,7 @@ import torch
 from conftest import ROOT
 
 import behaviours
+import presets
 import qwen_vl
 import rewards
 import tiny
@@ -48,7 +49,7 @@ def test_the_card_shows_the_measured_rows():
 
 def test_what_base_learnt_to_think_holds_no_behaviour_of_the_lexicon():
     """So that a later cold start's traces can be told from it."""
-    for spec in tiny.BASE_LAST:
+    for spec in presets.BASE_LAST:
         mixture = open_data([spec], seed=0)
         for index in range(50):
             sample = mixture.at(index)
