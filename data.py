@@ -42,8 +42,12 @@ class Mixture:
     """
 
     def __init__(self, sources, weights=None, *, seed=0, skip_bad=0):
-        self.sources, self.seed, self.skip_bad, self.orders = sources, seed, skip_bad, {}
-        self.faults, self.heldout_count = [], 0
+        self.sources = sources
+        self.seed = seed
+        self.skip_bad = skip_bad
+        self.orders = {}
+        self.faults: list[str] = []
+        self.heldout_count = 0
         for source in sources:
             self.faults += getattr(source, "faults", ())
             self.heldout_count += getattr(source, "heldout_count", 0)  # samples of files
@@ -179,8 +183,8 @@ def open_data(specs, *, seed=0, split="train", fields="", skip_bad=0, heldout=0.
         body, weight = re.fullmatch(r"(.*?)(?::(\d*\.?\d+))?", spec).groups()
         weights += [float(weight)] if weight else []
         with blame(f"in {spec!r}"):
-            how = dict(seed=seed, split=split, heldout=heldout)
-            sources.append(open_source(body, renamed, limits, **how))
+            sources.append(open_source(
+                body, renamed, limits, seed=seed, split=split, heldout=heldout))
     if not sources or len(weights) not in (0, len(sources)):
         raise DataError(f"give a weight to each of {specs} or to none of them")
     mix = Mixture(sources, weights, seed=seed, skip_bad=skip_bad)

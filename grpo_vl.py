@@ -248,8 +248,16 @@ def policy_loss(logp_S, old_logp_S, advantage_S, weight_S, *, row_S=None, ratio=
     but its gradient −mean(A·∇log π) is not. Slow twin: grpo_loss in naive_grpo.py, a loop over
     rollouts, and a loop over tokens in tests/test_loss.py.
     """
-    check_loss_inputs(logp_S, old_logp_S, advantage_S, weight_S, ratio, row_S, beta, ref_logp_S,
-                      tis_cap, sampler_logp_S)
+    check_loss_shapes(logp_S, old_logp_S, advantage_S, weight_S)
+    if ratio not in ("token", "sequence"):
+        raise ValueError(f"ratio={ratio!r}: choose token or sequence")
+    if ratio == "sequence" and row_S is None:
+        raise ValueError("ratio='sequence' needs row_S, the rollout of each token")
+    if beta and ref_logp_S is None:
+        raise ValueError("beta needs ref_logp_S")
+    if tis_cap and sampler_logp_S is None:
+        raise ValueError("tis_cap needs sampler_logp_S")
+
     trained_S = weight_S > 0
     log_ratio_S = torch.where(trained_S, logp_S - old_logp_S, 0.0)
     if ratio == "sequence":  # s_i = (π(o_i) / π_old(o_i))^(1/|o_i|)  [GSPO Eq. 7]
@@ -278,20 +286,11 @@ def policy_loss(logp_S, old_logp_S, advantage_S, weight_S, *, row_S=None, ratio=
     return (weight_S * torch.where(trained_S, loss_S, 0.0)).sum(), sums
 
 
-def check_loss_inputs(logp_S, old_logp_S, advantage_S, weight_S, ratio, row_S, beta, ref_logp_S,
-                      tis_cap, sampler_logp_S) -> None:
-    """Errors: ValueError with the shapes, or with what an option needs."""
-    shapes = [tuple(x.shape) for x in (logp_S, old_logp_S, advantage_S, weight_S)]
+def check_loss_shapes(*tensors) -> None:
+    """Errors: ValueError with the shapes, if they are not [S], all the same."""
+    shapes = [tuple(tensor.shape) for tensor in tensors]
     if len(set(shapes)) > 1 or len(shapes[0]) != 1:
         raise ValueError(f"logp, old_logp, advantage and weight must be [S], not {shapes}")
-    if ratio not in ("token", "sequence"):
-        raise ValueError(f"ratio={ratio!r}: choose token or sequence")
-    if ratio == "sequence" and row_S is None:
-        raise ValueError("ratio='sequence' needs row_S, the rollout of each token")
-    if beta and ref_logp_S is None:
-        raise ValueError("beta needs ref_logp_S")
-    if tis_cap and sampler_logp_S is None:
-        raise ValueError("tis_cap needs sampler_logp_S")
 
 
 def mean_of_row(values_S, counted_S, row_S) -> torch.Tensor:
@@ -318,7 +317,7 @@ def train_step(run: Run, step: int) -> dict:
     Numbers in brackets are those of the README's ten lines.
     """
     config, ranks = run.config, run.processes
-    clock, sums, total_loss = [time.perf_counter()], {}, torch.zeros((), device=ranks.device)
+    clock = [time.perf_counter()]
 
     # 1. Sample G completions o_1 … o_G of each prompt from π_θ and score them (1, 2).
     groups, rewards_of = collect_groups(run, step)
@@ -328,6 +327,7 @@ def train_step(run: Run, step: int) -> dict:
     # 2. Pack them, the prompt once: [prompt | o_1 | … | o_G]. pack.row_S[s] is token s's rollout.
     packs = packing.pack_for_ranks(groups, config.micro_tokens, run.special, ranks)
     sampler_logp = packing.sampled_logps(rollouts, packs, ranks.device)
+    sums = {}  # of the step's metrics: name → [sum, count]
 
     # 3. log π_ref, if β > 0. k1 goes into the reward: r ← r − β·Σ_t (log π_sampler − log π_ref).
     ref_logp = reference_logps(run, packs)
@@ -345,7 +345,9 @@ def train_step(run: Run, step: int) -> dict:
     weight_B = rollout_weights(config, step, ranks, rollouts, rewards_PG.numel())
 
     # 6. µ optimizer steps: log π_θ by policy.py, loss, backward, AdamW (4, 5, 6, 8, 9).
-    (clip_low, clip_high), old_logp = clip_range(config), [None] * len(packs)
+    clip_low, clip_high = clip_range(config)
+    old_logp = [None] * len(packs)
+    total_loss = torch.zeros((), device=ranks.device)
     for inner in range(config.inner_steps):
         for k, pack in enumerate(packs):
             logp_S, entropy_S = run.policy(pack, config.temperature)

@@ -90,8 +90,19 @@ def prepare(config, processes: Processes, source: str, *, freeze_vision=False, f
     optimizer = None
     if not frozen:
         optimizer = make_optimizer(config, fsdp.trainable_parameters(policy), on_gpu=on_gpu)
-    return Run(config, processes, policy, reference, tokenizer, special, sampler, optimizer, data,
-               eval_data, reward, source)
+    return Run(
+        config=config,
+        processes=processes,
+        policy=policy,
+        reference=reference,
+        tokenizer=tokenizer,
+        special=special,
+        sampler=sampler,
+        optimizer=optimizer,
+        data=data,
+        eval_data=eval_data,
+        reward=reward,
+        source=source)
 
 
 def open_heldout(config) -> datasets.Mixture | None:
