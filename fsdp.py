@@ -234,7 +234,8 @@ class Unit:
 
     shard: that 1/N, flat, the optimizer's parameter. full: all weights, flat, in the dtype to
     compute with, without memory unless gathered. parameters: one a weight, names and shapes without
-    memory. places: (part of the module, attribute, parameter); a tied weight has two.
+    memory. places: where a weight stands, (part of the module, attribute, parameter); a tied one
+    stands at two.
     """
 
     def __init__(self, module: nn.Module, processes: Processes):
@@ -303,7 +304,10 @@ class Unit:
 
 
 def shard_by_hand(policy: Policy, processes: Processes) -> None:
-    """Cut the policy's weights over all ranks, a unit at a time; rank 0 has them."""
+    """Cut the policy's weights over all ranks, a unit at a time; rank 0 has them.
+
+    Twin: `fully_shard`, whose losses, gradients, norms and steps a test on two ranks compares.
+    """
     for buffer in policy.buffers():
         buffer.data = buffer.data.to(processes.device)
     policy.units = [Unit(module, processes) for module in units_of(policy)]
@@ -335,7 +339,8 @@ def trainable_parameters(policy) -> list[nn.Parameter]:
 def clip_gradients(policy, max_norm: float) -> torch.Tensor:
     """g ← g · min(1, max_norm / ‖g‖), over all ranks' parts. Returns ‖g‖ before, fp32, [].
 
-    Squares are summed in fp64, so ‖g‖ does not depend on how the gradient is cut.
+    Squares are summed in fp64, so ‖g‖ does not depend on how the gradient is cut. Plain twin, of
+    one rank: torch.nn.utils.clip_grad_norm_.
     """
     parameters = trainable_parameters(policy)
     squares = torch.zeros((), dtype=torch.float64, device=parameters[0].device)
