@@ -327,6 +327,9 @@ def test_the_gradient_is_clipped_to_its_norm(alone):
     assert module[0].grad.tolist() == [3.0, 0.0] and module[1].grad.tolist() == [4.0]
     assert fsdp.clip_gradients(module, 1.0).item() == 5.0
     assert module[0].grad.tolist() == pytest.approx([0.6, 0.0]) and module[1].grad.tolist() == pytest.approx([0.8])
+    module[0].grad, module[1].grad = torch.tensor([3.0, 0.0]), torch.tensor([4.0])
+    assert nn.utils.clip_grad_norm_(module.parameters(), 1.0).item() == 5.0  # the plain twin
+    assert module[0].grad.tolist() == pytest.approx([0.6, 0.0]) and module[1].grad.tolist() == pytest.approx([0.8])
     module[1].grad[0] = float("nan")
     assert fsdp.clip_gradients(module, 1.0).isnan()
     assert fsdp.clip_gradients(nn.ParameterList([nn.Parameter(torch.zeros(1))]), 1.0).item() == 0
