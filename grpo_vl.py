@@ -23,7 +23,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -36,7 +36,7 @@ import run_folder
 import sft_coldstart
 import training
 from measures import add_sums, sampler_gap, spread, step_metrics, sum_and_count
-from noise import keyed_uniforms
+from noise import keyed_uniforms, repeats
 from options import Options, check_data, parse_config, without_effect
 from presets import PRESETS
 from qwen_vl import Group
@@ -105,46 +105,55 @@ def longest(config: Config, step: int) -> int:
 
 
 # §2 ────────────────────────────────────── group sampling ────────────────────────────────────
-def sample_groups(run: Run, step: int, attempt: int = 0) -> list[Group]:
-    """This rank's share of the next --prompts groups, G completions each, with their rewards.
-
-    Sampling is by uniform numbers drawn beforehand, keyed by seed, step, sample and attempt: so an
-    answer is the same on any rank, in any batch and after a resume.
-    """
-    config, limit = run.config, longest(run.config, step)
-    groups = draw_groups(run, config.prompts)
-    noise = []
-    for group in groups:
-        key = group.sample.id
-        if attempt > 0:
-            key += f"/{attempt}"
-        noise.append(keyed_uniforms(config.seed, step, key, config.group, limit))
-    prompts = [group.prompt for group in groups]
-    sampled = run.sampler.generate(prompts, noise, limit, config.temperature)
-    for group, completions in zip(groups, sampled):
-        group.completions = completions
-    score_groups(run, step, groups)  # §3
-    return groups
-
-
 def collect_groups(run: Run, step: int) -> tuple[list[Group], dict[int, list[float]]]:
     """This rank's groups with rewards, and {draw: its G rewards} of all ranks, in order of draws.
 
     Dynamic sampling [DAPO §3.2] replaces groups of equal rewards, in a bounded number of rounds.
     """
-    config, groups, rewards_of = run.config, [], {}
+    config, ranks, groups, rewards_of = run.config, run.processes, [], {}
     for attempt in range(config.dynamic_sampling + 1):
         # `together`: a signal or a bad sample on one rank stops all of them, and none hangs.
-        new = training.together(run, partial(sample_groups, run, step, attempt))
+        new = training.together(run, partial(draw_groups, run, config.prompts))
+        repeat_of = repeats(of_all_ranks(ranks, {group.draw: group.sample.id for group in new}))
+        training.together(run, partial(answer_groups, run, step, new, repeat_of, attempt))
         if config.dynamic_sampling:
             new = [group for group in new if spread(group.rewards) > 1e-6]
         groups += new
-        for part in run.processes.gather({group.draw: group.rewards for group in new}):
-            rewards_of |= part
+        rewards_of |= of_all_ranks(ranks, {group.draw: group.rewards for group in new})
         if len(rewards_of) >= config.prompts:
             break
-    rewards_of = dict(sorted(rewards_of.items())[: config.prompts])
+    rewards_of = dict(list(rewards_of.items())[: config.prompts])
     return [group for group in groups if group.draw in rewards_of], rewards_of
+
+
+def answer_groups(run: Run, step: int, groups: list[Group], repeat_of: dict, attempt: int) -> None:
+    """Sample G completions of each group's prompt, and score them.
+
+    Sampling is by uniform numbers drawn beforehand, keyed by seed, step, sample, attempt and which
+    time in the batch the sample is asked: so an answer is the same on any rank, among whatever
+    other samples and after a resume.
+    """
+    config, limit = run.config, longest(run.config, step)
+    noise = []
+    for group in groups:
+        key = group.sample.id
+        if attempt > 0:
+            key += f"/{attempt}"
+        noise.append(keyed_uniforms(
+            config.seed, step, key, config.group, limit, repeat_of[group.draw]))
+    prompts = [group.prompt for group in groups]
+    sampled = run.sampler.generate(prompts, noise, limit, config.temperature)
+    for group, completions in zip(groups, sampled):
+        group.completions = completions
+    score_groups(run, step, groups)  # §3
+
+
+def of_all_ranks(ranks, own: dict[int, Any]) -> dict[int, Any]:
+    """{draw: anything} of all ranks, in order of draws."""
+    found = {}
+    for part in ranks.gather(own):
+        found |= part
+    return dict(sorted(found.items()))
 
 
 # §3 ──────────────────────────────── rewards → advantages ────────────────────────────────────
@@ -405,10 +414,8 @@ def sequence_kl(run: Run, groups: list[Group], packs, sampler_logp, ref_logp, su
         kl_B.index_add_(0, pack.row_S, logp_S - ref_S)
         add_sums(sums, {"kl": sum_and_count(logp_S - ref_S)})
     kl_PG = kl_B.view(-1, run.config.group).tolist()
-    kl_of = {}
-    for part in run.processes.gather({g.draw: kl_G for g, kl_G in zip(groups, kl_PG)}):
-        kl_of |= part
-    return as_PG(dict(sorted(kl_of.items())), run.config.group)  # in order of draws, as rewards
+    kl_of = of_all_ranks(run.processes, {g.draw: kl_G for g, kl_G in zip(groups, kl_PG)})
+    return as_PG(kl_of, run.config.group)
 
 
 def rollout_weights(config: Config, step: int, ranks, rollouts: list, sequences: int):

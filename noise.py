@@ -3,6 +3,7 @@
 Shapes: G completions of a sample, T tokens, B rows, V vocabulary, N blocks of K ids.
 """
 import hashlib
+from collections import Counter
 
 import numpy as np
 import torch
@@ -11,18 +12,35 @@ import torch.nn.functional as F
 BLOCK = 64  # ids that `inverse_cdf` takes as one on its first level
 
 
-def keyed_uniforms(seed: int, step: int, sample_id: str, group: int, length: int) -> torch.Tensor:
+def keyed_uniforms(seed: int, step: int, sample_id: str, group: int, length: int,
+                   repeat: int = 0) -> torch.Tensor:
     """Uniforms in [0, 1) for the G completions of one sample: [G, T] float64.
 
     A pure function: a rollout is the same on any rank, in any batch, after a resume.
+    repeat: of the same sample in the same step, which time it is, see `repeats`.
     """
     digest = hashlib.sha256(sample_id.encode()).digest()
     sample_key = int.from_bytes(digest[:8], "little")
     rows = []
     for g in range(group):
-        generator = np.random.default_rng([seed, step, sample_key, g])
-        rows.append(generator.random(length))
+        key = [seed, step, sample_key, g]
+        if repeat > 0:
+            key.append(repeat)
+        rows.append(np.random.default_rng(key).random(length))
     return torch.from_numpy(np.stack(rows))
+
+
+def repeats(sample_of: dict[int, str]) -> dict[int, int]:
+    """{draw: how many earlier draws of the batch drew its sample}, from {draw: sample id}.
+
+    Data with fewer samples than a batch comes round several times in one: each time answers anew.
+    """
+    seen: Counter = Counter()
+    repeat_of = {}
+    for draw in sorted(sample_of):
+        repeat_of[draw] = seen[sample_of[draw]]
+        seen[sample_of[draw]] += 1
+    return repeat_of
 
 
 def inverse_cdf(probabilities_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ import pytest
 import ranks
 import torch
 from ranks import by_length, full_weights, make_run
+from small import write
 from test_training import close
 
 import data as datasets
@@ -34,6 +35,38 @@ def test_rollouts_are_the_same_on_one_and_two_ranks(alone, pair):
             assert got[draw][0] == tokens
             for a, b in zip(got[draw][1], logps):
                 assert torch.allclose(torch.tensor(a), torch.tensor(b), atol=1e-5)
+
+
+FEWER_THAN_A_BATCH = {"question": "How much is 2 + 3?", "task": "math", "answer": "5"}
+
+
+def test_a_sample_that_comes_twice_in_a_batch_is_answered_anew(alone, pair, tmp_path):
+    """Three samples, seven prompts: draws 0-2 are a pass over the data, 3-5 another, 6 begins a third."""
+    rows = [FEWER_THAN_A_BATCH | {"id": name} for name in "abc"]
+    data = (write(tmp_path, *rows),)
+    small = dict(data=data, eval_every=0)
+    once, _ = first_rollouts(alone, prompts=3, **small)
+    batch, _ = first_rollouts(alone, prompts=7, **small)
+    for draw in range(3):  # what a batch without repetition gives
+        assert batch[draw][0] == once[draw][0]
+    answers = [tuple(tokens) for draw in range(7) for tokens in batch[draw][0]]
+    assert len(set(answers)) == 7 * 3
+    for got, _ in pair.run("test_grpo_vl.first_rollouts", prompts=7, **small):
+        assert {draw: got[draw][0] for draw in batch} == {draw: batch[draw][0] for draw in batch}
+
+
+def test_a_resumed_run_answers_a_repeated_sample_as_it_would_have(alone, tmp_path):
+    """Also where the cache holds few rows at a time."""
+    rows = [FEWER_THAN_A_BATCH | {"id": name} for name in "abc"]
+    small = dict(data=(write(tmp_path, *rows),), eval_every=0, prompts=7)
+    run = make_run(alone, **small)
+    grpo_vl.collect_groups(run, 0)
+    whole, _ = grpo_vl.collect_groups(run, 1)
+    resumed = make_run(alone, **small, kv_gb=1e-4)
+    resumed.cursor = 7
+    again, _ = grpo_vl.collect_groups(resumed, 1)
+    assert [group.draw for group in again] == [7, 8, 9, 10, 11, 12, 13]
+    assert [[c.tokens for c in g.completions] for g in again] == [[c.tokens for c in g.completions] for g in whole]
 
 
 @pytest.mark.parametrize("loss", ["grpo", "dapo", "dr_grpo"])

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from noise import inverse_cdf, keyed_uniforms
+from noise import inverse_cdf, keyed_uniforms, repeats
 
 
 def test_inverse_cdf_by_hand():
@@ -81,3 +81,19 @@ def test_noise_is_keyed_not_streamed():
     others = [keyed_uniforms(0, 2, "a", 4, 8), keyed_uniforms(1, 3, "a", 4, 8),
               keyed_uniforms(1, 2, "b", 4, 8), base.roll(1, 0)]
     assert all((base != other).any(1).all() for other in others)
+
+
+def test_a_sample_asked_again_has_other_noise_and_the_first_time_has_what_it_always_had():
+    # NumPy's generator of [seed 1, step 2, the first 8 bytes of sha256("a"), g]
+    first = torch.tensor([[0.12198022671157915, 0.40564392481846057], [0.0845729462296212, 0.6345907482657586]])
+    assert torch.equal(keyed_uniforms(1, 2, "a", 2, 2).float(), first)
+    times = [keyed_uniforms(1, 2, "a", 2, 2, repeat) for repeat in range(3)]
+    assert torch.equal(times[0].float(), first)
+    values = torch.cat(times).flatten().tolist()
+    assert len(set(values)) == 12
+
+
+def test_repeats_count_earlier_draws_of_the_same_sample():
+    # draws 7 … 12 in the order in which two ranks report them
+    drawn = {7: "a", 9: "a", 11: "a", 8: "b", 10: "c", 12: "b"}
+    assert repeats(drawn) == {7: 0, 8: 0, 9: 1, 10: 0, 11: 2, 12: 1}
