@@ -1,22 +1,17 @@
 """GRPO on a vision-language model, all of it, in one plain file. Start reading here.
 
-The model sees a picture of a number and is asked to read it. It is never shown an answer. It
-answers G times, a rule grades each answer, and answers better than the average of their group
-become more likely, worse ones less likely. That is GRPO. Its parts stand below; `train_step` puts
-them together. `python naive_grpo.py` prints the mean reward and the
-accuracy (the share of answers that are the whole number) as it trains a small model, base/, or on
-a GPU Qwen2.5-VL-3B (not run): in fp32 a weight takes 4 bytes, its gradient 4 and AdamW 8, so its
-3.75 billion take 60 GB, and activations come on top: an 80 GB GPU.
+The model sees a picture of a number, is asked to read it, and is never shown an answer. It answers
+G times, a rule grades each answer, and answers better than the mean of their group become more
+likely, worse ones less likely. `python naive_grpo.py` trains a small model, base/, and prints the
+mean reward and the accuracy (the share of numbers read whole). On a GPU it is Qwen2.5-VL-3B (not
+run), which needs 80 GB: 60 for its 3.75 billion fp32 weights, their gradients and AdamW.
 
-grpo_vl.py does the same fast and on many GPUs; a test holds it to this file's loss, gradients and
-weights. [DSM] DeepSeekMath, arXiv 2402.03300, brought GRPO; [PR1] Perception-R1, 2504.07954.
+(1) … (10) are the README's ten lines. grpo_vl.py does the same fast and on many GPUs; a test holds
+it to this file. [DSM] DeepSeekMath, arXiv 2402.03300; [PR1] Perception-R1, 2504.07954.
 Shapes: G answers to a prompt, L tokens of a row, T tokens of an answer, V vocabulary.
 """
-import copy
-import math
 import random
 import statistics
-from dataclasses import dataclass
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -38,28 +33,14 @@ BETA = 0.0  # β, weight of the KL term; 0: no reference model is kept [PR1 §4.
 TEMPERATURE = 1.0  # of π, in sampling and in scoring [PR1 §4.3: 1.0]
 
 
-@dataclass
-class Group:
-    """The G answers to one prompt, with all that the loss needs to know about them."""
-
-    prompt: dict  # what `encode` returned
-    answers: list[list[int]]  # o_i, tokens with the stop token; without one if it was cut
-    rewards: list[float]  # r_i
-    old_logps: list | None = None  # log π_old, [T] an answer: by the weights that wrote it
-    ref_logps: list | None = None  # log π_ref, [T] an answer: by those before training, if β > 0
-
-
-# ── a picture, a question, a reward ──
 def draw_number(rng):
     """(image, the number in it as text): black on white, anywhere."""
     number = str(rng.randint(10, LARGEST))
     image = Image.new("RGB", (SIZE, SIZE), "white")
-    pen = ImageDraw.Draw(image)
     font = ImageFont.load_default(25)
-    left, top, right, bottom = pen.textbbox((0, 0), number, font)
-    x = rng.uniform(0, SIZE - (right - left))
-    y = rng.uniform(0, SIZE - (bottom - top))
-    pen.text((x - left, y - top), number, "black", font)
+    left, top, right, bottom = font.getbbox(number)
+    place = rng.uniform(-left, SIZE - right), rng.uniform(-top, SIZE - bottom)
+    ImageDraw.Draw(image).text(place, number, "black", font)
     return image, number
 
 
@@ -75,19 +56,17 @@ def encode(tokenizer, image_processor, image):
 
 
 def grade(text, number):
-    """The reward, 0 … 1: the share of the number's n digits that are right; 0 for other lengths."""
+    """The reward: the share of digits that are right; 0 for another length, or no end of turn."""
     said = text.removesuffix("<|im_end|>")
-    if said == text or len(said) != len(number):  # its turn did not end, or not after n characters
+    if said == text or len(said) != len(number):
         return 0.0
-    # r = 1/n · Σ_k [said_k = number_k]
     return statistics.mean(float(a == b) for a, b in zip(said, number))
 
 
-# ── the model as a policy π: sample answers, score them ──
 def load(folder):
     """(model, tokenizer, image processor). Weights are fp32: bf16 would lose most small updates."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = Qwen.from_pretrained(folder, dtype=torch.float32)
+    model = Qwen.from_pretrained(folder, dtype=torch.float32).to("cuda" if GPU else "cpu")
     # A placeholder that the model wrote would be taken for an image when the answer is read again,
     # and Qwen's vocabulary has rows for ids that the tokenizer lacks: π never says either.
     placeholders = ("image_pad", "video_pad", "vision_start", "vision_end", "vision_pad")
@@ -98,20 +77,15 @@ def load(folder):
         do_sample=True, temperature=TEMPERATURE, top_k=0, top_p=1.0, repetition_penalty=1.0,
         suppress_tokens=banned, max_new_tokens=MAX_TOKENS,
         eos_token_id=tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]),
-        pad_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>"))
-    model.to("cuda" if GPU else "cpu")
+        pad_token_id=tokenizer.convert_tokens_to_ids("<|vision_pad|>"))  # which π never says
     return model, tokenizer, AutoImageProcessor.from_pretrained(folder)
 
 
 def make_batch(model, prompt, answers):
-    """Rows [prompt | answer | padding] and an image for each, as the model wants them.
-
-    Padding comes last, where no token of an answer looks: no mask is needed.
-    """
-    pad = model.generation_config.pad_token_id
-    longest = max(len(tokens) for tokens in answers)
-    rows = [prompt["ids"] + tokens + [pad] * (longest - len(tokens)) for tokens in answers]
-    ids_GL = torch.tensor(rows)
+    """Rows [prompt | answer | padding], each with the image. No answer looks at what is behind."""
+    rows = [torch.tensor(prompt["ids"] + tokens) for tokens in answers]
+    ids_GL = torch.nn.utils.rnn.pad_sequence(
+        rows, batch_first=True, padding_value=model.generation_config.pad_token_id)
     batch = {
         "input_ids": ids_GL,
         "attention_mask": torch.ones_like(ids_GL),
@@ -121,77 +95,64 @@ def make_batch(model, prompt, answers):
     return {name: tensor.to(model.device) for name, tensor in batch.items()}
 
 
-def cut_after_stop(ids, stops):
-    """`generate` pads behind the stop token: that token is learned, the padding is not."""
-    for place, token in enumerate(ids):
-        if token in stops:
-            return ids[: place + 1]
-    return ids  # cut off at MAX_TOKENS
-
-
 def sample(model, prompt):
-    """G answers o_1 … o_G ~ π(· | q) to a prompt q: lists of token ids."""
+    """G answers o_1 … o_G ~ π(· | q) to a prompt q: lists of token ids, with the stop token."""
     no_answers_yet = [[]] * GROUP
     ids_GL = model.generate(**make_batch(model, prompt, no_answers_yet))
-    start = len(prompt["ids"])
-    stops = model.generation_config.eos_token_id
-    return [cut_after_stop(ids, stops) for ids in ids_GL[:, start:].tolist()]
+    padded_GT = ids_GL[:, len(prompt["ids"]) :].tolist()
+    pad = model.generation_config.pad_token_id  # behind the stop token: that is learned, pad is not
+    return [[token for token in tokens if token != pad] for tokens in padded_GT]
 
 
 def token_logprobs(model, prompt, answers):
     """log π(o_t | q, o_<t) of each token o_t of each answer: a tensor [T] an answer."""
-    # A place's logits predict the token after it: the first wanted are at the prompt's last place,
-    # and the last place's are not used.
+    # A place's logits predict the token after it: the first wanted are at the prompt's last place.
     wanted = 1 + max(len(tokens) for tokens in answers)
     batch = make_batch(model, prompt, answers)
     logits_GTV = model(**batch, logits_to_keep=wanted, use_cache=False).logits
     logits_GTV = logits_GTV / model.generation_config.temperature
-    logits_GTV[..., model.generation_config.suppress_tokens] = -math.inf
-    logps = []
-    for tokens, logp_TV in zip(answers, logits_GTV.log_softmax(-1)):
-        logps.append(logp_TV[range(len(tokens)), tokens])
-    return logps
+    logits_GTV[..., model.generation_config.suppress_tokens] = -torch.inf
+    logps_GTV = logits_GTV.log_softmax(-1)
+    return [logp_TV[range(len(tokens)), tokens] for tokens, logp_TV in zip(answers, logps_GTV)]
 
 
-# ── GRPO ──
 def advantages(rewards):
-    """How much better each answer is than its group's mean, in units of the group's spread."""
+    """How much better each answer is than its group's mean, in units of the group's spread. (3)"""
     mean, std = statistics.mean(rewards), statistics.stdev(rewards)
     # A_i = (r_i − mean(r)) / (std(r) + ε)  [DSM §4.1.2]
     return [(reward - mean) / (std + 1e-4) for reward in rewards]
 
 
-def grpo_loss(model, group):
+def grpo_loss(model, prompt, answers, rewards, old_logps, ref_logps=None):
     """Minus the objective of the G answers to one prompt.
 
-    In the first of the µ steps π is π_old: every ratio is 1, no clip acts, and without KL the loss
-    is 0, since advantages sum to 0. Its gradient, −mean(A·∇log π), is not 0: it tells good from bad
-    answers.
+    old_logps, ref_logps: log π_old and, if β > 0, log π_ref of each answer's tokens, [T] an answer:
+    by the weights that wrote it, and by those before training. In the first of the µ steps π is
+    π_old: every ratio is 1, no clip acts, and the loss is 0, since advantages sum to 0. Its
+    gradient, −mean(A·∇log π), is not 0: it tells good from bad answers.
     """
     objective = 0.0
-    logps = token_logprobs(model, group.prompt, group.answers)
-    for i, advantage in enumerate(advantages(group.rewards)):
-        # ρ_t = π(o_t) / π_old(o_t)
-        ratio_T = (logps[i] - group.old_logps[i]).exp()
+    logps = token_logprobs(model, prompt, answers)  # (4)
+    for i, advantage in enumerate(advantages(rewards)):
+        # (5) min(ρ_t·A_i, clip(ρ_t, 1−ε, 1+ε)·A_i),  ρ_t = π(o_t) / π_old(o_t)  [DSM Eq.3]
+        ratio_T = (logps[i] - old_logps[i]).exp()
         clipped_T = ratio_T.clamp(1 - CLIP, 1 + CLIP)
-        # min(ρ_t·A_i, clip(ρ_t, 1−ε, 1+ε)·A_i)  [DSM Eq.3]
         objective_T = torch.minimum(ratio_T * advantage, clipped_T * advantage)
-        if BETA > 0:
-            # − β·KL,  KL(π ‖ π_ref) ≈ π_ref/π − log(π_ref/π) − 1  [DSM Eq.4]
-            log_ratio_T = group.ref_logps[i] - logps[i]
+        if BETA > 0:  # (6) − β·KL,  KL(π ‖ π_ref) ≈ π_ref/π − log(π_ref/π) − 1  [DSM Eq.4]
+            log_ratio_T = ref_logps[i] - logps[i]
             objective_T = objective_T - BETA * (log_ratio_T.exp() - log_ratio_T - 1)
-        # 1/G · Σ_i 1/|o_i| · Σ_t  [DSM Eq.3]
-        objective = objective + objective_T.mean() / len(group.answers)
+        # (7) 1/G · Σ_i 1/|o_i| · Σ_t  [DSM Eq.3]
+        objective = objective + objective_T.mean() / len(answers)
     return -objective
 
 
 def update(model, optimizer, groups):
     """One optimizer step on the mean loss of all groups. Memory holds one group at a time."""
     for group in groups:
-        loss = grpo_loss(model, group) / len(groups)
-        loss.backward()  # gradients add up
+        loss = grpo_loss(model, **group) / len(groups)
+        loss.backward()  # (8) gradients add up
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    optimizer.step()
+    optimizer.step()  # (9)
     optimizer.zero_grad()
 
 
@@ -201,32 +162,32 @@ def train_step(model, reference, tokenizer, image_processor, optimizer, rng):
     for _ in range(PROMPTS):
         image, number = draw_number(rng)
         prompt = encode(tokenizer, image_processor, image)
-        answers = sample(model, prompt)
-        rewards = [grade(tokenizer.decode(tokens), number) for tokens in answers]
-        groups.append(Group(prompt, answers, rewards))
-    with torch.no_grad():  # π still is what wrote the answers
-        for group in groups:
-            group.old_logps = token_logprobs(model, group.prompt, group.answers)
+        answers = sample(model, prompt)  # (1)
+        rewards = [grade(tokenizer.decode(tokens), number) for tokens in answers]  # (2)
+        group = {"prompt": prompt, "answers": answers, "rewards": rewards}
+        with torch.no_grad():  # π still is what wrote the answers
+            group["old_logps"] = token_logprobs(model, prompt, answers)
             if BETA > 0:
-                group.ref_logps = token_logprobs(reference, group.prompt, group.answers)
+                group["ref_logps"] = token_logprobs(reference, prompt, answers)
+        groups.append(group)
     for _ in range(INNER_STEPS):
-        update(model, optimizer, groups)
-    return [reward for group in groups for reward in group.rewards]
+        update(model, optimizer, groups)  # (3) … (9); the model is its own sampler: (10)
+    return [reward for group in groups for reward in group["rewards"]]
 
 
 def main():
     torch.manual_seed(0)
     rng = random.Random(0)
     model, tokenizer, image_processor = load(MODEL)
-    reference = copy.deepcopy(model) if BETA > 0 else None
+    reference = load(MODEL)[0] if BETA > 0 else None
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.0)
     rewards = []
     for step in range(1, STEPS + 1):
         rewards += train_step(model, reference, tokenizer, image_processor, optimizer, rng)
         if step % 10 == 0 or step == STEPS:
+            reward = statistics.mean(rewards)
             accuracy = statistics.mean(reward == 1 for reward in rewards)
-            print(f"step {step:4}  reward {statistics.mean(rewards):.3f}  accuracy {accuracy:.3f}",
-                  flush=True)
+            print(f"step {step:4}  reward {reward:.3f}  accuracy {accuracy:.3f}", flush=True)
             rewards = []
 
 

@@ -69,7 +69,7 @@ def naive_groups(tokenizer, image_processor):
         tokens = []
         for answer in answers:
             tokens.append([tokenizer.convert_tokens_to_ids(stops[t]) if t < 0 else t for t in answer])
-        groups.append(naive_grpo.Group(prompt, tokens, grades))
+        groups.append({"prompt": prompt, "answers": tokens, "rewards": grades})
     return groups
 
 
@@ -77,9 +77,9 @@ def keep_logprobs(model, groups, reference=None):
     """What train_step does after sampling."""
     with torch.no_grad():
         for group in groups:
-            group.old_logps = naive_grpo.token_logprobs(model, group.prompt, group.answers)
+            group["old_logps"] = naive_grpo.token_logprobs(model, group["prompt"], group["answers"])
             if reference:
-                group.ref_logps = naive_grpo.token_logprobs(reference, group.prompt, group.answers)
+                group["ref_logps"] = naive_grpo.token_logprobs(reference, group["prompt"], group["answers"])
 
 
 def fast_side(folder, groups, *, beta, reference_folder, optimizer_class):
@@ -102,10 +102,10 @@ def fast_side(folder, groups, *, beta, reference_folder, optimizer_class):
     packable = []
     for size, group in zip(SIZES, groups):
         prompt = qwen_vl.encode_chat(tokenizer, special, rewards.prompt("ocr"), [noise_image(*size)])
-        assert prompt.ids == group.prompt["ids"]
-        torch.testing.assert_close(prompt.pixels_ND, group.prompt["pixel_values"])
+        assert prompt.ids == group["prompt"]["ids"]
+        torch.testing.assert_close(prompt.pixels_ND, group["prompt"]["pixel_values"])
         completions = [Completion(tokens, old_T.tolist(), reward=reward)
-                       for tokens, old_T, reward in zip(group.answers, group.old_logps, group.rewards)]
+                       for tokens, old_T, reward in zip(group["answers"], group["old_logps"], group["rewards"])]
         packable.append(Group(prompt, completions, row=3 * len(packable)))
     rollouts = [completion for group in packable for completion in group.completions]
     device = torch.device("cpu")
@@ -158,13 +158,13 @@ def test_grpo_vl_is_this_algorithm(alone, folder, tmp_path, monkeypatch, beta, o
     if off_policy:  # ratios between e^−0.6 and e^0.6, the clip's borders are e^−0.22 and e^0.18
         generator = torch.Generator().manual_seed(0)
         for group in groups:
-            for i, old_T in enumerate(group.old_logps):
-                group.old_logps[i] = old_T + 1.2 * torch.rand(len(old_T), generator=generator) - 0.6
+            for i, old_T in enumerate(group["old_logps"]):
+                group["old_logps"][i] = old_T + 1.2 * torch.rand(len(old_T), generator=generator) - 0.6
 
     before = weights_of(model)
     loss = 0.0
     for group in groups:
-        part = naive_grpo.grpo_loss(model, group) / len(groups)
+        part = naive_grpo.grpo_loss(model, **group) / len(groups)
         part.backward()
         loss += part.item()
     gradients = gradients_of(model)
@@ -190,7 +190,7 @@ def test_grpo_vl_is_this_algorithm(alone, folder, tmp_path, monkeypatch, beta, o
 # ── its parts ──
 def test_it_stands_alone():
     allowed = {"torch", "transformers", "PIL", "numpy", "tqdm"}
-    standard = {"copy", "dataclasses", "math", "random", "statistics"}
+    standard = {"random", "statistics"}
     imported = set()
     for node in ast.walk(ast.parse((ROOT / "naive_grpo.py").read_text())):
         if isinstance(node, ast.Import):
@@ -248,11 +248,24 @@ def test_advantages_of_one_and_zero():
     assert naive_grpo.advantages([1.0, 0.0]) == pytest.approx([0.70700, -0.70700], abs=1e-5)
 
 
-def test_answers_end_with_their_stop_token():
-    stops = [77, 70]  # 70 is padding too
-    assert naive_grpo.cut_after_stop([5, 6, 77, 70, 70], stops) == [5, 6, 77]
-    assert naive_grpo.cut_after_stop([5, 6, 70, 70, 70], stops) == [5, 6, 70]
-    assert naive_grpo.cut_after_stop([5, 6, 8], stops) == [5, 6, 8]
+def test_answers_end_with_their_stop_token(folder, monkeypatch):
+    """What `generate` puts behind the shorter answers of a group is no part of them."""
+    model, tokenizer, image_processor = naive_grpo.load(folder)
+    prompt = naive_groups(tokenizer, image_processor)[0]["prompt"]
+    config = model.generation_config
+    assert config.pad_token_id in config.suppress_tokens  # so no answer loses a token that it wrote
+    stops = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+    said = {5, 6, *stops}  # the only tokens left, about equally likely
+    monkeypatch.setattr(config, "suppress_tokens", [t for t in range(model.config.text_config.vocab_size) if t not in said])
+    monkeypatch.setattr(config, "temperature", 50.0)
+    monkeypatch.setattr(naive_grpo, "GROUP", 64)
+    torch.manual_seed(0)
+    answers = naive_grpo.sample(model, prompt)
+    for answer in answers:
+        assert not set(stops) & set(answer[:-1])
+        assert answer[-1] in stops or len(answer) == naive_grpo.MAX_TOKENS
+    assert {answer[-1] for answer in answers} == said
+    assert {len(answer) for answer in answers} == {1, 2, 3, 4, 5, 6}
 
 
 def test_padding_does_not_matter(folder):
@@ -260,22 +273,22 @@ def test_padding_does_not_matter(folder):
     model, tokenizer, image_processor = naive_grpo.load(folder)
     for group in naive_groups(tokenizer, image_processor):
         with torch.no_grad():
-            together = naive_grpo.token_logprobs(model, group.prompt, group.answers)
-            for tokens, logp_T in zip(group.answers, together):
+            together = naive_grpo.token_logprobs(model, group["prompt"], group["answers"])
+            for tokens, logp_T in zip(group["answers"], together):
                 assert len(logp_T) == len(tokens)
-                (alone_T,) = naive_grpo.token_logprobs(model, group.prompt, [tokens])
+                (alone_T,) = naive_grpo.token_logprobs(model, group["prompt"], [tokens])
                 torch.testing.assert_close(logp_T, alone_T, atol=1e-5, rtol=1e-5)
 
 
 def test_stopping_is_learned(folder):
     model, tokenizer, image_processor = naive_grpo.load(folder)
-    prompt = naive_groups(tokenizer, image_processor)[0].prompt
+    prompt = naive_groups(tokenizer, image_processor)[0]["prompt"]
     stop = model.generation_config.eos_token_id[0]
-    group = naive_grpo.Group(prompt, [[5, stop], [5, 6]], [1.0, 0.0])
+    group = {"prompt": prompt, "answers": [[5, stop], [5, 6]], "rewards": [1.0, 0.0]}
     keep_logprobs(model, [group])
     naive_grpo.update(model, torch.optim.SGD(model.parameters(), lr=0.01), [group])
     with torch.no_grad():
-        change = naive_grpo.token_logprobs(model, prompt, group.answers[:1])[0] - group.old_logps[0]
+        change = naive_grpo.token_logprobs(model, prompt, group["answers"][:1])[0] - group["old_logps"][0]
     assert change[1] > 0.01
 
 
@@ -283,7 +296,7 @@ def test_placeholders_are_neither_sampled_nor_scored(tmp_path):
     """Their rows of lm_head are made to win every draw, were they not banned."""
     folder = write_model(tmp_path, tied=False, seed=0)
     model, tokenizer, image_processor = naive_grpo.load(folder)
-    prompt = naive_groups(tokenizer, image_processor)[0].prompt
+    prompt = naive_groups(tokenizer, image_processor)[0]["prompt"]
     banned = model.generation_config.suppress_tokens
     special = qwen_vl.SpecialIds.read(tokenizer, model.config)
     assert set(banned) == set(special.banned_V.nonzero().flatten().tolist())
@@ -307,7 +320,7 @@ def test_sampling_ignores_the_checkpoints_generation_config(tmp_path):
     config = dict(do_sample=True, temperature=1e-6, top_k=1, top_p=0.001, repetition_penalty=1.05)
     (tmp_path / "generation_config.json").write_text(json.dumps(config))
     model, tokenizer, image_processor = naive_grpo.load(folder)
-    prompt = naive_groups(tokenizer, image_processor)[0].prompt
+    prompt = naive_groups(tokenizer, image_processor)[0]["prompt"]
     torch.manual_seed(0)
     answers = naive_grpo.sample(model, prompt)
     assert len({tuple(answer) for answer in answers}) == 3
