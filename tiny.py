@@ -1,7 +1,7 @@
 """What runs without GPU, hub and data? A stand-in of the same class: its tokenizer, shape, world.
 
-A ~1 M-parameter `Qwen2_5_VLForConditionalGeneration` for teaching and tests, never presented as the
-papers' models.
+A 1.5 M-parameter `Qwen2_5_VLForConditionalGeneration` for teaching and tests, never presented as
+the papers' models.
 """
 import math
 
@@ -99,7 +99,7 @@ def tiny_tokenizer():
 
 
 def tiny_model(tokenizer, *, tied: bool = True, seed: int = 0, hidden: int = 128, layers: int = 4):
-    """A ~1 M-parameter `Qwen2_5_VLForConditionalGeneration` for teaching and tests, seeded.
+    """A 1.5 M-parameter `Qwen2_5_VLForConditionalGeneration` for teaching and tests, seeded.
 
     Initializer range 0.06: with Qwen's 0.02 a model this small sits on a long plateau first.
     """
