@@ -304,10 +304,13 @@ def check_loss_shapes(*tensors) -> None:
 
 def mean_of_row(values_S, counted_S, row_S) -> torch.Tensor:
     """Each token's rollout mean of the values (0 where they do not count) that count. [S]"""
-    rows = int(row_S.max()) + 1 if len(row_S) else 0
-    sum_B = values_S.new_zeros(rows).index_add(0, row_S, values_S)
-    count_B = values_S.new_zeros(rows).index_add(0, row_S, counted_S.to(values_S.dtype))
-    return (sum_B / count_B.clamp(min=1))[row_S]
+    if len(row_S) == 0:
+        return values_S
+    zeros_B = values_S.new_zeros(int(row_S.max()) + 1)
+    sum_B = zeros_B.index_add(0, row_S, values_S)
+    count_B = zeros_B.index_add(0, row_S, counted_S.to(values_S.dtype))
+    mean_B = sum_B / count_B.clamp(min=1)
+    return mean_B[row_S]
 
 
 def kl_estimate(log_ratio: torch.Tensor, kind: str) -> torch.Tensor:

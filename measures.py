@@ -12,7 +12,8 @@ def sum_and_count(values_S, counted_S=None) -> torch.Tensor:
     if counted_S is None:
         counted_S = torch.ones_like(values_S, dtype=torch.bool)
     total = torch.where(counted_S, values_S, 0).sum(dtype=torch.float64)
-    return torch.stack([total, counted_S.sum().double()])
+    count = counted_S.sum().double()
+    return torch.stack([total, count])
 
 
 def add_sums(sums: dict, stats: dict) -> None:
@@ -25,7 +26,9 @@ def sampler_gap(packs, old_logp, sampler_logp, weight_B) -> torch.Tensor:
     """[sum, count] of |log π_old − log π_sampler| over the tokens that are trained on."""
     total = torch.zeros(2, dtype=torch.float64, device=weight_B.device)
     for pack, old_S, sampled_S in zip(packs, old_logp, sampler_logp):
-        total += sum_and_count((old_S - sampled_S).abs(), weight_B[pack.row_S] > 0)
+        gap_S = (old_S - sampled_S).abs()
+        trained_S = weight_B[pack.row_S] > 0
+        total += sum_and_count(gap_S, trained_S)
     return total
 
 
@@ -38,23 +41,28 @@ def step_metrics(ranks, rollouts: list, rewards_PG: torch.Tensor, sums: dict, cl
     pairs = torch.stack([*sums.values()]).tolist()  # read from the device once
     own = dict(zip(sums, pairs))
     for completion in rollouts:
-        values = {"length": len(completion.tokens), "truncated": completion.truncated}
-        if not math.isnan(completion.reward):
-            values |= {f"reward/{name}": value for name, value in completion.parts.items()}
-        for name, value in values.items():
-            total, count = own.get(name, (0, 0))
-            own[name] = total + value, count + 1
+        add_pair(own, "length", len(completion.tokens))
+        add_pair(own, "truncated", completion.truncated)
+        if math.isnan(completion.reward):
+            continue
+        for name, value in completion.parts.items():
+            add_pair(own, f"reward/{name}", value)
     totals: dict[str, tuple] = {}
     for part in ranks.gather(own):
         for name, (total, count) in part.items():
-            before, counted = totals.get(name, (0, 0))
-            totals[name] = before + total, counted + count
+            add_pair(totals, name, total, count)
     metrics = reward_metrics(rewards_PG)
     for name, (total, count) in totals.items():
         metrics[name] = total / max(count, 1)
     for name, before, after in zip(("sample", "train", "refresh"), clock, clock[1:]):
         metrics[f"seconds/{name}"] = after - before
     return metrics
+
+
+def add_pair(pairs: dict, name: str, total: float, count: int = 1) -> None:
+    """Add to the (sum, count) of a name."""
+    before, counted = pairs.get(name, (0, 0))
+    pairs[name] = before + total, counted + count
 
 
 def reward_metrics(rewards_PG: torch.Tensor) -> dict:
@@ -79,7 +87,9 @@ def reward_metrics(rewards_PG: torch.Tensor) -> dict:
 def spread(rewards_G: list[float]) -> float:
     """Largest difference of a group's rewards; undecided ones (NaN) do not count."""
     known = [reward for reward in rewards_G if not math.isnan(reward)]
-    return max(known, default=0.0) - min(known, default=0.0)
+    if not known:
+        return 0.0
+    return max(known) - min(known)
 
 
 SYMPTOMS = (  # metric; sick by its mean over ten steps, and over the first ten; what to try

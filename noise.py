@@ -53,17 +53,21 @@ def inverse_cdf(probabilities_BV: torch.Tensor, uniform_B: torch.Tensor) -> torc
     behind = -probabilities_BV.shape[1] % BLOCK
     if behind:
         probabilities_BV = F.pad(probabilities_BV, (0, behind))
-    units_BNK = (probabilities_BV * 2.0**62).long().unflatten(1, (-1, BLOCK))
-    cdf_BN = units_BNK.sum(-1).cumsum(-1)
+    units_BV = (probabilities_BV * 2.0**62).long()
+    units_BNK = units_BV.unflatten(1, (-1, BLOCK))
+    mass_BN = units_BNK.sum(-1)
+    cdf_BN = mass_BN.cumsum(-1)
     total_B1 = cdf_BN[:, -1:]
     threshold_B1 = (uniform_B[:, None] * total_B1).long()
     threshold_B1 = threshold_B1.minimum(total_B1 - 1)  # the product may be rounded up
     block_B1 = first_above(cdf_BN, threshold_B1)
 
-    chosen_BK = units_BNK.take_along_dim(block_B1[:, :, None], dim=1)[:, 0]
-    before_B1 = cdf_BN.gather(1, block_B1) - chosen_BK.sum(-1, keepdim=True)
-    within_B1 = first_above(chosen_BK.cumsum(-1), threshold_B1 - before_B1)
-    return (block_B1 * BLOCK + within_B1)[:, 0]
+    before_B1 = (cdf_BN - mass_BN).gather(1, block_B1)
+    chosen_B1K = units_BNK.take_along_dim(block_B1[:, :, None], dim=1)
+    cdf_BK = chosen_B1K[:, 0].cumsum(-1)
+    within_B1 = first_above(cdf_BK, threshold_B1 - before_B1)
+    ids_B1 = block_B1 * BLOCK + within_B1
+    return ids_B1[:, 0]
 
 
 def first_above(cdf_BN, threshold_B1) -> torch.Tensor:

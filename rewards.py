@@ -146,8 +146,10 @@ def grounding(text, true, image_size, truncated, weight, iou_power):
 
 def overlaps(boxes_N4, true_M4):
     """-> IoU and GIoU of each pair, both [N, M]; 0 where there is no area."""
-    low_N12, high_N12 = boxes_N4[:, None, :2], boxes_N4[:, None, 2:]
-    low_1M2, high_1M2 = true_M4[None, :, :2], true_M4[None, :, 2:]
+    low_N12 = boxes_N4[:, None, :2]
+    high_N12 = boxes_N4[:, None, 2:]
+    low_1M2 = true_M4[None, :, :2]
+    high_1M2 = true_M4[None, :, 2:]
     shared_NM2 = np.minimum(high_N12, high_1M2) - np.maximum(low_N12, low_1M2)
     both_NM = shared_NM2.clip(0).prod(-1)
     area_N1 = (high_N12 - low_N12).prod(-1)
