@@ -76,3 +76,11 @@ def alone():
     if not dist.is_initialized():
         dist.init_process_group(fsdp.register_gloo(), rank=0, world_size=1, store=dist.HashStore())
     return fsdp.Processes(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture(scope="module", params=["tiny", "tiny-untied"])
+def world(request):
+    """(policy, Hugging Face twin, tokenizer, special ids, prompts), tied and untied; new for each test file."""
+    from references import make_world  # here: most files do without Hugging Face's model
+
+    return make_world(request.param)

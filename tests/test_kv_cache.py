@@ -12,11 +12,6 @@ from policy import Policy
 from sampler import Sampler
 
 
-@pytest.fixture(scope="module", params=["tiny", "tiny-untied"])
-def world(request):
-    return make_world(request.param)
-
-
 @pytest.fixture(scope="module")
 def stopping():
     """(policy, special ids, prompts) whose completions stop at very different lengths."""

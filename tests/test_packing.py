@@ -4,7 +4,6 @@ import torch
 from references import (
     gradients,
     huggingface_logps,
-    make_world,
     noise_image,
     packed_logps,
     padded_logps,
@@ -19,11 +18,6 @@ import policy as policy_module
 import qwen_vl
 from packing import pack_groups
 from qwen_vl import Completion, Group, encode_chat
-
-
-@pytest.fixture(scope="module", params=["tiny", "tiny-untied"])
-def world(request):
-    return make_world(request.param)
 
 
 @pytest.mark.parametrize("budget", [10**6, 60, 1])

@@ -3,7 +3,6 @@ import pytest
 import torch
 from references import (
     gradients,
-    make_world,
     noise_image,
     packed_logps,
     prepared,
@@ -21,11 +20,6 @@ import qwen_vl
 from packing import pack_groups
 from policy import Policy
 from qwen_vl import Completion, Group, encode_chat
-
-
-@pytest.fixture(scope="module", params=["tiny", "tiny-untied"])
-def world(request):
-    return make_world(request.param)
 
 
 @pytest.mark.parametrize("every, again", [(1, 4 + 3), (2, 2 + 2), (9, 1 + 1)])  # tiny: four layers, three blocks

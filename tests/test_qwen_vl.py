@@ -2,15 +2,10 @@
 import pytest
 import ranks
 import torch
-from references import make_world, noise_image
+from references import noise_image
 
 import qwen_vl
 from qwen_vl import SpecialIds, encode_chat
-
-
-@pytest.fixture(scope="module", params=["tiny", "tiny-untied"])
-def world(request):
-    return make_world(request.param)
 
 
 def test_patches_equal_the_image_processor():

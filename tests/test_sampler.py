@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from references import image_inputs, make_world, noise_image, packed_logps, prepared
+from references import image_inputs, noise_image, packed_logps, prepared
 
 import qwen_vl
 import sampler as sampler_module
@@ -14,11 +14,6 @@ from packing import pack_groups
 from policy import Policy
 from qwen_vl import Group, encode_chat
 from sampler import Sampler
-
-
-@pytest.fixture(scope="module", params=["tiny", "tiny-untied"])
-def world(request):
-    return make_world(request.param)
 
 
 @pytest.fixture(scope="module")

@@ -3,15 +3,9 @@ from copy import deepcopy
 
 import pytest
 import torch
-from references import make_world
 
 import policy as policy_module
 from sampler import Sampler
-
-
-@pytest.fixture(scope="module", params=["tiny", "tiny-untied"])
-def world(request):
-    return make_world(request.param)
 
 
 def test_refresh_takes_every_parameter_once_and_later_a_part(world):
