@@ -107,8 +107,9 @@ def claim(config) -> bool:
     seconds = getattr(config, "seconds", math.inf)
     ended_early = seconds < math.inf and saved["seconds"] == seconds
     if state.get("finished") and (state["step"] >= config.steps or ended_early):
+        limit = "--steps" if state["step"] >= config.steps else "--seconds"
         say(f"{folder} is finished: {state['step']} steps, the model is in {folder}/model. Raise "
-            "--steps to go on (under a constant schedule), or choose another --out")
+            f"{limit} to go on (under a constant schedule), or choose another --out")
         return False
     return True
 
@@ -197,8 +198,9 @@ def load_checkpoint(path: Path, policy, optimizer) -> dict:
 
 
 def resume(config, policy, optimizer) -> dict:
-    """{"step", "cursor", "unlogged"}: steps done and draws consumed, of the newest checkpoint in
-    --out; and the metrics of its last step, where the run ended before they were logged.
+    """{"step", "cursor", "seconds", "unlogged"}: steps done, draws consumed and time taken, of the
+    newest checkpoint in --out; and the metrics of its last step, where the run ended before they
+    were logged.
 
     What a killed run logged after that checkpoint is done again, so it leaves metrics.jsonl.
     """

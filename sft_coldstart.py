@@ -48,7 +48,7 @@ class Config(Options):
     after: str = ""  # preset whose run this one continues; it is run first if its folder is missing
     train: Literal["llm", "all"] = "llm"  # llm: vision tower and merger stay [OVR §3.1]
     batch: int = 640  # samples an optimizer step, all ranks together [OVR §4.1: 640]
-    seconds: float = math.inf  # stop after so many seconds of training
+    seconds: float = math.inf  # stop after so many of training, resumed or not
     eval_tokens: int = 768  # longest completion when evaluating
 
     def __post_init__(self):

@@ -327,20 +327,25 @@ class Progress:
     """
 
     def __init__(self, run: Run, eval_tokens: Callable, seconds=math.inf, stopped=None):
-        """eval_tokens: the longest held-out answer at a step; stopped: from `watch_signals`."""
+        """eval_tokens: the longest held-out answer at a step; stopped: from `watch_signals`.
+
+        seconds: of training after which no step follows, those before a resume counted.
+        """
         self.run, self.config, self.folder = run, run.config, Path(run.config.out)
         self.eval_tokens, self.seconds = eval_tokens, seconds
         state = run_folder.resume(run.config, run.policy, run.optimizer)
         self.done = state["step"]
         run.cursor = self.cursor = state["cursor"]
-        self.bad_steps, self.stopped, self.last = 0, False, self.done >= self.config.steps
+        self.elapsed = state.get("seconds", 0.0)  # of training, up to the last step
+        self.bad_steps, self.stopped = 0, False
+        self.last = self.done >= self.config.steps or self.elapsed > seconds
         self.metrics: dict = {}
         self.unlogged = False  # the last step's evaluation was interrupted
         self.log = run_folder.RunLog(run.config) if run.processes.rank == 0 else None
         run.sampler.refresh(fsdp.gathered_parameters(run.policy))
         run.sampler.interrupted = stopped or watch_signals()
         self.before = self.evaluate_before()
-        self.started = time.perf_counter()
+        self.started = time.perf_counter() - self.elapsed
         if state.get("unlogged"):  # the run ended between a checkpoint and its evaluation
             self.evaluate_and_log(state["unlogged"])
 
@@ -377,9 +382,9 @@ class Progress:
             metrics |= self.before
         self.done += 1
         self.cursor = run.cursor
-        elapsed = max(run.processes.gather(time.perf_counter() - self.started))
-        metrics["seconds/total"] = elapsed
-        self.last = self.done == config.steps or elapsed > self.seconds
+        self.elapsed = max(run.processes.gather(time.perf_counter() - self.started))
+        metrics["seconds/total"] = self.elapsed
+        self.last = self.done == config.steps or self.elapsed > self.seconds
         self.bad_steps = 0 if math.isfinite(metrics["grad_norm"]) else self.bad_steps + 1
         if self.bad_steps:  # the optimizer left this step out
             drawn = run.processes.gather(run.drawn)
@@ -418,7 +423,8 @@ class Progress:
     def save(self, unlogged: dict | None = None) -> None:
         if self.config.sharding == "by-hand" or self.done == 0:
             return  # by hand the model is written at the end, and nothing before
-        state = {"step": self.done, "cursor": self.cursor, "unlogged": unlogged}
+        state = {"step": self.done, "cursor": self.cursor, "seconds": self.elapsed,
+                 "unlogged": unlogged}
         run_folder.save_checkpoint(
             self.folder, self.run.policy, self.run.optimizer, state, self.config.keep)
 

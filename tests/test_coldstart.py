@@ -1,6 +1,8 @@
 """The cold start: loss on completion tokens only, packed without leaks, text and images together."""
+import itertools
 import json
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import ranks
@@ -157,6 +159,22 @@ def test_a_stage_runs_the_stages_before_it_once(alone, tmp_path, monkeypatch):
     again = small | dict(after="first", out=str(tmp_path / "again"))
     assert sft_coldstart.train_after(sft_coldstart.Config(**again), alone, None)
     assert (tmp_path / "first" / "metrics.jsonl").stat().st_mtime_ns == made
+
+
+def test_seconds_count_what_was_trained_before_a_resume(alone, tmp_path, monkeypatch):
+    """A clock that goes on by 10 s a look: a look as the run begins, one after each step."""
+    def run(now, **changes):
+        looks = itertools.count(now, 10)
+        monkeypatch.setattr(training, "time", SimpleNamespace(perf_counter=lambda: next(looks)))
+        small = dict(model="tiny", data=(ranks.WORLD,), train="all", batch=2, max_tokens=256, warmup=0, eval_every=0,
+                     checkpointing=False, schedule="constant", out=str(tmp_path), seconds=35.0)
+        assert sft_coldstart.train(sft_coldstart.Config(**(small | changes)), alone)
+        return [json.loads(line)["seconds/total"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+
+    assert run(0, steps=2) == [10, 20]
+    assert run(1000, steps=9) == [10, 20, 30, 40]
+    assert run(2000, steps=9, seconds=40.0) == [10, 20, 30, 40, 50]  # 40 is not more than 40
+    assert run(3000, steps=9, seconds=40.0) == [10, 20, 30, 40, 50]
 
 
 def load_weights(folder):

@@ -62,12 +62,13 @@ def test_a_finished_run_says_so_and_goes_on_with_more_steps(alone, tmp_path, cap
     assert run_folder.claim(replace(run.config, steps=3))
 
 
-def test_a_cold_start_that_ended_by_its_seconds_is_finished(tmp_path):
+def test_a_cold_start_that_ended_by_its_seconds_is_finished(tmp_path, capsys):
     config = sft_coldstart.Config(model="tiny", out=str(tmp_path), seconds=5.0)
     (tmp_path / "checkpoint-7").mkdir()
     (tmp_path / "config.json").write_text(json.dumps(asdict(config)))
     (tmp_path / "checkpoint-7" / "state.json").write_text('{"step": 7, "cursor": 4, "finished": true}')
     assert not run_folder.claim(config)
+    assert "is finished: 7 steps" in (said := capsys.readouterr().err) and "Raise --seconds to go on" in said
     assert run_folder.claim(replace(config, seconds=50.0))
 
 
