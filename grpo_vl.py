@@ -105,8 +105,9 @@ def longest(config: Config, step: int) -> int:
 
 
 # §2 ────────────────────────────────────── group sampling ────────────────────────────────────
-def collect_groups(run: Run, step: int) -> tuple[list[Group], dict[int, list[float]]]:
-    """This rank's groups with rewards, and {draw: its G rewards} of all ranks, in order of draws.
+def collect_groups(run: Run, step: int) -> tuple[list[Group], dict[int, list[float]], dict]:
+    """This rank's groups with rewards, {draw: its G rewards} of all ranks, in order of draws, and
+    metrics of dynamic sampling, if it is on.
 
     Dynamic sampling [DAPO §3.2] replaces groups of equal rewards, in a bounded number of rounds.
     """
@@ -122,8 +123,12 @@ def collect_groups(run: Run, step: int) -> tuple[list[Group], dict[int, list[flo
         rewards_of |= of_all_ranks(ranks, {group.draw: group.rewards for group in new})
         if len(rewards_of) >= config.prompts:
             break
+    counts = {}
+    if config.dynamic_sampling:
+        drawn = (attempt + 1) * config.prompts
+        counts = {"groups_drawn": drawn, "groups_rejected": drawn - len(rewards_of)}
     rewards_of = dict(list(rewards_of.items())[: config.prompts])
-    return [group for group in groups if group.draw in rewards_of], rewards_of
+    return [group for group in groups if group.draw in rewards_of], rewards_of, counts
 
 
 def answer_groups(run: Run, step: int, groups: list[Group], repeat_of: dict, attempt: int) -> None:
@@ -332,7 +337,7 @@ def train_step(run: Run, step: int) -> dict:
     clock = [time.perf_counter()]
 
     # 1. Sample G completions o_1 … o_G of each prompt from π_θ and score them (1, 2).
-    groups, rewards_of = collect_groups(run, step)
+    groups, rewards_of, counts = collect_groups(run, step)
     rollouts = [completion for group in groups for completion in group.completions]
     clock.append(time.perf_counter())
 
@@ -384,7 +389,7 @@ def train_step(run: Run, step: int) -> dict:
 
     if ranks.rank == 0 and config.pictures_every and step % config.pictures_every == 0:
         run_folder.save_rollouts(Path(config.out), step, groups)
-    metrics = step_metrics(ranks, rollouts, rewards_PG, sums, clock)
+    metrics = step_metrics(ranks, rollouts, rewards_PG, sums, clock) | counts
     metrics["loss"] = sum(ranks.gather(total_loss.item())) / config.inner_steps
     if config.kl == "k1" and config.beta:
         metrics["reward_minus_kl"] = penalised_PG.nanmean().item()

@@ -21,7 +21,7 @@ from qwen_vl import Completion, Group
 def first_rollouts(ranks, **changes):
     """{draw: (tokens, logps, rewards)} of the first step's groups, of all ranks."""
     run = make_run(ranks, **changes)
-    groups, rewards_of = grpo_vl.collect_groups(run, 0)
+    groups, rewards_of, _ = grpo_vl.collect_groups(run, 0)
     found = {g.draw: ([c.tokens for c in g.completions], [c.logps for c in g.completions]) for g in groups}
     merged = {draw: value for part in ranks.gather(found) for draw, value in part.items()}
     return merged, rewards_of
@@ -61,10 +61,10 @@ def test_a_resumed_run_answers_a_repeated_sample_as_it_would_have(alone, tmp_pat
     small = dict(data=(write(tmp_path, *rows),), eval_every=0, prompts=7)
     run = make_run(alone, **small)
     grpo_vl.collect_groups(run, 0)
-    whole, _ = grpo_vl.collect_groups(run, 1)
+    whole, *_ = grpo_vl.collect_groups(run, 1)
     resumed = make_run(alone, **small, kv_gb=1e-4)
     resumed.cursor = 7
-    again, _ = grpo_vl.collect_groups(resumed, 1)
+    again, *_ = grpo_vl.collect_groups(resumed, 1)
     assert [group.draw for group in again] == [7, 8, 9, 10, 11, 12, 13]
     assert [[c.tokens for c in g.completions] for g in again] == [[c.tokens for c in g.completions] for g in whole]
 
@@ -145,6 +145,22 @@ def one_rank_drops_everything(ranks):
 def test_a_rank_whose_groups_are_all_dropped_goes_along(pair):
     one, _ = pair.run("test_grpo_vl.one_rank_drops_everything")
     assert one["groups"] == 4 and one["cursor"] == 8 and one["zero_variance"] == 0
+    assert (one["groups_drawn"], one["groups_rejected"]) == (8, 4)  # draws 1, 3, 5, 7
+
+
+def test_groups_drawn_and_rejected_are_logged_with_dynamic_sampling_alone(alone):
+    """Draw 1 alone is rejected: 3 drawn, 2 to keep; 3 more, all to keep, of which two are more than wanted."""
+    run = make_run(alone, dynamic_sampling=2, prompts=3)
+    equal = run.data[1].answer
+
+    def reward(task, completion, answer, image_size=None, *, truncated=False, **options):
+        return 0.5 if answer == equal else by_length(task, completion, answer)
+
+    run.reward = reward
+    metrics = grpo_vl.train_step(run, 0)
+    assert (metrics["groups"], metrics["groups_drawn"], metrics["groups_rejected"]) == (3, 6, 1)
+    plain = grpo_vl.train_step(make_run(alone), 0)
+    assert "groups_drawn" not in plain and "groups_rejected" not in plain
 
 
 def nothing_to_learn(ranks):
@@ -313,7 +329,7 @@ def test_undecided_rewards_have_no_weight_and_are_counted(alone):
         return rewards.Score(0.0 if unclear else ranks.by_length(task, completion, answer), parts)
 
     run = ranks.make_run(alone, reward=undecided)
-    groups, rewards_of = grpo_vl.collect_groups(run, 0)
+    groups, rewards_of, _ = grpo_vl.collect_groups(run, 0)
     unclear = [math.isnan(reward) for group in groups for reward in group.rewards]
     rollouts = [completion for group in groups for completion in group.completions]
     assert 0 < sum(unclear) < len(unclear)

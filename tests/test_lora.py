@@ -179,7 +179,7 @@ def test_each_linear_of_the_decoder_is_adapted_and_nothing_else_trained():
 @pytest.mark.parametrize("model", ["tiny", "tiny-untied"])
 def test_the_merged_sampler_is_the_adapted_trainer(alone, model):
     run = adapted_run(alone, model=model)
-    groups, _ = grpo_vl.collect_groups(run, 0)
+    groups, *_ = grpo_vl.collect_groups(run, 0)
     (pack,) = pack_for_ranks(groups, 10**6, run.special, alone)
     (sampled_S,) = sampled_logps([c for group in groups for c in group.completions], [pack], "cpu")
     with torch.no_grad():
