@@ -69,6 +69,27 @@ def test_a_resumed_run_answers_a_repeated_sample_as_it_would_have(alone, tmp_pat
     assert [[c.tokens for c in g.completions] for g in again] == [[c.tokens for c in g.completions] for g in whole]
 
 
+def one_rank_meets_a_bad_row(ranks):
+    """What ends the step: draw 1, of rank 1, cannot be read."""
+    run = make_run(ranks, prompts=2)
+    good = run.data
+
+    class Faulty:
+        def __getitem__(self, draw):
+            if draw == 1:
+                raise datasets.DataError("rows.jsonl:2: unusable")
+            return good[draw]
+
+    run.data = Faulty()
+    with pytest.raises(datasets.DataError) as ended:
+        grpo_vl.collect_groups(run, 0)
+    return str(ended.value)
+
+
+def test_a_bad_row_on_one_rank_ends_the_step_on_both(pair):
+    assert pair.run("test_grpo_vl.one_rank_meets_a_bad_row") == ["rows.jsonl:2: unusable"] * 2
+
+
 @pytest.mark.parametrize("loss", ["grpo", "dapo", "dr_grpo"])
 def test_two_ranks_make_the_same_three_steps_as_one(alone, pair, loss):
     want, weights = ranks.steps(alone, loss=loss)
