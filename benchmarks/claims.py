@@ -142,28 +142,29 @@ def scenes(world: World, seed: int) -> str:
 def training_command(job: Job, model: str, out: Path, *, steps: int | None = None, seconds=0.0):
     """steps: the last one, if not the world's; seconds: the most that SFT trains.
 
-    The learning rate is constant, so that a step is the same whichever step is the last.
+    SFT's learning rate is constant, as its last step is not known: a clock ends it.
     """
     world = job.arm.world
     command = [
         job.arm.script, "--model", model, "--out", shown(out), "--seed", str(job.seed),
         "--data", f"synthetic:{world.task}?{world.scene}", "--think", world.think,
         "--eval-data", scenes(world, 1000 + job.seed), "--eval-samples", str(world.looked_at),
-        "--schedule", "constant", "--warmup", "10", "--keep", "10000",
+        "--warmup", "10", "--keep", "10000",
         "--no-checkpointing", "--micro-tokens", "4096", *job.arm.options]
     if job.arm.script == SFT:
         return [
-            *command, "--train", "all", "--lr", str(world.sft_lr), "--batch", str(world.prompts),
+            *command, "--train", "all", "--batch", str(world.prompts),
+            "--lr", str(world.sft_lr), "--schedule", "constant",
             "--steps", str(steps or 10**6), "--seconds", f"{seconds:.1f}",
             "--max-tokens", "1024", "--eval-tokens", str(world.max_tokens),
             "--save-every", str(world.steps), "--eval-every", str(world.sft_every * world.steps)]
-    often = str(max(1, world.steps // 10))
+    often = max(1, world.steps // 10)
     return [
-        *command, "--lr", str(world.lr),
+        *command, "--lr", str(world.lr), "--schedule", world.schedule,
         "--prompts", str(world.prompts), "--group", str(world.group),
         "--steps", str(steps or world.steps), "--max-tokens", str(world.max_tokens),
         "--reward-options", world.reward_options, "--pictures-every", "0",
-        "--save-every", often, "--eval-every", often]
+        "--save-every", str(often), "--eval-every", str(5 * often)]
 
 
 def train(job: Job) -> tuple[list[str], bool]:

@@ -182,10 +182,11 @@ def measured(results: dict, contrast: Contrast) -> tuple[str, str]:
     if found is None:
         return "not run", verdict(found)
     text = points(found, "+")
-    if len(contrast.weights) == 2:
-        higher, lower = contrast.weights
-        first = estimate(results, {lower: 1.0}, contrast.metric)
-        second = estimate(results, {higher: 1.0}, contrast.metric)
+    higher = {name: weight for name, weight in contrast.weights.items() if weight > 0}
+    lower = {name: -weight for name, weight in contrast.weights.items() if weight < 0}
+    if math.isclose(sum(higher.values()), 1.0):  # two means, not a difference of differences
+        first = estimate(results, lower, contrast.metric)
+        second = estimate(results, higher, contrast.metric)
         text = f"{100 * first.mean:.1f} → {100 * second.mean:.1f}: {text}"
     seeds = "one seed" if found.seeds == 1 else f"{found.seeds} seeds"
     return f"{text} ({seeds})", verdict(found)

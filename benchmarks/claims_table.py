@@ -23,10 +23,11 @@ class World:
     scene: str  # options of synthetic:TASK
     steps: int  # of GRPO; SFT is saved as often
     lr: float  # of GRPO
-    sft_lr: float
+    sft_lr: float  # constant
     max_tokens: int  # longest answer
     prompts: int = 16  # a step, of GRPO and of SFT
     group: int = 8  # G
+    schedule: str = "linear"  # of GRPO's learning rate
     think: str = "no"  # no, before, after
     reward_options: str = "{}"
     sft_every: int = 3  # SFT is looked at after every so many times `steps`
@@ -79,20 +80,21 @@ class Claim:
 
 
 # §2 ─────────────────────────── what is chosen, on seeds 10 and above ────────────────────────────
-# The scenes are those that --preset base is trained on. Counting's steps, prompts and learning rate
-# are the demo's; those of the other tasks are of its order of size and have not been tuned yet.
+# The scenes are those that --preset base is trained on. What was tried, on seed 10, and what came of
+# it: results/claims_tried.jsonl. Of 1e-4 and 2e-4, GRPO's rate is the better one of each task. SFT's
+# is the demo's, 3e-4. Steps are what two cores do in one to three minutes.
 GROUNDING = World(
     task="grounding", scene=f"{SCENE}&distractors=1-3",
-    steps=100, lr=2e-4, sft_lr=3e-4, max_tokens=32)
+    steps=100, lr=1e-4, sft_lr=3e-4, max_tokens=32)
 COUNTING = World(
     task="counting", scene=f"{SCENE}&objects=1-4&distractors=1-2",
-    steps=150, lr=1.5e-4, sft_lr=3e-4, max_tokens=80, prompts=32)
+    steps=100, lr=2e-4, sft_lr=3e-4, max_tokens=80)
 OCR = World(
     task="ocr", scene="size=84x84&objects=1-1&numbers=1",
     steps=100, lr=2e-4, sft_lr=3e-4, max_tokens=24)
 DETECTION = World(
     task="detection", scene=f"{SCENE}&objects=1-6&coloured=1",
-    steps=100, lr=2e-4, sft_lr=3e-4, max_tokens=160)
+    steps=40, lr=1e-4, sft_lr=3e-4, max_tokens=160)
 TASKS = (GROUNDING, COUNTING, OCR, DETECTION)
 
 CROWD = f"{SCENE}&coloured=1"  # P2: detection of exactly so many objects
@@ -112,6 +114,7 @@ OVER_SFT = {  # [PR1 T5] SFT → RL
 NO_THINKING = {  # [PR1 T5] with → without thinking
     "grounding": "RefCOCO+ val 67.9 → 81.7", "counting": "PixMo-Count val 74.9 → 78.1",
     "ocr": "PageOCR F1 93.8 → 98.2", "detection": "COCO AP 25.7 → 28.1"}
+NO_THINKING_OF_ALL = "+13.8, +3.2, +4.4, +2.4"
 MATCHING = "RL over SFT: PixMo-Count +20.1, COCO AP +6.0; RefCOCO+ +1.0, PageOCR F1 +1.0"
 
 
@@ -183,13 +186,11 @@ def p2() -> Claim:
             Arm(where, "GRPO", world, GRPO),
             Arm(where, "SFT", world, SFT, like=grpo, at="best"),
             Arm(where, "SFT, sorted", in_order, SFT, like=grpo, at="best"),
-            Arm(where, "SFT, sorted, then GRPO", world, GRPO, start=fixed),
         ]
         contrasts += [
             Contrast(f"{where}: SFT → GRPO", over(grpo, free)),
             Contrast(f"{where}: SFT, sorted → GRPO", over(grpo, fixed)),
             Contrast(f"{where}: SFT → SFT, sorted", over(fixed, free)),
-            Contrast(f"{where}: SFT, sorted → then GRPO", over(f"{fixed}, then GRPO", fixed)),
         ]
     contrasts += [more_with_objects("SFT"), more_with_objects("SFT, sorted")]
     return Claim("RL beats SFT where many objects are to be matched", arms, contrasts, ordinal=True)
@@ -213,9 +214,13 @@ def more_with_objects(sft: str) -> Contrast:
 
 
 def p3() -> Claim:
-    """Answers alone, thoughts before, thoughts after: at as many steps, and at as many tokens."""
+    """Answers alone, thoughts before, thoughts after: at as many steps, and at as many tokens.
+
+    The learning rate is constant, so that a step is the same whichever step is the last.
+    """
     arms, contrasts = [], []
-    for world in TASKS:
+    for own in TASKS:
+        world = replace(own, schedule="constant", lr=own.lr / 2)
         task, plain = world.task, f"{world.task} plain"
         arms += [Arm(task, "base", world), Arm(task, "plain", world, GRPO)]
         for form, what in (("before", "think"), ("after", "think after")):
@@ -229,15 +234,27 @@ def p3() -> Claim:
             ]
             paper = NO_THINKING[task] if form == "before" else ""
             contrasts += [
-                Contrast(f"{task}: {what} → plain", over(plain, long), paper, headline=bool(paper)),
+                Contrast(f"{task}: {what} → plain", over(plain, long), paper),
                 Contrast(f"{task}: {what} → plain, same tokens", over(plain, same)),
                 Contrast(f"{task}: {what} → plain, of the base", over(base, base_long)),
             ]
+    for what in ("think", "think, same tokens", "think after"):
+        paper = NO_THINKING_OF_ALL if "after" not in what else ""
+        contrasts.append(of_all_tasks(f"{what} → plain", "plain", what, paper))
     return Claim("thinking does not help perception", arms, contrasts)
 
 
+def of_all_tasks(text: str, first: str, second: str, paper: str) -> Contrast:
+    """The first kind of arm scores more than the second, in the mean over tasks."""
+    weights = {}
+    for world in TASKS:
+        weights[f"{world.task} {first}"] = 1 / len(TASKS)
+        weights[f"{world.task} {second}"] = -1 / len(TASKS)
+    return Contrast(f"mean of {len(TASKS)} tasks: {text}", weights, paper, headline=True)
+
+
 def p5() -> Claim:
-    """G at as many prompts a step, and at as many rollouts a step."""
+    """G at as many prompts a step, and at as many rollouts a step; half as many steps as P1."""
     arms, contrasts = [], []
     for world in (GROUNDING, COUNTING):
         task = world.task
@@ -245,7 +262,8 @@ def p5() -> Claim:
         for group in GROUPS:
             where = f"G = {group}"
             prompts, rollouts = f"{task}, same prompts", f"{task}, same rollouts"
-            own = replace(world, group=group, lr=LR_OF_GROUP.get(group, world.lr))
+            lr = LR_OF_GROUP.get(group, world.lr)
+            own = replace(world, group=group, lr=lr, steps=world.steps // 2)
             arms.append(Arm(where, prompts, own, GRPO))
             if group == world.group:  # one run for both
                 arms.append(Arm(where, rollouts, own, start=f"{where} {prompts}"))
@@ -271,12 +289,15 @@ def c1() -> Claim:
             seeing, blind = f"{task} {what}", f"{task} {what}, blind"
             arms.append(Arm(task, what, world, start=f"P1/{seeing}"))
             arms.append(Arm(task, f"{what}, blind", world, start=f"P1/{seeing}", blind=True))
-            first = what == "GRPO"
             guess = f"{task}: chance → {what}, blind (should not be seen)"
             contrasts += [
-                Contrast(f"{task}: {what}, blind → seeing", over(seeing, blind), headline=first),
+                Contrast(f"{task}: {what}, blind → seeing", over(seeing, blind)),
                 Contrast(guess, over(blind, f"{task} chance")),
             ]
+    contrasts += [
+        of_all_tasks("GRPO, blind → seeing", "GRPO", "GRPO, blind", ""),
+        of_all_tasks("chance → GRPO, blind (should not be seen)", "GRPO, blind", "chance", ""),
+    ]
     return Claim("the answer is in the picture", arms, contrasts)
 
 

@@ -15,7 +15,8 @@ import claims_table
 from claims_report import Result, estimate, verdict
 from claims_table import GRPO, Arm, Claim, Contrast, World
 
-WORLD = World("grounding", "size=56x56", steps=4, lr=1e-4, sft_lr=1e-4, max_tokens=32)
+WORLD = World(
+    "grounding", "size=56x56", steps=4, lr=1e-4, sft_lr=1e-4, max_tokens=32, schedule="constant")
 GAIN = {"after": 1.0, "before": -1.0}
 HERE, BETWEEN, THERE = [0, 0, 10, 10], [20, 20, 30, 30], [40, 40, 50, 50]
 
@@ -118,7 +119,8 @@ def test_an_earlier_steps_model_is_that_of_a_run_which_ended_there(tmp_path):
     """By the real scripts: three steps, their first one written again, and a run of one step."""
     from safetensors.torch import load_file
 
-    world = World("counting", "size=56x56", steps=3, lr=1e-3, sft_lr=1e-3, max_tokens=12, prompts=2, group=4, looked_at=2)
+    world = World("counting", "size=56x56", steps=3, lr=1e-3, sft_lr=1e-3, max_tokens=12, prompts=2,
+                  group=4, looked_at=2, schedule="constant")
     learns = (*claims_table.control("by_text"), "--overlong", "keep")  # the stand-in knows no answer
     arms = [Arm("c", "like", world), Arm("c", "three", world, GRPO, learns),
             Arm("c", "first", world, start="c three", at="tokens", like="c like"),
