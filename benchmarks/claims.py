@@ -24,7 +24,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from statistics import fmean
@@ -328,11 +328,8 @@ def drawn(world: World, seed: int, count: int) -> list[Sample]:
 
 
 # §6 ────────────────────────────────────── arms in order ─────────────────────────────────────────
-def run_arm(job: Job, before: list[Future]) -> None:
-    """Wait for the arms before it, train, choose a step, answer, and keep the raw rows."""
-    for future in before:
-        if future.exception():
-            raise RuntimeError(f"{job.name}: an arm that it needs has failed")
+def run_arm(job: Job) -> None:
+    """Train, choose a step, answer, and keep the raw rows."""
     shutil.rmtree(job.folder, ignore_errors=True)
     job.folder.mkdir(parents=True)
     arm, about, steps = job.arm, {"commands": []}, []
@@ -359,27 +356,50 @@ def run_arm(job: Job, before: list[Future]) -> None:
     claims_report.write(job.file, about, steps, greedy, sampled)
 
 
-def run_seed(bench: Bench, claim: str, seed: int, only: str) -> list[str]:
-    """A claim's arms with a seed, but for those that are finished: what went wrong."""
-    futures: dict[str, Future] = {}
-    jobs = [Job(bench, claim, arm, seed) for arm in bench.claims[claim].arms]
+def run_arms(bench: Bench, claim: str, seeds: list[int], only: str) -> list[str]:
+    """A claim's arms, two at a time, but for those that are finished: what went wrong."""
+    jobs = []
+    for seed in seeds:
+        jobs += [Job(bench, claim, arm, seed) for arm in bench.claims[claim].arms]
+    waiting = [job for job in jobs if only in job.arm.name and not job.file.exists()]
+    running: dict[Future, Job] = {}
+    troubles = []
     with ThreadPoolExecutor(2) as pool:
-        for job in jobs:  # an arm stands after those that it waits for: two threads cannot lock
-            if only in job.arm.name and not job.file.exists():
-                needed = (job.arm.start, job.arm.like)
-                before = [futures[name] for name in needed if name in futures]
-                futures[job.arm.name] = pool.submit(run_arm, job, before)
         try:
-            troubles = [future.exception() for future in futures.values()]
+            while waiting or running:
+                for job in ready(waiting, [*running.values()])[: 2 - len(running)]:
+                    waiting.remove(job)
+                    running[pool.submit(run_arm, job)] = job
+                ended, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in ended:
+                    del running[future]
+                    troubles.append(future.exception())
         except KeyboardInterrupt:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in list(bench.running):
                 process.terminate()
             raise
-    if all(job.file.exists() for job in jobs):  # the models stay
-        for checkpoint in (bench.runs / claim / str(seed)).glob("*/*/checkpoint-*"):
-            shutil.rmtree(checkpoint)
+    for seed in seeds:
+        forget_checkpoints(bench.runs / claim / str(seed), [job for job in jobs if job.seed == seed])
     return [str(trouble) for trouble in troubles if trouble]
+
+
+def ready(waiting: list[Job], running: list[Job]) -> list[Job]:
+    """The jobs that wait for no other arm. (One whose arm has failed says so when it starts.)"""
+    unfinished = {(job.seed, job.arm.name) for job in waiting + running}
+    found = []
+    for job in waiting:
+        needed = {(job.seed, job.arm.start), (job.seed, job.arm.like)}
+        if not needed & unfinished:
+            found.append(job)
+    return found
+
+
+def forget_checkpoints(folder: Path, jobs: list[Job]) -> None:
+    """Once all arms of a seed are finished, only their models stay."""
+    if all(job.file.exists() for job in jobs):
+        for checkpoint in folder.glob("*/*/checkpoint-*"):
+            shutil.rmtree(checkpoint)
 
 
 def with_changes(claim: Claim, changes: list[str]) -> Claim:
@@ -424,9 +444,7 @@ def main(arguments: list[str] | None = None) -> None:
                      "base, then benchmarks/base_model.py publish), or name another folder")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # children end with this process
     bench = Bench(given.base, runs, results, claims)
-    troubles = []
-    for seed in given.seeds:
-        troubles += run_seed(bench, given.claim, seed, given.only)
+    troubles = run_arms(bench, given.claim, given.seeds, given.only)
     page = claims_report.write_claim(given.claim, claims[given.claim], results)
     print(page.read_text())
     if troubles:

@@ -142,6 +142,18 @@ def test_an_earlier_steps_model_is_that_of_a_run_which_ended_there(tmp_path):
     assert any(not written[name].equal(last[name]) for name in last)
 
 
+def test_an_arm_starts_once_those_that_it_waits_for_are_finished():
+    """SFT trains as long as GRPO did, its best step is one of its own; the other seed waits for nothing."""
+    arms = [Arm("a", "GRPO", WORLD, GRPO), Arm("a", "SFT", WORLD, claims.SFT, like="a GRPO"),
+            Arm("a", "best", WORLD, start="a SFT"), Arm("a", "base", WORLD)]
+    first = [claims.Job(None, "X", arm, 0) for arm in arms]
+    second = [claims.Job(None, "X", arm, 1) for arm in arms]
+    assert claims.ready(first, []) == [first[0], first[3]]
+    assert claims.ready(first[1:], [first[0]]) == [first[3]]
+    assert claims.ready(first[1:3], []) == [first[1]]  # GRPO is finished
+    assert claims.ready(first[2:3], second) == [first[2]]
+
+
 def test_finished_arms_are_not_run_again(tmp_path, monkeypatch):
     """Training fails once; the arm alone begins anew, and a third call starts nothing."""
     started, faults = [], ["the disk is full"]
@@ -170,19 +182,19 @@ def test_finished_arms_are_not_run_again(tmp_path, monkeypatch):
     monkeypatch.setattr(claims, "call", call)
     arms = [Arm("boxes", "base", WORLD), Arm("boxes", "GRPO", WORLD, GRPO)]
     bench = claims.Bench("base", tmp_path / "runs", tmp_path / "results", {"X": Claim("x", arms, [])})
-    assert claims.run_seed(bench, "X", 0, "") == ["the disk is full"]
+    assert claims.run_arms(bench, "X", [0], "") == ["the disk is full"]
     assert sorted(started) == [("GRPO", GRPO), ("base", "eval.py"), ("base", "eval.py")]
     assert [file.name for file in (tmp_path / "results/X").iterdir()] == ["boxes-base-0.jsonl.gz"]
 
     started.clear()
-    assert claims.run_seed(bench, "X", 0, "") == []
+    assert claims.run_arms(bench, "X", [0], "") == []
     assert started == [("GRPO", GRPO), ("GRPO", "eval.py"), ("GRPO", "eval.py")]
     result = claims_report.read(tmp_path / "results/X/boxes-grpo-0.jsonl.gz")
     assert (result.greedy, result.sampled) == ([[1.0], [0.0]], [[1.0] * 8, [0.0] * 8])
     assert result.about["tokens"] == 256 and result.steps[0]["reward"] == 0.5
 
     started.clear()
-    assert claims.run_seed(bench, "X", 0, "") == [] and started == []
+    assert claims.run_arms(bench, "X", [0], "") == [] and started == []
 
 
 @pytest.mark.parametrize("name", claims_table.all_claims())
