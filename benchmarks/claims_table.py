@@ -80,9 +80,10 @@ class Claim:
 
 
 # §2 ─────────────────────────── what is chosen, on seeds 10 and above ────────────────────────────
-# The scenes are those that --preset base is trained on. What was tried, on seed 10, and what came of
-# it: results/claims_tried.jsonl. Of 1e-4 and 2e-4, GRPO's rate is the better one of each task. SFT's
-# is the demo's, 3e-4. Steps are what two cores do in one to three minutes.
+# The scenes are those that --preset base is trained on. GRPO was tried at 1e-4 and 2e-4 on seed 10,
+# once or twice a task (results/claims_tried.jsonl): the better one stands, by differences that are
+# within noise. SFT's 3e-4 is the demo's and was not tuned further. Steps are what one core does in
+# one to three minutes.
 GROUNDING = World(
     task="grounding", scene=f"{SCENE}&distractors=1-3",
     steps=100, lr=1e-4, sft_lr=3e-4, max_tokens=32)
