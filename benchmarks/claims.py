@@ -339,6 +339,9 @@ def run_arm(job: Job) -> None:
     trained = job
     if arm.start and not arm.script:
         trained = job.other(arm.start)
+        if (arm.world, arm.at, arm.blind) == (trained.arm.world, "last", False):
+            shutil.copy(trained.file, job.file)  # the same policy on the same scenes
+            return
     if arm.script:
         command, cut = train(job)
         about["commands"].append(command)

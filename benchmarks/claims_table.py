@@ -179,7 +179,7 @@ def p2() -> Claim:
     arms, contrasts = [], []
     for count in OBJECTS:
         where = objects(count)
-        world = replace(DETECTION, scene=f"{CROWD}&objects={count}-{count}")
+        world = replace(DETECTION, scene=f"{CROWD}&objects={count}-{count}", samples=300)
         in_order = replace(world, scene=f"{world.scene}&ordered=1")  # the same scenes
         grpo, free, fixed = f"{where} GRPO", f"{where} SFT", f"{where} SFT, sorted"
         arms += [
@@ -222,7 +222,8 @@ def p3() -> Claim:
     """
     arms, contrasts = [], []
     for own in TASKS:
-        world = replace(own, schedule="constant", lr=own.lr / 2, steps=own.steps // 2)
+        world = replace(
+            own, schedule="constant", lr=own.lr / 2, steps=own.steps // 2, samples=300)
         task, plain = world.task, f"{world.task} plain"
         arms += [Arm(task, "base", world), Arm(task, "plain", world, GRPO)]
         for form, what in (("before", "think"), ("after", "think after")):
