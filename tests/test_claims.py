@@ -196,6 +196,10 @@ def test_finished_arms_are_not_run_again(tmp_path, monkeypatch):
     started.clear()
     assert claims.run_arms(bench, "X", [0], "") == [] and started == []
 
+    arms.append(Arm("boxes", "GRPO again", WORLD, start="boxes GRPO"))  # that policy on those scenes
+    assert claims.run_arms(bench, "X", [0], "") == [] and started == []
+    assert claims_report.read(tmp_path / "results/X/boxes-grpo-again-0.jsonl.gz") == result
+
 
 @pytest.mark.parametrize("name", claims_table.all_claims())
 def test_arms_stand_after_those_they_wait_for(name):
