@@ -11,6 +11,7 @@ from torch import nn
 
 import lora
 import qwen_vl
+from kv_cache import round_up_places
 
 # §1 ──────────────────────────────── the network without memory ──────────────────────────────
 SHAPES = {  # of the published config.json: width, layers, heads, key/value heads, width of the MLP,
@@ -220,14 +221,15 @@ def padded(parameter: torch.Tensor, gpus: int) -> int:
 
 
 def cache(config, text, prompts: int, max_tokens: int) -> int:
-    """Bytes of keys and values as the sampler reserves them: at least one prompt's."""
+    """Bytes of keys and values as the sampler reserves them: of all rows, but no more than --kv-gb;
+    of one row at least. Plain twin: `kv_cache.Cache.reserve`."""
     head = text.hidden_size // text.num_attention_heads
     keys = text.num_hidden_layers * text.num_key_value_heads * head
     token = 2 * 2 * keys  # and as many values, 2 bytes each
-    tokens = config.max_prompt + config.group * max_tokens
-    one_prompt = tokens * token
-    at_once = max(1, int(config.kv_gb * 2**30 // one_prompt))
-    return min(prompts, at_once) * one_prompt
+    prompt = round_up_places(config.max_prompt)
+    one_row = (prompt + max_tokens) * token
+    all_rows = prompts * (prompt + config.group * max_tokens) * token
+    return max(one_row, min(all_rows, int(config.kv_gb * 2**30)))
 
 
 def saved(config, tokens: int, shape, layers: int) -> tuple[int, int]:

@@ -12,6 +12,7 @@ import lora
 import plan
 import policy as policy_module
 import qwen_vl
+from kv_cache import Cache
 from policy import Policy, token_logprobs
 from qwen_vl import SpecialIds
 
@@ -136,9 +137,10 @@ def test_offload_in_the_plan():
 
 
 @pytest.mark.parametrize("options, changes", [
-    (dict(kv_gb=0.1), {"keys and values, bf16": 469_762_048}),  # one prompt, though it is 0.44 GiB
-    (dict(kv_gb=0.5, prompts=80), {"keys and values, bf16": 469_762_048}),  # one of ten prompts at once
-    (dict(prompts=800), {"keys and values, bf16": 8_455_716_864}),  # 18 prompts in 8 GiB
+    (dict(kv_gb=0.1), {"keys and values, bf16": 161_480_704}),  # one row's 2816 tokens, though they are 0.15 GiB
+    (dict(kv_gb=0.5, prompts=80), {"keys and values, bf16": 536_870_912}),  # all of it: ten prompts are 4.4 GiB
+    (dict(prompts=800), {"keys and values, bf16": 8_589_934_592}),
+    (dict(max_prompt=600), {"keys and values, bf16": 2 * 9 * 768 * 57_344}),  # 600 lie in 768 places
     (dict(checkpoint_every=2), {  # 14 layers and 16 blocks are not, and one layer is computed again
         "activations": 2 * 16_384 * (28 * 3584 + 15 * 163_840),
         "vision activations": 2 * 10_200 * (32 * 1280 + 16 * 38_440)}),
@@ -177,6 +179,19 @@ def test_at_3b_the_tower_is_the_largest_unit_that_a_refresh_gathers(gpus, size):
 
 
 # ── held against what is counted elsewhere ──
+@pytest.mark.parametrize("options", [
+    dict(), dict(kv_gb=0.1), dict(kv_gb=0.5), dict(kv_gb=2.0, prompts=14), dict(max_prompt=600), dict(group=3, prompts=5)])
+def test_keys_and_values_are_counted_as_the_sampler_reserves_them(options):
+    """To the layer: the sampler's are as many whole numbers in each of 28."""
+    config = grpo_vl.Config(**options)
+    reserved = Cache(layers=28, kv_heads=4, head_width=128, kv_gb=config.kv_gb, device=torch.device("meta"),
+                     dtype=torch.bfloat16, graphs=True)
+    shape = reserved.first_shape([config.max_prompt] * config.prompts, config.group, 768)
+    reserved.reserve(shape, 768)
+    planned = plan.cache(config, model_7b().config.text_config, config.prompts, 768)
+    assert 0 <= planned - sum(layer.nbytes for layer in reserved.layers) < 28 * 2
+
+
 def shards(ranks, **options):
     """Bytes of this rank's shards as on a GPU: (trained, frozen), and of AdamW's two moments."""
     network, tokenizer = qwen_vl.load("tiny-untied")
