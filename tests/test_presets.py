@@ -58,11 +58,15 @@ def test_a_reward_option_goes_to_the_tasks_that_have_it(alone):
 @pytest.mark.parametrize("preset", ["3b-24gb", "3b-48gb", "7b-48gb", "7b-80gb"])
 def test_a_cards_preset_fits_the_card_by_the_plan(preset, capsys):
     """With each paper's task, whose group and lengths it takes over; adapters take ten times the lr of PR1."""
-    for task in ("pr1-grounding", "pr1-detection"):
+    for task in ("pr1-detection", "ovr-rl", "pr1-grounding"):
         card = preset.split("-")[1].removesuffix("gb")
         arguments = ["--preset", f"{task},{preset}", "--plan", f"1x{card}"]
         grpo_vl.main(arguments)
-        assert capsys.readouterr().out.splitlines()[-1] == "fits", task
+        planned = capsys.readouterr().out
+        assert planned.splitlines()[-1] == "fits", task
+    (row,) = re.findall(rf"pr1-grounding,{preset}` \| ([\d.]+) GiB.*?\| (?:([\d.]+) GiB)?", (ROOT / "README.md").read_text())
+    found = [re.search(rf"^{name}.* ([\d.]+) GiB$", planned, re.M) for name in ("peak", "together")]
+    assert row == tuple(f"{float(number[1]):.1f}" if number else "" for number in found)
     config = parse_config(grpo_vl.Config, arguments, grpo_vl.PRESETS, "", True)
     assert config.lr == (1e-5 if config.lora else 1e-6)
 
