@@ -51,7 +51,7 @@ class Options:
     checkpointing: bool = True  # recompute activations in the backward pass [PR1 code: on]
     checkpoint_every: int = 1  # with --checkpointing: of every n-th layer; 2: faster, more memory
     offload: bool = False  # sharded weights and optimizer in host memory
-    lora: int = 0  # rank of adapters to train instead of the model, at ten times its --lr; 0: none
+    lora: int = 0  # rank of adapters to train, not the model: raise --lr tenfold yourself; 0: none
     lora_alpha: float | None = None  # an adapter counts α/rank times; default: 2·rank
     export: Literal["merged", "adapter"] = "merged"  # adapter: also as PEFT's, in --out/adapter
     # fsdp2: PyTorch's fully_shard; by-hand: fsdp.py §3 in its place, without checkpoints
