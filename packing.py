@@ -2,18 +2,19 @@
 
 §1 packing: the prompt is paid once · §2 who sees whom: index tensors, once for all layers
 
-Each fast form has a plain twin that tests/test_policy.py holds it to:
-  a packed row        one completion at a time through Hugging Face's forward
-  varlen layout       the same rule as a mask
+Each fast form has a plain twin that tests/test_packing.py holds it to:
+  a packed row                 one completion at a time through Hugging Face's forward
+  two-part, varlen layout      the same rule as one mask
 
 Shapes, as suffixes: L packed tokens, S scored completion tokens, P groups in a row, N image
-patches, I image tokens, B rollouts.
+patches, I image tokens, B rollouts; of §2's batches B rows, T queries and K keys of each.
 """
 import math
 from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from qwen_vl import MERGE, PATCH, Group, Prompt, SpecialIds, rope_positions
 
@@ -39,14 +40,19 @@ class Pack:
 
     def to(self, device) -> "Pack":
         moved = on_device(vars(self), device)
-        moved["attention"] = on_device(self.attention, device)
         moved["grids_I3"] = self.grids_I3  # `vision_layout` reads them on the host
         return Pack(**moved)
 
 
-def on_device(values: dict, device) -> dict:
-    """The same with its tensors on the device."""
-    return {k: v.to(device) if torch.is_tensor(v) else v for k, v in values.items()}
+def on_device(values, device):
+    """The same with its tensors on the device, also those in its dicts and lists."""
+    if torch.is_tensor(values):
+        return values.to(device)
+    if isinstance(values, dict):
+        return {name: on_device(value, device) for name, value in values.items()}
+    if isinstance(values, list):
+        return [on_device(value, device) for value in values]
+    return values
 
 
 def split_groups(groups: list[Group], budget: int) -> list[list[Group]]:
@@ -183,35 +189,109 @@ def sampled_logps(rollouts: list, packs: list[Pack], device) -> list[torch.Tenso
 
 # §2 ───────────────────────────────────── who sees whom ───────────────────────────────────────
 # Token i attends to j ≤ i with group(j) = group(i) and segment(j) ∈ {0, segment(i)}: the prompt and
-# its own completion. Two ways to compute the same thing:
-#   mask    (CPU, reference) groups side by side in a padded batch [P, longest group], one SDPA call
-#   varlen  (CUDA) each prompt and each completion is a sequence of queries; a completion's keys are
-#           gathered as prompt + completion, causal aligned at the bottom right, one call a layer
+# its own completion. Three ways to compute the same thing, of one group:
+#
+#   queries   keys: prompt o_1 o_2                 prompt o_1                  prompt o_2
+#   prompt            ◣    ·   ·                     ◣
+#   o_1               ■    ◣   ·                     ■     ◣
+#   o_2               ■    ·   ◣                                                 ■     ◣
+#
+#             mask: · is computed, too         two parts, varlen: · is not
+#
+#   mask       (reference) groups side by side in a padded batch, one call of SDPA
+#   two parts  (CPU) prompts in a padded batch of their own; a completion's keys are gathered as
+#              prompt + completion, and completions of about one length make a batch: few calls
+#   varlen     (CUDA) the same keys; each prompt and each completion is a sequence, nothing is
+#              padded, causal aligned at the bottom right, one call a layer
 def prepare_attention(pack: Pack, device: torch.device) -> Pack:
     """Fill `pack.attention`, once for all layers, and move the row to the device."""
     on_gpu = device.type == "cuda"
-    pack.attention = varlen_layout(pack) if on_gpu else mask_layout(pack)
+    pack.attention = varlen_layout(pack) if on_gpu else two_part_layout(pack)
     return pack.to(device)
 
 
 def mask_layout(pack: Pack) -> dict:
-    """`gather_PL`: token index of each padded place (0 where empty); `mask_P1LL`: who sees whom."""
-    lengths_P = torch.bincount(pack.group_L)
-    starts_P = lengths_P.cumsum(0) - lengths_P
-    place_L = torch.arange(int(lengths_P.max()))
-    filled_PL = place_L < lengths_P[:, None]
-    gather_PL = torch.where(filled_PL, starts_P[:, None] + place_L, 0)
-
-    segment_PL = torch.where(filled_PL, pack.segment_L[gather_PL], -1)
+    """One padded batch, see `padded_layout`: row p is all of group p."""
+    groups = torch.arange(len(pack.ids_L)).split(torch.bincount(pack.group_L).tolist())
+    batch = padded_batch([(group[:0], group) for group in groups])
+    segment_PL = pack.segment_L[batch["queries_BT"]]
     key_P1L = segment_PL[:, None, :]
     query_PL1 = segment_PL[:, :, None]
-    causal_LL = place_L[:, None] >= place_L[None, :]
-    seen_PLL = causal_LL & ((key_P1L == 0) | (key_P1L == query_PL1))  # empty sees empty
-    mask_PLL = torch.zeros(seen_PLL.shape).masked_fill(~seen_PLL, -math.inf)
+    places = segment_PL.shape[1]
+    causal_LL = torch.ones(places, places).tril().bool()
+    batch["mask_B1TK"] = as_mask(causal_LL & ((key_P1L == 0) | (key_P1L == query_PL1)))
+    return padded_layout([batch])
+
+
+def as_mask(seen_BTK: torch.Tensor) -> torch.Tensor:
+    """What is added to scores, alike for all heads: 0 where a key is seen, else −∞. [B, 1, T, K]"""
+    return torch.zeros(seen_BTK.shape).masked_fill(~seen_BTK, -math.inf)[:, None]
+
+
+def two_part_layout(pack: Pack) -> dict:
+    """Several padded batches, see `padded_layout`: prompts, then completions by length.
+
+    Those whose lengths have equally many binary digits go together: padding less than doubles one.
+    Plain twin: `mask_layout`.
+    """
+    batches = {}
+    for prompt, own in sequences(pack):
+        size = len(own).bit_length() if len(prompt) else 0
+        batches.setdefault(size, []).append((prompt, own))
+    return padded_layout([padded_batch(rows) for rows in batches.values()])
+
+
+def sequences(pack: Pack) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """(the tokens of its prompt, its own) of each prompt, which has none before it, and completion,
+    in the order of the row; as indices into L."""
+    segments = pack.segment_L.max() + 1
+    sequence_L = pack.group_L * segments + pack.segment_L  # a number for each (group, segment)
+    _, lengths = torch.unique_consecutive(sequence_L, return_counts=True)
+    found, prompt = [], None
+    for own in torch.arange(len(sequence_L)).split(lengths.tolist()):
+        if pack.segment_L[own[0]] == 0:
+            prompt = own
+            found.append((own[:0], own))
+        else:
+            found.append((prompt, own))
+    return found
+
+
+def padded_batch(rows: list[tuple[torch.Tensor, torch.Tensor]]) -> dict:
+    """Indices into L of each row's queries [own] and keys [prompt | own], 0 where padded.
+
+    `filled_BT`: not padded. `mask_B1TK`: all of the prompt, causal among its own; None without
+    prompts, where SDPA knows it by itself and skips half.
+    """
+    prompt_BP, has_prompt_BP = padded([prompt for prompt, _ in rows])
+    own_BT, filled_BT = padded([own for _, own in rows])
+    count, places = own_BT.shape
+    mask_B1TK = None
+    if prompt_BP.shape[1]:
+        all_BTP = has_prompt_BP[:, None].expand(-1, places, -1)
+        causal_BTT = torch.ones(places, places).tril().bool().expand(count, -1, -1)
+        mask_B1TK = as_mask(torch.cat([all_BTP, causal_BTT], dim=2))
     return {
-        "gather_PL": gather_PL,
-        "scatter_L": torch.nonzero(filled_PL.flatten()).squeeze(1),
-        "mask_P1LL": mask_PLL[:, None]}
+        "queries_BT": own_BT,
+        "keys_BK": torch.cat([prompt_BP, own_BT], dim=1),
+        "filled_BT": filled_BT,
+        "mask_B1TK": mask_B1TK}
+
+
+def padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Indices side by side, 0 where one is shorter than the longest; and where they are filled."""
+    lengths_B = torch.tensor([len(row) for row in rows])
+    padded_BT = pad_sequence(rows, batch_first=True)
+    return padded_BT, torch.arange(padded_BT.shape[1]) < lengths_B[:, None]
+
+
+def padded_layout(batches: list[dict]) -> dict:
+    """The batches, each a call of SDPA; `scatter_L`: where in their outputs, one after the other,
+    each token's is."""
+    tokens = torch.cat([batch["queries_BT"].flatten() for batch in batches])
+    filled = torch.cat([batch.pop("filled_BT").flatten() for batch in batches])
+    places = torch.nonzero(filled).squeeze(1)
+    return {"batches": batches, "scatter_L": places[tokens[places].argsort()]}
 
 
 def varlen_layout(pack: Pack) -> dict:
@@ -219,16 +299,9 @@ def varlen_layout(pack: Pack) -> dict:
 
     Plain twin: `mask_layout`.
     """
-    segments = pack.segment_L.max() + 1
-    sequence_L = pack.group_L * segments + pack.segment_L  # a number for each (group, segment)
-    _, lengths = torch.unique_consecutive(sequence_L, return_counts=True)
-    keys, prompt = [], None
-    for own in torch.arange(len(sequence_L)).split(lengths.tolist()):
-        if pack.segment_L[own[0]] == 0:
-            prompt = own
-            keys.append(prompt)
-        else:
-            keys.append(torch.cat([prompt, own]))
+    found = sequences(pack)
+    keys = [torch.cat([prompt, own]) for prompt, own in found]
+    lengths = torch.tensor([len(own) for _, own in found])
     key_lengths = torch.tensor([len(index) for index in keys])
     return {
         "key_index": torch.cat(keys),

@@ -70,14 +70,23 @@ def shared_prefix_attention(q_LHd, k_LKd, v_LKd, layout: dict) -> torch.Tensor:
         max_q, max_k = layout["max_q"], layout["max_k"]
         return varlen_attention(
             q_LHd, k_LKd[index], v_LKd[index], cu_q, cu_k, max_q, max_k, causal=True)
-    index = layout["gather_PL"]
-    q_PHLd = q_LHd[index].transpose(1, 2)
-    k_PKLd = k_LKd[index].transpose(1, 2)
-    v_PKLd = v_LKd[index].transpose(1, 2)
-    mask_P1LL = layout["mask_P1LL"].to(q_LHd.dtype)
-    out_PHLd = F.scaled_dot_product_attention(
-        q_PHLd, k_PKLd, v_PKLd, attn_mask=mask_P1LL, enable_gqa=True)
-    return out_PHLd.transpose(1, 2).flatten(0, 1)[layout["scatter_L"]]
+    outs = [padded_attention(q_LHd, k_LKd, v_LKd, **batch) for batch in layout["batches"]]
+    return torch.cat(outs)[layout["scatter_L"]]
+
+
+def padded_attention(q_LHd, k_LKd, v_LKd, queries_BT, keys_BK, mask_B1TK) -> torch.Tensor:
+    """One of the batches of `packing.padded_layout`. Returns [B·T, H, d]."""
+    batch = []
+    for x_LHd, index in (q_LHd, queries_BT), (k_LKd, keys_BK), (v_LKd, keys_BK):
+        # A prompt's keys are taken many times: x[index] would add up their gradients in any order.
+        x = x_LHd.index_select(0, index.flatten()).unflatten(0, index.shape)
+        batch.append(x.transpose(1, 2))
+    causal = mask_B1TK is None
+    if not causal:
+        mask_B1TK = mask_B1TK.to(q_LHd.dtype)
+    out_BHTd = F.scaled_dot_product_attention(
+        *batch, attn_mask=mask_B1TK, is_causal=causal, enable_gqa=True)
+    return out_BHTd.transpose(1, 2).flatten(0, 1)
 
 
 def half_negated(sin: torch.Tensor) -> torch.Tensor:
