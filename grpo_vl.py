@@ -72,6 +72,7 @@ class Config(Options):
     inner_steps: int = 1  # µ, optimizer steps on a batch [PR1, OVR: 1]
     tis: float = 0.0  # truncated importance sampling: cap of π_old/π_sampler; 0: off
     freeze_vision: bool = False  # train neither vision tower nor merger [PR1: trains all]
+    entropy_every: int = 1  # steps between those that measure the entropy; 0: never, faster
     pictures_every: int = 50  # steps between saved rollouts and pictures; 0: never
     plan: str = ""  # 8x80: print what each of 8 GPUs of 80 GiB would hold, and stop
 
@@ -367,15 +368,15 @@ def train_step(run: Run, step: int) -> dict:
     total_loss = torch.zeros((), device=ranks.device)
     for inner in range(config.inner_steps):
         for k, pack in enumerate(packs):
-            logp_S, entropy_S = run.policy(pack, config.temperature)
+            logp_S, entropy_S = run.policy(
+                pack, config.temperature, entropy=due(config.entropy_every, step))
             if inner == 0:  # π_old: naive_grpo.py spends a pass of its own on it
                 old_logp[k] = logp_S.detach()
             loss, stats = policy_loss(
                 logp_S, old_logp[k], advantages_B[pack.row_S], weight_B[pack.row_S],
-                row_S=pack.row_S, ratio=config.ratio, clip_low=clip_low,
-                clip_high=clip_high, beta=0.0 if config.kl == "k1" else config.beta,
-                kl=config.kl, ref_logp_S=ref_logp[k], sampler_logp_S=sampler_logp[k],
-                tis_cap=config.tis)
+                row_S=pack.row_S, ratio=config.ratio, clip_low=clip_low, clip_high=clip_high,
+                beta=0.0 if config.kl == "k1" else config.beta, kl=config.kl,
+                ref_logp_S=ref_logp[k], sampler_logp_S=sampler_logp[k], tis_cap=config.tis)
             (loss * ranks.world).backward()  # FSDP averages over ranks; the weights count them all
             add_sums(sums, stats | {"entropy": sum_and_count(entropy_S)})
             total_loss += loss.detach()
@@ -387,7 +388,7 @@ def train_step(run: Run, step: int) -> dict:
     add_sums(sums, {"sampler_gap": sampler_gap(packs, old_logp, sampler_logp, weight_B)})
     clock.append(time.perf_counter())
 
-    if ranks.rank == 0 and config.pictures_every and step % config.pictures_every == 0:
+    if ranks.rank == 0 and due(config.pictures_every, step):
         run_folder.save_rollouts(Path(config.out), step, groups)
     metrics = step_metrics(ranks, rollouts, rewards_PG, sums, clock) | counts
     metrics["loss"] = sum(ranks.gather(total_loss.item())) / config.inner_steps
@@ -395,6 +396,11 @@ def train_step(run: Run, step: int) -> dict:
         metrics["reward_minus_kl"] = penalised_PG.nanmean().item()
     return {"step": step, "grad_norm": grad_norm, "lr": learning_rate(config, step),
             "cursor": run.cursor} | metrics
+
+
+def due(every: int, step: int) -> bool:
+    """Whether this is one of the steps that come `every` so many; of 0 none is."""
+    return every > 0 and step % every == 0
 
 
 def as_PG(values_of: dict[int, list[float]], group: int) -> torch.Tensor:
@@ -406,8 +412,9 @@ def reference_logps(run: Run, packs: list[packing.Pack]) -> list[torch.Tensor | 
     """log π_ref of each scored token, [S] a pack; None without a reference model (β = 0)."""
     if run.reference is None:
         return [None] * len(packs)
+    entropy = False
     with torch.no_grad():
-        return [run.reference(pack, run.config.temperature)[0] for pack in packs]
+        return [run.reference(pack, run.config.temperature, entropy)[0] for pack in packs]
 
 
 def sequence_kl(run: Run, groups: list[Group], packs, sampler_logp, ref_logp, sums: dict):

@@ -53,7 +53,8 @@ def step_metrics(ranks, rollouts: list, rewards_PG: torch.Tensor, sums: dict, cl
             add_pair(totals, name, total, count)
     metrics = reward_metrics(rewards_PG)
     for name, (total, count) in totals.items():
-        metrics[name] = total / max(count, 1)
+        if count:  # of nothing there is no mean
+            metrics[name] = total / count
     for name, before, after in zip(("sample", "train", "refresh"), clock, clock[1:]):
         metrics[f"seconds/{name}"] = after - before
     return metrics

@@ -79,7 +79,7 @@ AT_LEAST_ONE = ("prompts", "group", "max_tokens", "eval_tokens", "inner_steps", 
                 "steps", "batch", "keep", "save_every", "eval_samples", "max_bad_steps",
                 "overlong_buffer", "checkpoint_every")
 AT_LEAST_ZERO = ("skip_bad", "warmup", "dynamic_sampling", "beta", "tis", "eval_every",
-                 "pictures_every", "lora")
+                 "pictures_every", "entropy_every", "lora")
 
 
 def check_options(config) -> None:
@@ -163,7 +163,7 @@ HEADINGS = {  # of --help, in the order in which a user comes to need them
                           "tis",
     "the optimizer": "lr schedule warmup beta2 max_norm max_bad_steps",
     "evaluation and logging": "eval_every eval_data eval_samples eval_tokens blind log "
-                              "pictures_every",
+                              "entropy_every pictures_every",
     "memory, speed, many GPUs": "plan micro_tokens kv_gb checkpointing checkpoint_every offload "
                                 "sharding graphs deterministic timeout"}
 

@@ -257,15 +257,17 @@ class TokenLogprobs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(context, hidden_SD, weight_VD, target_S, banned_V, temperature, chunk):
+    def forward(context, hidden_SD, weight_VD, target_S, banned_V, temperature, entropy, chunk):
         context.temperature, context.chunk = temperature, chunk
         keep = 4 * len(target_S) * len(weight_VD) <= KEPT_BYTES
-        logps, entropies, kept = [], [], []
+        logps, entropies, kept = [], [hidden_SD.new_zeros(0).float()], []
         for hidden, target in zip(hidden_SD.split(chunk), target_S.split(chunk)):
             logp_SV = log_softmax(hidden, weight_VD, banned_V, temperature)
             logps.append(logp_SV.gather(1, target[:, None])[:, 0])
-            pi_SV = logp_SV.exp_()
-            entropies.append(torch.special.entr(pi_SV).sum(1))
+            if keep or entropy:
+                pi_SV = logp_SV.exp_()
+            if entropy:
+                entropies.append(torch.special.entr(pi_SV).sum(1))
             if keep:
                 kept.append(pi_SV)
         context.save_for_backward(hidden_SD, weight_VD, target_S, banned_V, *kept)
@@ -291,7 +293,7 @@ class TokenLogprobs(torch.autograd.Function):
             torch.mm(z_grad_SV, weight_VD, out=hidden_grad)
             if weight_grad_VD is not None:
                 weight_grad_VD.addmm_(z_grad_SV.T, hidden)
-        return hidden_grad_SD, weight_grad_VD, None, None, None, None
+        return hidden_grad_SD, weight_grad_VD, None, None, None, None, None
 
 
 def log_softmax(hidden_SD, weight_VD, banned_V, temperature: float) -> torch.Tensor:
@@ -302,13 +304,16 @@ def log_softmax(hidden_SD, weight_VD, banned_V, temperature: float) -> torch.Ten
     return logits_SV.masked_fill_(banned_V, -math.inf).log_softmax(1)
 
 
-def token_logprobs(hidden_SD, weight_VD, target_S, banned_V, temperature: float, chunk=1024):
+def token_logprobs(hidden_SD, weight_VD, target_S, banned_V, temperature: float, entropy=True,
+                   chunk=1024):
     """log π(target | …) and the entropy of π, each [S] fp32, without ever holding [S, V] logits.
 
     π is the distribution that is sampled from: same temperature, same banned ids. Each chunk is
-    computed again in the backward pass, unless all of them are small.
+    computed again in the backward pass, unless all of them are small. entropy=False spares passes
+    over [S, V], and gives [0] in the entropy's place.
     """
-    return TokenLogprobs.apply(hidden_SD, weight_VD, target_S, banned_V, temperature, chunk)
+    return TokenLogprobs.apply(
+        hidden_SD, weight_VD, target_S, banned_V, temperature, entropy, chunk)
 
 
 class Policy(nn.Module):
@@ -342,8 +347,11 @@ class Policy(nn.Module):
     def decoder(self):
         return self.model.model.language_model
 
-    def forward(self, pack: Pack, temperature: float = 1.0) -> tuple[torch.Tensor, torch.Tensor]:
-        """(logp_S, entropy_S) of the pack's scored tokens, fp32. `pack.attention` must be set."""
+    def forward(self, pack: Pack, temperature: float = 1.0, entropy: bool = True):
+        """(logp_S, entropy_S) of the pack's scored tokens, fp32. `pack.attention` must be set.
+
+        entropy: whether it is asked for; else entropy_S is [0].
+        """
         decoder = self.decoder
         hidden_LD = decoder.embed_tokens(pack.ids_L)
         features_ID = pack.features_ID
@@ -365,4 +373,5 @@ class Policy(nn.Module):
             hidden_1LD = layer(hidden_1LD, position_embeddings=cos_sin, layout=pack.attention)
         hidden_SD = decoder.norm(hidden_1LD[0, pack.source_S])
         return token_logprobs(
-            hidden_SD, self.model.lm_head.weight, pack.target_S, self.banned_V, temperature)
+            hidden_SD, self.model.lm_head.weight, pack.target_S, self.banned_V, temperature,
+            entropy)

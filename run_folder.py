@@ -35,9 +35,9 @@ from tiny import TINY
 MISSING = "not known to that version"
 FREE = {
     "steps", "seconds", "out", "resume", "log", "keep", "save_every", "max_bad_steps", "skip_bad",
-    "eval_every", "eval_data", "eval_samples", "eval_tokens", "blind", "pictures_every", "timeout",
-    "kv_gb", "max_prompt", "micro_tokens", "checkpointing", "checkpoint_every", "offload",
-    "graphs", "deterministic", "check", "plan", "export"}
+    "eval_every", "eval_data", "eval_samples", "eval_tokens", "blind", "pictures_every",
+    "entropy_every", "timeout", "kv_gb", "max_prompt", "micro_tokens", "checkpointing",
+    "checkpoint_every", "offload", "graphs", "deterministic", "check", "plan", "export"}
 
 
 def say(sentence: str) -> None:

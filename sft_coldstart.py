@@ -82,7 +82,7 @@ def sft_step(run: Run, step: int) -> dict:
     targets = sum(ranks.gather(sum(len(group.completions[0].tokens) for group in groups)))
     total = 0.0
     for pack in packing.pack_for_ranks(groups, config.micro_tokens, run.special, ranks):
-        logp_S, _ = run.policy(pack)
+        logp_S, _ = run.policy(pack, entropy=False)
         loss = -logp_S.sum() / targets
         (loss * ranks.world).backward()  # FSDP averages over ranks; targets counts them all
         total += loss.item()

@@ -94,6 +94,12 @@ def test_samples_do_not_see_each_other(alone):
     torch.testing.assert_close(one[-last:], two[-last:], atol=1e-5, rtol=0)
 
 
+def test_no_entropy_is_computed(alone, monkeypatch):
+    monkeypatch.setattr(torch.special, "entr", lambda *_: pytest.fail("nobody asks for it"))
+    (metrics,), _ = steps(alone, count=1)
+    assert metrics["loss"] > 0
+
+
 def test_train_llm_leaves_tower_and_merger_alone(alone):
     start = ranks.full_weights(make_run(alone).policy)
     _, end = steps(alone, count=1, train="llm")

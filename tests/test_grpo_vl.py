@@ -115,6 +115,20 @@ def test_checkpointing_and_order_of_draws_do_not_matter(alone):
     assert close(plain, recomputed, 1e-6)
 
 
+def test_the_entropy_is_measured_in_the_steps_asked_for(alone, monkeypatch):
+    want, weights = ranks.steps(alone, beta=0.1)
+    calls, entr = [], torch.special.entr
+    monkeypatch.setattr(torch.special, "entr", lambda *given: calls.append(1) or entr(*given))
+    for every, measured in ((2, [True, False, True]), (0, [False] * 3)):
+        calls.clear()
+        found, other = ranks.steps(alone, beta=0.1, entropy_every=every)
+        assert ["entropy" in metrics for metrics in found] == measured
+        assert len(calls) == sum(measured)  # a micro-batch a step, none of the reference
+        assert [one["entropy"] for one in found if "entropy" in one] == [
+            one["entropy"] for one, due in zip(want, measured) if due]
+        assert close(weights, other, 1e-6)
+
+
 @pytest.mark.parametrize("changes", [{}, dict(model="tiny-untied", beta=0.1), dict(freeze_vision=True)])
 def test_sharding_by_hand_makes_the_same_three_steps(pair, changes):
     (want, weights), _ = pair.run("ranks.steps", **changes)

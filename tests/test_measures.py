@@ -25,9 +25,11 @@ def test_a_sick_run_is_told_in_words(name, healthy, sick, advice):
 
 
 def test_a_steps_sums_are_read_from_the_device_once(alone, monkeypatch):
-    sums = {"entropy": torch.tensor([6.0, 4.0]), "ratio": torch.tensor([3.0, 3.0]), "clip_low": torch.tensor([1.0, 4.0])}
+    sums = {"entropy": torch.tensor([6.0, 4.0]), "ratio": torch.tensor([3.0, 3.0]), "clip_low": torch.tensor([1.0, 4.0]),
+            "kl": torch.zeros(2)}
     read, tolist = [], torch.Tensor.tolist
     monkeypatch.setattr(torch.Tensor, "tolist", lambda values: read.append(values.shape) or tolist(values))
     metrics = measures.step_metrics(alone, [], torch.tensor([[1.0, 0.0, 0.5]]), sums, [0.0, 1.0])
     assert (metrics["entropy"], metrics["ratio"], metrics["clip_low"]) == (1.5, 1.0, 0.25)
-    assert [shape for shape in read if shape[-1] == 2] == [(3, 2)]  # all pairs at once; rewards have three columns
+    assert "kl" not in metrics  # of nothing there is no mean
+    assert [shape for shape in read if shape[-1] == 2] == [(4, 2)]  # all pairs at once; rewards have three columns

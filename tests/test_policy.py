@@ -70,6 +70,21 @@ def test_scored_tokens_equal_log_softmax_and_autograd(monkeypatch, kept_bytes, t
     assert torch.equal(torch.autograd.grad((logp * factor).sum(), hidden)[0], found[0])
 
 
+@pytest.mark.parametrize("kept_bytes", [0, 10**6])
+def test_without_the_entropy_log_probabilities_and_gradients_are_the_same(monkeypatch, kept_bytes):
+    monkeypatch.setattr(policy_module, "KEPT_BYTES", kept_bytes)
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(7, 5, generator=generator).requires_grad_()
+    weight = torch.randn(11, 5, generator=generator).requires_grad_()
+    target, banned = torch.tensor([0, 4, 4, 10, 7, 1, 9]), torch.arange(11) == 3
+    want, entropy = policy_module.token_logprobs(hidden, weight, target, banned, 0.7, chunk=3)
+    monkeypatch.setattr(torch.special, "entr", lambda *_: pytest.fail("the entropy was computed"))
+    found, nothing = policy_module.token_logprobs(hidden, weight, target, banned, 0.7, False, chunk=3)
+    assert torch.equal(found, want) and (entropy.shape, nothing.shape) == ((7,), (0,))
+    for mine, theirs in zip(*(torch.autograd.grad(x.sum(), (hidden, weight)) for x in (found, want))):
+        assert torch.equal(mine, theirs)
+
+
 def test_a_chunk_is_computed_again_only_where_it_is_large(monkeypatch):
     calls, log_softmax = [], policy_module.log_softmax
     monkeypatch.setattr(policy_module, "log_softmax", lambda *given: calls.append(len(given[0])) or log_softmax(*given))
