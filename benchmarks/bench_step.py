@@ -70,6 +70,8 @@ NUMBERS = {  # options: default, help
     "length": (64, "tokens of every completion"), "rounds": (1, "processes of a side"),
     "steps": (2, "measured steps of a process"), "seed": (0, "of weights, images and noise"),
     "micro-tokens": (16384, "ours: tokens of a packed micro-batch"),
+    "checkpoint-every": (1, "ours: with --checkpointing, of every n-th layer"),
+    "entropy-every": (1, "ours: steps between those that measure the entropy; 0: never"),
     "trl-micro": (0, "trl: sequences of a micro-batch; 0: all"), "beta": (0.0, "KL weight"),
     "peak-tflops": (0.0, "of the device, for train.mfu; 0: unknown")}
 
@@ -199,7 +201,8 @@ def ours(a) -> dict:
     config = grpo_vl.Config(
         model=a.folder, prompts=a.prompts, group=a.group, max_tokens=a.length, max_prompt=10**6,
         overlong="keep", beta=a.beta, micro_tokens=a.micro_tokens, checkpointing=a.checkpointing,
-        seed=a.seed, lr=1e-6, pictures_every=0)
+        checkpoint_every=a.checkpoint_every, entropy_every=a.entropy_every, seed=a.seed,
+        lr=1e-6, pictures_every=0)
     run = training.prepare(config, ranks, a.folder, beta=a.beta)
     run.data = [Sample(str(i), "math", QUESTION, "7", (image,))
                 for i, image in enumerate(make_images(a))]

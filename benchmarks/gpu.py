@@ -21,6 +21,7 @@ bench_3b            bench_step.py's step: share of a copy's bandwidth in decodin
 steps_3b            two steps at 3B, prompts of mixed length, --eval-every 1
 lora_3b             a step at 3B with --lora 32
 offload_3b          a step at 3B with --offload
+lean_3b             bench_3b with --checkpoint-every 2 --entropy-every 0
 """
 import argparse
 import json
@@ -228,17 +229,22 @@ def offload_3b(device, folder) -> dict:
     return take_steps(build_3b(folder, device), device, 1, offload=True)
 
 
-def bench_3b(device, folder) -> dict:
+def bench_3b(device, folder, *, checkpoint_every=1, entropy_every=1) -> dict:
     peak = [tflops for name, tflops in PEAK_TFLOPS.items() if name in card(device)]
     size = dict(prompts=8, group=8, length=256, image_tokens=400, steps=2)
     if device.type != "cuda":
         size = dict(prompts=2, group=2, length=4, image_tokens=4, steps=1)
     asked = dict(
         folder=build_3b(folder, device), beta=0.0, micro_tokens=16384, checkpointing=True, seed=0,
+        checkpoint_every=checkpoint_every, entropy_every=entropy_every,
         peak_tflops=peak[0] if peak else 0.0, g_scaling=False)
     found = bench_step.ours(SimpleNamespace(**asked, **size))
     seconds = found["seconds"]
     return found | {"refresh_share": seconds["refresh"] / seconds["step"]}
+
+
+def lean_3b(device, folder) -> dict:
+    return bench_3b(device, folder, checkpoint_every=2, entropy_every=0)
 
 
 def card(device) -> str:
@@ -261,7 +267,7 @@ def build_3b(folder, device) -> str:
 CHECKS = {  # seconds that each may take
     machine: 60, varlen_is_mask: 60, graphs_are_eager: 90, sampler_is_trainer: 60,
     deterministic: 60, tiny_steps: 120, bench_3b: 240, steps_3b: 240, lora_3b: 120,
-    offload_3b: 120}
+    offload_3b: 120, lean_3b: 120}
 
 
 def outcome(name: str, limit: float, arguments) -> dict:

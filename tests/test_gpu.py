@@ -12,7 +12,7 @@ from conftest import ROOT
 
 SCRIPT = ROOT / "benchmarks" / "gpu.py"
 ALL = ["machine", "varlen_is_mask", "graphs_are_eager", "sampler_is_trainer", "deterministic", "tiny_steps",
-       "bench_3b", "steps_3b", "lora_3b", "offload_3b"]
+       "bench_3b", "steps_3b", "lora_3b", "offload_3b", "lean_3b"]
 
 
 def lines(*arguments):
@@ -43,11 +43,11 @@ def test_what_a_cpu_can_do_is_done():
 
 
 def test_speed_adapters_and_offloading_are_measured():
-    speed, lora, offload = lines("--cpu", "--only", "bench_3b", "lora_3b", "offload_3b")
-    assert [row["result"] for row in (speed, lora, offload)] == ["ok"] * 3, (speed, lora, offload)
-    measured = speed["measured"]
-    assert 0 < measured["refresh_share"] < 1 and measured["decode"]["share"] > 0
-    assert measured["train"]["tflops"] > 0 and measured["memory"]["peak"] > 0
+    speed, lora, offload, lean = found = lines("--cpu", "--only", "bench_3b", "lora_3b", "offload_3b", "lean_3b")
+    assert [row["result"] for row in found] == ["ok"] * 4, found
+    for measured in (speed["measured"], lean["measured"]):
+        assert 0 < measured["refresh_share"] < 1 and measured["decode"]["share"] > 0
+        assert measured["train"]["tflops"] > 0 and measured["memory"]["peak"] > 0
     for row in (lora, offload):
         (step,) = row["measured"]["steps"]
         assert step["step"] == 0 and step["grad_norm"] > 0 and row["measured"]["peak_gib"] > 0
