@@ -17,6 +17,7 @@ A finished arm is a file in results/claims/NAME/ and is not run again: delete it
 One that was stopped begins anew. Whole answers, models and logs stay under runs/claims/NAME/SEED/.
 """
 import argparse
+import fcntl
 import json
 import os
 import shlex
@@ -28,6 +29,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from statistics import fmean
+from typing import TextIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import claims_report
@@ -405,6 +407,20 @@ def forget_checkpoints(folder: Path, jobs: list[Job]) -> None:
             shutil.rmtree(checkpoint)
 
 
+def alone(folder: Path) -> TextIO:
+    """The lock of a claim's folder, in which two calls would train into each other's runs.
+
+    Errors: SystemExit if another call has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = (folder / "lock").open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise SystemExit(f"another call runs arms in {shown(folder)}: wait for it, or end it") from None
+    return lock
+
+
 def with_changes(claim: Claim, changes: list[str]) -> Claim:
     """The claim with other numbers in all its worlds, as "lr=1e-4"."""
     types = {option.name: option.type for option in fields(World)}
@@ -446,8 +462,10 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--base {given.base} holds no model: build one (sft_coldstart.py --preset "
                      "base, then benchmarks/base_model.py publish), or name another folder")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # children end with this process
+    lock = alone(runs / given.claim)
     bench = Bench(given.base, runs, results, claims)
     troubles = run_arms(bench, given.claim, given.seeds, given.only)
+    lock.close()
     page = claims_report.write_claim(given.claim, claims[given.claim], results)
     print(page.read_text())
     if troubles:

@@ -267,3 +267,11 @@ def test_readme_and_pages_are_the_raw_rows():
         if path.exists():
             assert path.read_text() == claims_report.page(name, claim, claims_report.read_claim(claim, folder / name))
     assert sum(file.stat().st_size for file in (ROOT / "results").rglob("*") if file.is_file()) < 20e6
+
+
+def test_two_calls_do_not_train_into_each_others_runs(tmp_path):
+    with claims.alone(tmp_path / "P1"):
+        claims.alone(tmp_path / "P2").close()
+        with pytest.raises(SystemExit, match="another call runs arms in"):
+            claims.alone(tmp_path / "P1")
+    claims.alone(tmp_path / "P1").close()
