@@ -16,6 +16,7 @@ import grpo_vl
 import lora
 import qwen_vl
 import sft_coldstart
+import training
 from data import open_data
 from packing import pack_for_ranks, sampled_logps
 from policy import Policy
@@ -302,6 +303,43 @@ def test_a_cold_start_with_adapters_leads_to_grpo_with_others(alone, tmp_path):
     assert grpo_vl.train_step(run, 0)["kl"] == 0  # its reference is stage 1's model
     weights = dict(fsdp.full_parameters(ranks.make_run(alone, model=str(model), lora=8).policy))
     assert all(torch.equal(weights[f"model.{name}"], stage_1[name]) for name in moved)
+
+
+# ── does it learn? ──
+def sampled_scores(run) -> torch.Tensor:
+    """The mean of four answers at T = 1 to each of 300 held-out scenes, by the answer alone. [300]
+
+    Always by the same random numbers: the differences of two calls are the weights'.
+    """
+    run.sampler.refresh(fsdp.gathered_parameters(run.policy))
+    rows = training.answer_heldout(run, 300, tries=4, max_tokens=run.config.max_tokens, greedy=False)
+    scores = {}
+    for row in rows:
+        scores.setdefault(row["id"], []).append(training.right(run.config, row))
+    return torch.tensor(list(scores.values())).mean(1)
+
+
+@pytest.mark.parametrize("trained", [
+    dict(lr=1e-4, steps=60), dict(lora=8, lr=1.5e-3, steps=36)], ids=["all weights", "adapters"])
+def test_the_demos_task_is_learnt_from_base(alone, trained, tmp_path):
+    """Counting, by all weights and by adapters alone. Steps, rank and learning rates were chosen on seeds 11 and 12,
+    where the sampled accuracy rose by 0.05 to 0.08, three to five standard errors."""
+    demo = grpo_vl.PRESETS["tiny"]
+    (world,) = demo["data"]
+    changes = dict(data=(f"{world}&seed=1",), seed=1, prompts=16, warmup=3, eval_every=1, pictures_every=0, out=str(tmp_path))
+    run = training.prepare(grpo_vl.Config(**(demo | changes | trained)), alone, demo["model"])
+    begun = {name: fsdp.whole(weight).clone() for name, weight in run.policy.named_parameters()}
+    before = sampled_scores(run)
+    for step in range(run.config.steps):
+        grpo_vl.train_step(run, step)
+    gain = sampled_scores(run) - before
+    assert gain.mean() > 0.02
+    assert gain.mean() > 2 * gain.std() / len(gain) ** 0.5  # standard errors
+    moved = {name for name, weight in run.policy.named_parameters() if not torch.equal(fsdp.whole(weight), begun[name])}
+    if run.config.lora:
+        assert len(moved) == 2 * ADAPTED and all(name.endswith(lora.NAMES) for name in moved)
+    else:
+        assert moved == begun.keys()
 
 
 # ── refusals ──
