@@ -92,6 +92,14 @@ def test_ocr_reads_to_the_letter_as_released():
     assert distance("if a < b: <b>", "if a < b: <b>") == 0
 
 
+@pytest.mark.parametrize("answer, said", [
+    (7, "7"), (7.5, "7.5"), ("<answer>abc</answer>", "abc"), ("<think>hm</think><answer>abc</answer>", "abc"),
+])
+def test_ocr_reads_true_answers_as_the_reward_does(answer, said):
+    exact = {"edit_distance": 0, "f1": 1, "precision": 1, "recall": 1}
+    assert protocols.ocr({"completion": said, "answer": answer}) == exact
+
+
 def test_ocr_of_chinese_is_cut_into_words_by_jieba(monkeypatch):
     row = {"completion": "今天很好", "answer": "今天天气很好"}
     monkeypatch.setitem(sys.modules, "jieba", None)
@@ -213,7 +221,7 @@ def test_detection_without_annotations_takes_the_answers(tmp_path, capsys):
     ("ocr", {"id": 1, "answer": "a"}, 'p.jsonl:2: a row needs "id"'),
     ("ocr", {"id": 1, "completion": 3, "answer": "a"}, 'text "completion"'),
     ("ocr", {"id": 1, "completion": "a"}, 'an "answer"'),
-    ("ocr", {"id": 1, "completion": "a", "answer": 3}, "p.jsonl:2: the answer in ocr"),
+    ("ocr", {"id": 1, "completion": "a", "answer": ["a"]}, "p.jsonl:2: the true answer in ocr"),
     ("grounding", {"id": 1, "completion": "a", "answer": "a"}, "p.jsonl:2: "),
     ("grounding", {"id": 1, "completion": "a", "answer": [1, 2]}, "p.jsonl:2: the true answer in grounding: a box"),
     ("counting", {"id": 1, "completion": "a", "answer": -1}, "p.jsonl:2: the true answer in counting"),
