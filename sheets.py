@@ -94,18 +94,13 @@ def in_tile(image, width: int = WIDTH) -> Image.Image:
 def marked(image, task: str, text: str, answer, image_size) -> Image.Image:
     """The image in a tile's width; what was said and what is true on it, where these are places."""
     picture = in_tile(image)
-    if image is None or task not in pictures.PLACED:
+    if image is None:
         return picture
     frame = image_size or image.size
-    said = places_said(text, frame, picture.size)
+    said = readers.parse_places(task, text, frame)
+    said = pictures.scale(said, frame, picture.size)
     true = pictures.scale(answer, frame, picture.size)
     return pictures.draw(picture, predicted=said, true=true)
-
-
-def places_said(text: str, frame, size) -> list:
-    """Boxes, else points, of an answer in a frame of (W, H), moved into a picture of that size."""
-    said = readers.parse_boxes(text, frame) or readers.parse_points(text, frame)
-    return pictures.scale(said, frame, size)
 
 
 PALE = 0.4  # what one answer's marks cover; eight at one place cover 1 − 0.6⁸ = 98 %
@@ -117,13 +112,14 @@ def cloud(image, task: str, texts: list[str], answer, image_size, width=WIDTH) -
     So a policy that knows shows one sharp box where another one shows a cloud. Width: 225 or more.
     """
     picture = in_tile(image, width)
-    if image is None or task not in pictures.PLACED:
+    if image is None:
         return picture
     frame = image_size or image.size
     true = pictures.scale(answer, frame, picture.size)
     picture = pictures.draw(picture, true=true)
     for text in texts:
-        said = places_said(text, frame, picture.size)
+        said = readers.parse_places(task, text, frame)
+        said = pictures.scale(said, frame, picture.size)
         over = pictures.draw(picture, predicted=said)
         picture = Image.blend(picture, over, PALE)
     return picture

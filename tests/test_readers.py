@@ -7,6 +7,7 @@ import pytest
 from readers import (
     chosen_letters,
     parse_boxes,
+    parse_places,
     parse_points,
     read_number,
     read_objects,
@@ -277,6 +278,9 @@ def test_what_pictures_draw():
     assert parse_points('[{"bbox_2d": [0, 0, 4, 8]}]') == [[2, 4]]
     halves = "<|object_ref_start|>a<|object_ref_end|><|box_start|>(0,0),(500,1000)<|box_end|>"
     assert parse_boxes(halves, (28, 56)) == [[0, 0, 14, 56]]
+    assert parse_places("grounding", halves, (28, 56)) == [[0, 0, 14, 56]]
+    assert parse_places("counting", "[[1, 2], [3, 4]]") == [[1, 2], [3, 4]]
+    assert parse_places("ocr", "[1, 2, 3, 4]") == []  # text, wherever it was printed
 
 
 # ---- option letters ----

@@ -7,6 +7,7 @@ from dataclasses import asdict, replace
 import pytest
 import ranks
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 import grpo_vl
@@ -14,6 +15,8 @@ import run_folder
 import sft_coldstart
 import training
 from data import DataError
+from qwen_vl import Completion, Group
+from sources import Sample
 
 
 def finished_run(alone, folder, **changes):
@@ -179,6 +182,25 @@ def test_samples_hold_what_a_sheet_needs(alone, tmp_path):
     assert {"step", "draw", "id", "task", "question", "answer", "image", "image_size", "text", "reward", "parts",
             "truncated"} == set(rows[0])
     assert (tmp_path / "samples" / rows[0]["image"]).exists()
+
+
+def test_the_picture_of_the_best_answer_is_in_the_images_pixels(tmp_path):
+    """Box tokens count to 1,000; 84 pixels are drawn five times as large, 420 wide."""
+    image = Image.new("RGB", (84, 84), "white")
+    tokens = "<|object_ref_start|>a<|object_ref_end|><|box_start|>(500,500),(750,750)<|box_end|>"
+    said = [Completion([], text=tokens, reward=2.0), Completion([], text="[0, 0, 9, 9]", reward=1.0)]
+    placed = Sample("a", "grounding", "", [14, 14, 28, 28], (image,))
+    read = Sample("b", "ocr", "", "[7, 7, 49, 49]", (image,))  # an answer that is printed, and no place
+    printed = [Completion([], text="[7, 7, 49, 49]", reward=1.0)]
+    groups = [Group(None, said, sample=placed, draw=0), Group(None, printed, sample=read, draw=1)]
+    run_folder.save_rollouts(tmp_path, 5, groups)
+    with Image.open(tmp_path / "samples" / "step-5-0-best.png") as best:
+        # said from 42 to 63, so 210 to 315; true from 14 to 28, so 70 to 140
+        corners = [(210, 260), (315, 260), (260, 210), (260, 315)]
+        assert best.size == (420, 420) and [best.getpixel(at) for at in corners] == [(255, 0, 192)] * 4
+        assert best.getpixel((70, 100)) == best.getpixel((100, 140)) == (0, 208, 255)
+    with Image.open(tmp_path / "samples" / "step-5-1-best.png") as best:
+        assert best.getcolors() == [(420 * 420, (255, 255, 255))]
 
 
 def test_a_missing_tracker_is_one_sentence(monkeypatch):
