@@ -37,7 +37,7 @@ import sft_coldstart
 import sheets
 import training
 from formulas import library
-from options import think_of
+from prompts import encode_sample, think_of
 from sources import DrawnSource
 
 # ---- §1 options ----------------------------------------------------------------------------------
@@ -132,8 +132,7 @@ def protocol_prompt(run, sample):
     question = sample.question or rewards.QUESTIONS.get(sample.task, "")
     text = protocols.PROMPTS[sample.task].format(question)
     text += rewards.think_prompt(think_of(run.config, sample.id))
-    system = sample.system or run.config.system_prompt
-    return qwen_vl.encode_chat(run.tokenizer, run.special, text, sample.images, system)
+    return encode_sample(run.config, run.tokenizer, run.special, sample, text)
 
 
 def run(model: str, task: Task, data: Data, out: Out, samples: Samples = 0, think: Think = "no",

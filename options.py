@@ -5,7 +5,6 @@
 Papers: [PR1] Perception-R1, arXiv 2504.07954 · [OVR] Open-Vision-Reasoner, arXiv 2507.05255.
 """
 import argparse
-import hashlib
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,8 +15,7 @@ import tyro
 import data as datasets
 import fsdp
 import qwen_vl
-import rewards
-from sources import Sample
+from prompts import prompt_lines
 
 
 # §1 ────────────────────────────────────── the options ───────────────────────────────────────
@@ -142,15 +140,6 @@ def data_options(config) -> dict:
     return {name: getattr(config, name) for name in names}
 
 
-def think_of(config, name: str) -> str | bool:
-    """The form of thinking asked of the sample with this id, as rewards.py takes it."""
-    form = config.think
-    if form == "all":  # half of the samples plain, by their ids
-        digest = hashlib.sha256(name.encode()).digest()
-        form = ("no", "no", "before", "after")[digest[0] % 4]
-    return False if form == "no" else form
-
-
 # §2 ─────────────────────────────────── from a command line ──────────────────────────────────
 HEADINGS = {  # of --help, in the order in which a user comes to need them
     "the model": "model cold_start after train freeze_vision lora lora_alpha export",
@@ -245,35 +234,8 @@ def bare_think(arguments: list[str]) -> list[str]:
 # §3 ──────────────────────────────────────── --check ─────────────────────────────────────────
 def check_data(config) -> None:
     """--check: each fault of --data and exit status 1, or what the data holds and 0."""
-    faults, lines = datasets.examine(config.data, **data_options(config))
+    options = data_options(config)
+    faults, lines = datasets.examine(config.data, **options)
     if faults:
         raise SystemExit("\n".join([*lines, *faults]))
-    print("\n".join([*lines, *prompt_lines(config)]))
-
-
-def prompt_lines(config) -> list[str]:
-    """The longest prompt, and the first one as the model will read it."""
-    try:
-        tokenizer = qwen_vl.load_tokenizer(config.model)
-    except ValueError as error:
-        return [f"prompts are not shown: {error}"]
-    mix = datasets.open_data(config.data, split="all", **data_options(config) | {"heldout": 0.0})
-    longest, where = 0, ""
-    for index in datasets.looked_at(mix):
-        sample = mix.at(index)
-        length = len(tokenizer.encode(chat_text(config, sample)))
-        length += sum(qwen_vl.image_tokens(image.size) - 1 for image in sample.images)
-        if length > longest:
-            longest, where = length, sample.id
-    lines = [f"longest prompt: {longest} tokens ({where}); --max-prompt is {config.max_prompt}"]
-    return [*lines, "the first prompt as the model reads it:", chat_text(config, mix.at(0))]
-
-
-def chat_text(config, sample: Sample) -> str:
-    """A sample's turn as text, one <|image_pad|> an image."""
-    text = rewards.prompt(sample.task, sample.question, think=think_of(config, sample.id))
-    pieces = qwen_vl.split_at_images(text, len(sample.images))
-    user = "<|vision_start|><|image_pad|><|vision_end|>".join(pieces)
-    system = sample.system or config.system_prompt
-    return (f"<|im_start|>system\n{system}<|im_end|>\n<|im_start|>user\n{user}<|im_end|>\n"
-            "<|im_start|>assistant\n")
+    print("\n".join([*lines, *prompt_lines(config, options)]))

@@ -40,17 +40,24 @@ class SpecialIds:
     banned_V: torch.Tensor  # True where an id is never sampled and never scored, [V] bool
 
     @staticmethod
-    def read(tokenizer, config) -> "SpecialIds":
-        """Errors: DataError naming a token that the tokenizer lacks or numbers otherwise."""
+    def read(tokenizer, config=None) -> "SpecialIds":
+        """Without the model's config: what the tokenizer alone says, enough to encode a prompt.
+
+        Errors: DataError naming a token that the tokenizer lacks or numbers otherwise.
+        """
         id_of = tokenizer.get_vocab()
         needed = ("im_start", "im_end", "image_pad", "vision_start", "vision_end", "endoftext")
         missing = [f"<|{name}|>" for name in needed if f"<|{name}|>" not in id_of]
         if missing:
             raise DataError(f"the tokenizer lacks {', '.join(missing)}: no Qwen2.5-VL tokenizer")
         image_pad = id_of["<|image_pad|>"]
-        if image_pad != config.image_token_id:
+        model_pad, vocabulary = image_pad, len(tokenizer)
+        if config is not None:
+            model_pad = config.image_token_id
+            vocabulary = config.text_config.vocab_size
+        if image_pad != model_pad:
             raise DataError(
-                f"<|image_pad|> is {image_pad} in the tokenizer and {config.image_token_id} "
+                f"<|image_pad|> is {image_pad} in the tokenizer and {model_pad} "
                 "in the model's config: they do not belong together")
         return SpecialIds(
             im_start=id_of["<|im_start|>"],
@@ -60,7 +67,7 @@ class SpecialIds:
             vision_end=id_of["<|vision_end|>"],
             pad=id_of["<|endoftext|>"],
             stops=(id_of["<|im_end|>"], id_of["<|endoftext|>"]),
-            banned_V=banned_ids(id_of, config.text_config.vocab_size))
+            banned_V=banned_ids(id_of, vocabulary))
 
 
 def banned_ids(id_of: dict[str, int], vocabulary: int) -> torch.Tensor:
@@ -219,11 +226,6 @@ class Group:
     @property
     def rewards(self) -> list[float]:
         return [completion.reward for completion in self.completions]
-
-
-def image_tokens(size: tuple[int, int]) -> int:
-    """Tokens of an image of (width, height), both multiples of 28."""
-    return size[0] * size[1] // (PATCH * MERGE) ** 2
 
 
 # §4 ────────────────────────────────────────── load ──────────────────────────────────────────

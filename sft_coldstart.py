@@ -25,8 +25,9 @@ import rewards
 import run_folder
 import tiny
 import training
-from options import Options, check_data, parse_config, think_of
+from options import Options, check_data, parse_config
 from presets import COLD_START as PRESETS
+from prompts import think_of
 from qwen_vl import Completion
 from training import Run
 

@@ -27,8 +27,9 @@ import rewards
 import run_folder
 from fsdp import Processes
 from noise import keyed_uniforms
-from options import data_options, think_of
+from options import data_options
 from policy import Policy
+from prompts import encode_sample, think_of
 from qwen_vl import Group, Prompt, SpecialIds
 from run_folder import say
 from sampler import Interrupted, Sampler
@@ -144,9 +145,7 @@ def warn_of_overlap(data: datasets.Mixture, eval_data: datasets.Mixture) -> None
 # §2 ─────────────────────────────────── samples → prompts ────────────────────────────────────
 def make_prompt(run: Run, sample: Sample) -> Prompt:
     """The paper's prompt for the sample's task, tokenised with its images. Never truncated."""
-    text = rewards.prompt(sample.task, sample.question, think=think_of(run.config, sample.id))
-    system = sample.system or run.config.system_prompt
-    prompt = qwen_vl.encode_chat(run.tokenizer, run.special, text, sample.images, system)
+    prompt = encode_sample(run.config, run.tokenizer, run.special, sample)
     if len(prompt.ids) > run.config.max_prompt:
         raise datasets.DataError(
             f"sample {sample.id}: its prompt has {len(prompt.ids)} tokens, --max-prompt is "
