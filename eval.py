@@ -36,7 +36,7 @@ import rewards
 import sft_coldstart
 import sheets
 import training
-from formulas import library
+from needs import library
 from prompts import encode_sample, think_of
 from sources import DrawnSource
 

@@ -12,7 +12,6 @@ do not work within C, in a child process: the kernel ends it when its processor 
 """
 import contextlib
 import functools
-import importlib
 import json
 import os
 import queue
@@ -25,18 +24,7 @@ import unicodedata
 from decimal import Decimal
 from subprocess import DEVNULL, PIPE, Popen
 
-
-def check(holds, sentence):
-    if not holds:
-        raise ValueError(sentence)
-
-
-def library(name, package):
-    try:
-        return importlib.import_module(name)
-    except ImportError:
-        raise ImportError(f"this reward needs {name}: pip install {package}") from None
-
+from needs import check, library
 
 SECONDS = 10.0  # processor time of a comparison: the same result on a busy machine
 BACKSTOP = 300.0  # seconds by the clock, for a child that gets no processor at all

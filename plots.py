@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 
 import formats
-from formulas import library
+from needs import library
 
 PANELS = {  # title: pattern of names in metrics.jsonl
     "reward": "reward", "parts of the reward": "reward/.*", "held-out accuracy": "eval/.*",

@@ -22,7 +22,7 @@ import formats
 import pictures
 import readers
 import rewards
-from formulas import library
+from needs import library
 
 
 # ---- §1 rows of predictions ----------------------------------------------------------------------

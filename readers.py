@@ -12,7 +12,8 @@ import unicodedata
 
 import numpy as np
 
-from formulas import boxed, check
+from formulas import boxed
+from needs import check
 from pictures import PLACED
 
 # COCO's 80 names in COCO's order, and their ids: of 1 to 90, ten are not in use.

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable
 
 import readers
-from formulas import check
+from needs import check
 from readers import think_order
 from rewards import TABLE, Score, fits, score
 

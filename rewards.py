@@ -40,7 +40,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 import readers
-from formulas import boxed, check, equal, library
+from formulas import boxed, equal
+from needs import check, library
 from readers import COCO_IDS as COCO_IDS  # "as" itself: part of rewards for other scripts
 from readers import COCO_NAMES as COCO_NAMES
 from readers import chosen_letters as chosen_letters
