@@ -11,15 +11,11 @@ r"""Scores models, saved answers and runs: benchmarks, behaviours, curves, pictu
 Metrics are one JSON object on stdout; the papers' rows go to stderr. [PR1] arXiv 2504.07954 · [OVR]
 2507.05255.
 """
-import hashlib
 import json
-import os
-import shutil
 import sys
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from statistics import fmean
 from typing import Annotated, Literal
 
 import tyro
@@ -36,6 +32,8 @@ import rewards
 import sft_coldstart
 import sheets
 import training
+from average import write_average
+from curriculum import pass_rates, rows_of
 from needs import library
 from prompts import encode_sample, think_of
 from sources import DrawnSource
@@ -194,34 +192,9 @@ def curriculum(model: str, data: Data, out: Out, low: float = 0.1, high: float =
         drawn = [run.data.good(index) for index in islice(run.data.in_turn(), samples or None)]
         kept = [sample for sample in drawn if sample and low <= rates[sample.id] <= high]
         file = Path(out) / "curriculum.jsonl"
-        write_rows(file, curriculum_rows(kept, rates, file.parent))
+        write_rows(file, rows_of(kept, rates, file.parent))
         print(f"kept {len(kept)} of {len(rates)} samples in {file}")
     fsdp.leave()
-
-
-def pass_rates(answers: list[dict]) -> dict[str, float]:
-    """Of each sample by id: the mean of rewards.correct over its answers."""
-    tries = {}
-    for row in answers:
-        right = rewards.correct(row["task"], row["completion"], row["answer"], row["image_size"])
-        tries.setdefault(row["id"], []).append(right)
-    return {name: fmean(right) for name, right in tries.items()}
-
-
-def curriculum_rows(samples, rates: dict, folder: Path) -> list[dict]:
-    """The samples as rows of a data file, easy to hard; their images are written to images/."""
-    (folder / "images").mkdir(parents=True, exist_ok=True)
-    rows = []
-    for sample in samples:
-        names = []
-        for image in sample.images:  # named by what is on it: samples are held out by image
-            digest = hashlib.sha256(image.tobytes()).hexdigest()[:16]
-            names.append(f"images/{digest}.png")
-            image.save(folder / names[-1])
-        rate = rates[sample.id]
-        row = dict(id=sample.id, task=sample.task, question=sample.question, images=names)
-        rows.append(row | {"answer": sample.answer, "pass_rate": rate})
-    return sorted(rows, key=lambda row: -row["pass_rate"])
 
 
 SCENES = 12  # the first held-out samples, which are shown with several answers
@@ -324,67 +297,8 @@ def average(models: list[Path], /, out: Out) -> None:
 
     `out` holds the first one's other files. It appears by one rename: whole or not at all.
     """
-    library("safetensors", "safetensors")
-    if len(models) < 2:
-        raise ValueError("give two checkpoints or more to average")
-    found = [find_tensors(model) for model in models]
-    for model, tensors in zip(models[1:], found[1:]):
-        check_same(models[0], found[0], model, tensors)
-    final = Path(out)
-    if not out or final.exists():
-        raise ValueError(f"--out {out} must be a new folder")
-    partial_folder = final.with_name(final.name + ".partial")
-    shutil.rmtree(partial_folder, ignore_errors=True)
-    shutil.copytree(models[0], partial_folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    for file in sorted({file for file, _ in found[0].values()}):
-        own = [name for name in found[0] if found[0][name][0] == file]
-        write_mean(partial_folder / file.name, own, found)
-    partial_folder.rename(final)
-    print(f"the mean of {len(models)} checkpoints is in {final}")
-
-
-def find_tensors(model: Path) -> dict[str, tuple[Path, list[int]]]:
-    """{name: (file, shape)} of a checkpoint in one file or several."""
-    from safetensors import SafetensorError, safe_open
-    tensors = {}
-    for file in sorted(model.glob("*.safetensors")):
-        with datasets.blame(file, SafetensorError), safe_open(file, "pt") as opened:
-            for name in opened.keys():  # noqa: SIM118
-                tensors[name] = file, opened.get_slice(name).get_shape()
-    if not tensors:
-        raise ValueError(f"{model} holds no safetensors")
-    return tensors
-
-
-def check_same(first: Path, here: dict, other: Path, there: dict) -> None:
-    """Errors: ValueError naming the tensors that only one has, or that have two shapes."""
-    lone = sorted(here.keys() ^ there.keys())
-    if lone:
-        owner = first if lone[0] in here else other
-        raise ValueError(f"{first} and {other} do not have the same tensors, as {lone[0]} is in "
-                         f"{owner} alone ({len(lone)} such names): average exports of one run")
-    for name, (_, shape) in here.items():
-        if shape != there[name][1]:
-            raise ValueError(f"{name} is {shape} in {first} and {there[name][1]} in {other}: "
-                             "average checkpoints of one run")
-
-
-def write_mean(path: Path, names: list[str], found: list[dict]) -> None:
-    """A file of the mean tensors, which other users may read as any file (umask)."""
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-    mean = {}
-    for name in names:
-        total = 0
-        for tensors in found:
-            with safe_open(tensors[name][0], "pt") as opened:
-                tensor = opened.get_tensor(name)
-            total = total + tensor.float()
-        mean[name] = (total / len(found)).to(tensor.dtype)
-    save_file(mean, path, metadata={"format": "pt"})
-    mask = os.umask(0)  # it can only be read by setting it
-    os.umask(mask)
-    path.chmod(0o666 & ~mask)
+    write_average(models, Path(out))
+    print(f"the mean of {len(models)} checkpoints is in {out}")
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -14,7 +14,7 @@ import sft_coldstart
 
 ORDER = (  # each may use those before it; those that stand together do not use each other
     ("naive_grpo",), ("needs",), ("tiny", "pictures", "formulas", "rows", "lora", "measures"), ("readers", "presets"), ("rewards",), ("reward_function", "formats"), ("sources",), ("data",), ("qwen_vl",), ("packing", "prompts"),
-    ("policy", "run_folder"), ("kv_cache", "noise", "weight_copy"), ("sampler", "fsdp", "plan"), ("options",), ("training",), ("sft_coldstart",), ("grpo_vl",), ("plots", "protocols", "behaviours"), ("sheets",), ("eval",),
+    ("policy", "run_folder"), ("kv_cache", "noise", "weight_copy"), ("sampler", "fsdp", "plan"), ("options",), ("training",), ("sft_coldstart",), ("grpo_vl",), ("plots", "protocols", "behaviours", "average", "curriculum"), ("sheets",), ("eval",),
 )
 SCRIPTS = tuple(name for level in ORDER for name in level if (ROOT / f"{name}.py").exists())
 README = (ROOT / "README.md").read_text()

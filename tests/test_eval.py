@@ -1,4 +1,4 @@
-"""eval.py: averages of checkpoints, and runs of tiny models; its metrics are in test_protocols.py."""
+"""eval.py: runs of tiny models, and its commands; its metrics are in test_protocols.py."""
 import dataclasses
 import json
 import os
@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
 from test_plots import make_run, refused, shows_something, write
 from test_protocols import close
 
@@ -25,83 +24,6 @@ import tiny
 import training
 
 ROOT = Path(__file__).parent.parent
-HERE = ROOT / "tests" / "fixtures" / "eval"
-
-
-# ---- averages ----
-def save_model(folder, **tensors):
-    folder.mkdir()
-    save_file(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text('{"a": 1}')
-    return folder
-
-
-def test_average_by_hand(tmp_path):
-    # In bf16 1 + 1/128 is exact and 3·(1 + 1/128) is not: adding in fp32 keeps the mean exact.
-    fine = torch.tensor([1 + 1 / 128, 0.0], dtype=torch.bfloat16)
-    models = [save_model(tmp_path / str(i), w=torch.tensor([float(i), -1.0]), b=fine)
-              for i in (1, 2, 6)]
-    evaluation.main(["average", *map(str, models), "--out", str(tmp_path / "mean")])
-    mean = load_file(tmp_path / "mean" / "model.safetensors")
-    assert mean["w"].tolist() == [3.0, -1.0] and mean["b"].dtype == torch.bfloat16
-    assert torch.equal(mean["b"], fine)
-    assert (tmp_path / "mean" / "config.json").read_text() == '{"a": 1}'
-
-
-def test_average_reads_like_any_file(tmp_path):
-    models = [save_model(tmp_path / name, w=torch.zeros(2)) for name in ("a", "b")]
-    mask = os.umask(0o027)
-    try:
-        evaluation.main(["average", *map(str, models), "--out", str(tmp_path / "mean")])
-    finally:
-        os.umask(mask)
-    assert (tmp_path / "mean" / "model.safetensors").stat().st_mode & 0o777 == 0o640  # 666 less 027
-
-
-def test_average_of_checkpoints_that_are_cut_otherwise(tmp_path):
-    """One file there, two here: tensors are found by name, and the first one's files are kept."""
-    one = save_model(tmp_path / "one", w=torch.tensor([1.0]), v=torch.tensor([2.0]))
-    two = tmp_path / "two"
-    two.mkdir()
-    for name, value in (("w", 3.0), ("v", 6.0)):
-        save_file({name: torch.tensor([value])}, two / f"model-{name}.safetensors")
-    evaluation.main(["average", str(two), str(one), "--out", str(tmp_path / "mean")])
-    got = {file.name: load_file(file) for file in (tmp_path / "mean").glob("*.safetensors")}
-    assert got["model-w.safetensors"]["w"].item() == 2 and got["model-v.safetensors"]["v"].item() == 4
-
-
-def test_averages_that_can_not_be_made(tmp_path):
-    out = tmp_path / "out"
-    one = save_model(tmp_path / "one", w=torch.zeros(2))
-    wide = save_model(tmp_path / "wide", w=torch.zeros(3))
-    assert "w is [2] in" in (said := refused("average", one, wide, "--out", out)) and "[3] in" in said
-    more = save_model(tmp_path / "more", **{"w": torch.zeros(2), "lm_head.weight": torch.zeros(2)})
-    for pair in ((one, more), (more, one)):
-        said = refused("average", *pair, "--out", out)
-        assert "do not have the same tensors" in said and f"lm_head.weight is in {more} alone" in said
-    assert "no safetensors" in refused("average", one, HERE, "--out", out)
-    broken = save_model(tmp_path / "broken", w=torch.zeros(2))
-    (broken / "model.safetensors").write_bytes(b"no weights")
-    assert "broken/model.safetensors: " in refused("average", one, broken, "--out", out)
-    assert "must be a new folder" in refused("average", one, one, "--out", tmp_path)
-    assert "two checkpoints" in refused("average", one, "--out", out)
-    left = {path.name for path in tmp_path.iterdir()}
-    assert left == {"one", "wide", "more", "broken"}  # nothing was written
-
-
-def test_a_failed_average_does_not_block_the_next_try(tmp_path, monkeypatch):
-    models = [save_model(tmp_path / name, w=torch.zeros(2)) for name in ("a", "b")]
-    command = ["average", *models, "--out", tmp_path / "mean"]
-
-    def full(*_, **__):
-        raise OSError("no space left")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("safetensors.torch.save_file", full)
-        assert "no space left" in refused(*command)
-    assert not (tmp_path / "mean").exists()
-    evaluation.main([*map(str, command)])
-    assert {path.name for path in tmp_path.iterdir()} == {"a", "b", "mean"}
 
 
 # ---- with a model ----
@@ -384,33 +306,3 @@ def test_the_protocol_has_every_task():
     grounding = table["grounding"]
     assert (grounding.max_tokens, grounding.samples, grounding.penalty) == (512, 1, 1.05)
     assert [task for task in table if table[task].penalty != 1] == ["grounding"]
-
-
-def test_curriculum_keeps_a_band_and_sorts_easy_to_hard(tmp_path, monkeypatch, alone):
-    """Four samples right in 4, 1, 0 and 3 of 4 tries; the band is 0.2 … 0.9."""
-    rows = [f'{{"task": "math", "id": "s{i}", "question": "{i}+0", "answer": "{i}"}}\n' for i in range(4)]
-    (tmp_path / "data.jsonl").write_text("".join(rows))
-    right = {"s0": 4, "s1": 1, "s2": 0, "s3": 3}
-
-    def answers(run, count, *, tries, max_tokens, greedy):
-        assert (count, tries, greedy, run.eval_data) == (0, 4, False, run.data)
-        return [dict(id=key, task="math", completion=f"\\boxed{{{key[1] if i < n else 99}}}", answer=key[1],
-                     image_size=None) for key, n in right.items() for i in range(4)]
-
-    monkeypatch.setattr(training, "answer_heldout", answers)
-    in_this_process(monkeypatch, alone)
-    evaluation.main(["curriculum", "--model", "tiny", "--data", str(tmp_path / "data.jsonl"), "--out",
-                     str(tmp_path / "out"), "--low", "0.2", "--samples-per-question", "4"])
-    kept = [json.loads(line) for line in (tmp_path / "out" / "curriculum.jsonl").read_text().splitlines()]
-    assert [(row["id"], row["pass_rate"]) for row in kept] == [("s3", 0.75), ("s1", 0.25)]
-    mix = datasets.open_data([f"{tmp_path}/out/curriculum.jsonl?in_order=1"])
-    assert [mix[draw].question for draw in range(2)] == ["3+0", "1+0"]
-
-
-def test_curriculum_writes_the_images_that_it_keeps(tmp_path, monkeypatch, alone):
-    in_this_process(monkeypatch, alone)
-    evaluation.main(["curriculum", "--model", "tiny", "--data", "synthetic:grounding?size=56x56", "--out",
-                     str(tmp_path), "--low", "0", "--samples", "2", "--samples-per-question", "2", "--max-tokens", "4"])
-    (first, _) = datasets.open_data([f"{tmp_path}/curriculum.jsonl"]).sources[0]
-    assert first.images[0].size == (56, 56) and first.answer == datasets.open_data(
-        ["synthetic:grounding?size=56x56"]).at(0).answer

@@ -1,0 +1,31 @@
+"""What is neither too easy nor too hard? Samples by pass rate, easy before hard [PR1 §4.3]."""
+import hashlib
+from pathlib import Path
+from statistics import fmean
+
+import rewards
+
+
+def pass_rates(answers: list[dict]) -> dict[str, float]:
+    """Of each sample by id: the mean of rewards.correct over its answers."""
+    tries = {}
+    for row in answers:
+        right = rewards.correct(row["task"], row["completion"], row["answer"], row["image_size"])
+        tries.setdefault(row["id"], []).append(right)
+    return {name: fmean(right) for name, right in tries.items()}
+
+
+def rows_of(samples, rates: dict, folder: Path) -> list[dict]:
+    """The samples as rows of a data file, easy to hard; their images are written to images/."""
+    (folder / "images").mkdir(parents=True, exist_ok=True)
+    rows = []
+    for sample in samples:
+        names = []
+        for image in sample.images:  # named by what is on it: samples are held out by image
+            digest = hashlib.sha256(image.tobytes()).hexdigest()[:16]
+            names.append(f"images/{digest}.png")
+            image.save(folder / names[-1])
+        rate = rates[sample.id]
+        row = dict(id=sample.id, task=sample.task, question=sample.question, images=names)
+        rows.append(row | {"answer": sample.answer, "pass_rate": rate})
+    return sorted(rows, key=lambda row: -row["pass_rate"])
