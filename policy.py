@@ -6,7 +6,8 @@ The network itself (weights, MLPs) is Hugging Face's `Qwen2_5_VLForConditionalGe
 attention forwards are replaced (§1), as packing is a statement about attention, and what PyTorch
 has faster: norms, and the patch embedding, a convolution that is a matrix product.
 
-Each fast form has a plain twin that tests/test_policy.py holds it to:
+Each fast form has a plain twin that tests/test_policy.py (of the first, test_packing.py) holds it
+to:
   varlen attention    the same rule as a mask
   norms, rotary       Hugging Face's formulas
   token_logprobs      log_softmax and autograd
@@ -14,7 +15,7 @@ Each fast form has a plain twin that tests/test_policy.py holds it to:
 
 Shapes, as suffixes: L packed tokens, S scored completion tokens, P groups in a row, N image
 patches, I image tokens, V vocabulary, D width, H heads, K key/value heads, d head width,
-B rollouts, T longest completion.
+B rollouts; of a padded batch B rows, T queries and K keys of each.
 """
 import inspect
 import math

@@ -215,7 +215,7 @@ class Completion:
 
 @dataclass
 class Group:
-    """A prompt and its completions; `row` is the first one's row in the padded [B, T] batch."""
+    """A prompt and its completions; `row` is the first one's number among a batch's B rollouts."""
 
     prompt: Prompt
     completions: list[Completion]

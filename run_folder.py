@@ -31,8 +31,8 @@ from measures import symptoms
 from qwen_vl import Group
 from tiny import TINY
 
-# Options that do not change what is learned: a resumed run may have others than before.
 MISSING = "not known to that version"
+# Options that do not change what is learned: a resumed run may have others than before.
 FREE = {
     "steps", "seconds", "out", "resume", "log", "keep", "save_every", "max_bad_steps", "skip_bad",
     "eval_every", "eval_data", "eval_samples", "eval_tokens", "blind", "pictures_every",
