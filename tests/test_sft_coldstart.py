@@ -69,7 +69,7 @@ def test_loss_is_huggingfaces_on_the_response_alone(alone):
 
 def test_two_ranks_learn_as_one_and_cuts_do_not_matter(alone, pair):
     want, weights = steps(alone)
-    for got, other in (steps(alone, micro_tokens=120), pair.run("test_coldstart.steps")[0]):
+    for got, other in (steps(alone, micro_tokens=120), pair.run("test_sft_coldstart.steps")[0]):
         for one, two in zip(want, got):
             assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
             assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-4)
