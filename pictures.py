@@ -314,22 +314,6 @@ class Synthetic:
         return question, answer
 
 
-def solution(question):
-    """The worked answer to "What is 3 + 5 - 2?", thinking first; it sets subgoals and verifies."""
-    first, *rest = question.removeprefix("What is ").removesuffix("?").split(" ")
-    steps, undone = [], []
-    total = int(first)
-    for sign, number in zip(rest[::2], rest[1::2]):
-        before = total
-        total += int(sign + number)
-        back = "-" if sign == "+" else "+"
-        steps.append(f"{before} {sign} {number} = {total}.")
-        undone.append(f"{total} {back} {number} = {before}.")
-    thought = "First, I add from the left: " + " ".join(steps)
-    thought += " Let me check it from the right: " + " ".join(undone[::-1])
-    return f"<think>{thought} That is where I began.</think><answer>\\boxed{{{total}}}</answer>"
-
-
 def from_the_top(item):
     """Where an object comes in reading order: by its upper edge, then by its left one."""
     left, top, _, _ = item["bbox_2d"]

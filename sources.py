@@ -17,7 +17,7 @@ from PIL import Image
 import formats
 import readers
 import rows
-from pictures import PLACED, Synthetic, load_image, map_marks, scale, smart_resize, solution
+from pictures import PLACED, Synthetic, load_image, map_marks, scale, smart_resize
 from rewards import TASKS, read_truth
 from rows import FAULTS, DataError, Stored, blame, words
 
@@ -288,3 +288,19 @@ class DrawnSource:
             if self.world.traces:
                 sample = replace(sample, response=solution(question))
             return fit(sample, images, **self.limits)
+
+
+def solution(question):
+    """The worked answer to "What is 3 + 5 - 2?", thinking first; it sets subgoals and verifies."""
+    first, *rest = question.removeprefix("What is ").removesuffix("?").split(" ")
+    steps, undone = [], []
+    total = int(first)
+    for sign, number in zip(rest[::2], rest[1::2]):
+        before = total
+        total += int(sign + number)
+        back = "-" if sign == "+" else "+"
+        steps.append(f"{before} {sign} {number} = {total}.")
+        undone.append(f"{total} {back} {number} = {before}.")
+    thought = "First, I add from the left: " + " ".join(steps)
+    thought += " Let me check it from the right: " + " ".join(undone[::-1])
+    return f"<think>{thought} That is where I began.</think><answer>\\boxed{{{total}}}</answer>"

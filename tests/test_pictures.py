@@ -232,13 +232,6 @@ def test_a_broken_image_from_bytes_is_named_by_its_length():
     assert str(error.value) == "image of 100 bytes is unusable, replace it: no picture, or damaged"
 
 
-def test_a_solution_adds_from_the_left_and_checks_from_the_right():
-    said = pictures.solution("What is -3 + 6 - 10?")
-    assert said == (
-        "<think>First, I add from the left: -3 + 6 = 3. 3 - 10 = -7. Let me check it from the right: -7 + 10 = 3. "
-        "3 - 6 = -3. That is where I began.</think><answer>\\boxed{-7}</answer>")
-
-
 def test_traces_are_of_sums_as_text_only():
     with pytest.raises(ValueError, match="traces=1 goes with"):
         Synthetic("math", traces=1)

@@ -9,7 +9,7 @@ from small import HERE, RED, SMALL, one, pictures_of, write
 
 import pictures
 from data import DataError, check, open_data
-from sources import Sample, chance
+from sources import Sample, chance, solution
 
 # ---- sizes and frames ----
 
@@ -177,3 +177,13 @@ def test_a_folder_or_a_missing_field_is_named_in_words(tmp_path):
     assert "no image '.' in " in fault and "Errno" not in fault
     (fault,) = check(["fox:" + write(tmp_path, {"conversations": []}, name="f.jsonl")])
     assert fault.endswith("f.jsonl:1: the field 'image' is missing")
+
+
+# ---- drawn worlds ----
+
+
+def test_a_solution_adds_from_the_left_and_checks_from_the_right():
+    said = solution("What is -3 + 6 - 10?")
+    assert said == (
+        "<think>First, I add from the left: -3 + 6 = 3. 3 - 10 = -7. Let me check it from the right: -7 + 10 = 3. "
+        "3 - 6 = -3. That is where I began.</think><answer>\\boxed{-7}</answer>")
