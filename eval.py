@@ -102,16 +102,6 @@ def behaviour_panels(results: dict) -> dict:
 
 
 # ---- §3 running a model --------------------------------------------------------------------------
-PACKAGES = {"detection": ("pycocotools", "pycocotools"), "ocr": ("rapidfuzz", "rapidfuzz"),
-            "math": ("math_verify", "math-verify")}  # module, name to install
-
-
-def check_packages(task: str) -> None:
-    """Errors: ImportError naming the package that scoring needs, before anything is answered."""
-    if task in PACKAGES:
-        library(*PACKAGES[task])
-
-
 def check_data(config, task: str) -> None:
     """Errors: DataError, without a model, if the data can not be read or is of another task."""
     mixture = training.open_heldout(config)
@@ -127,8 +117,9 @@ def check_data(config, task: str) -> None:
 
 def protocol_prompt(run, sample):
     """The prompt of the papers' evaluation, which differs from training's for two tasks."""
-    question = sample.question or rewards.QUESTIONS.get(sample.task, "")
-    text = protocols.PROMPTS[sample.task].format(question)
+    row = rewards.row_of(sample.task)
+    own_prompt = protocols.protocol_of(sample.task).prompt or row.prompt
+    text = own_prompt.format(sample.question or row.question)
     text += rewards.think_prompt(think_of(run.config, sample.id))
     return encode_sample(run.config, run.tokenizer, run.special, sample, text)
 
@@ -137,7 +128,7 @@ def run(model: str, task: Task, data: Data, out: Out, samples: Samples = 0, thin
         samples_per_question: Tries = 0, max_tokens: MaxTokens = 0, annotations: Annotations = "",
         system_prompt: System = qwen_vl.SYSTEM, blind: Blind = False, prompts: Prompts = "paper"):
     """Answers a benchmark by the papers' protocol and scores it: predictions and metrics."""
-    protocol = protocols.PROTOCOLS[task]
+    protocol = protocols.protocol_of(task)
     tries = samples_per_question or protocol.samples
     prompt_of, penalty = protocol_prompt, protocol.penalty
     if prompts == "training":
@@ -146,7 +137,8 @@ def run(model: str, task: Task, data: Data, out: Out, samples: Samples = 0, thin
         model=model, data=tuple(data), eval_data=tuple(data), heldout=0.0, eval_every=1,
         think=think, system_prompt=system_prompt, blind=blind, max_pixels=16384 * 28 * 28,
         timeout=4 * 86_400)  # ranks end at other times: answers may have 49,152 tokens
-    check_packages(task)
+    if protocol.package:  # ImportError names it before anything is answered
+        library(*protocol.package)
     if annotations:
         protocols.read_annotations(annotations)
     check_data(config, task)
@@ -219,7 +211,7 @@ def demo(before: Path, grpo: Path, /, out: Out = "", data: Data = (), samples: S
         table[name], rows = ask(run)
         answers += [{"model": name} | row for row in rows]
     table["samples"] = len({row["id"] for row in answers})
-    table["metric"] = plots.metric_name(row["task"] for row in answers)
+    table["metric"] = rewards.metric_name(row["task"] for row in answers)
     table["data"] = eval_data or saved["data"]
     if processes.rank == 0:
         first = islice(run.eval_data.in_turn(), min(SCENES, table["samples"]))

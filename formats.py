@@ -6,8 +6,8 @@ import ast
 import json
 import re
 
-from pictures import PLACED
 from readers import true_numbers
+from rewards import PLACED
 from rows import read_rows
 
 IMAGE_MARK = "<image>"  # in a question: an image goes here

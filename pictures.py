@@ -16,8 +16,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 UNREADABLE = (ArithmeticError, AttributeError, LookupError, OSError, RecursionError, TypeError,
               ValueError, SyntaxError, Image.DecompressionBombError)  # Syntax: a broken PNG chunk
-PLACED = ("grounding", "counting", "detection")  # tasks whose answers are places in the image
-DRAWN = (*PLACED, "ocr", "math")
+DRAWN = ("grounding", "counting", "detection", "ocr", "math")  # tasks of drawn scenes
 
 
 # §1 ─────────────────────────────── sizes and coordinates ────────────────────────────────────

@@ -254,15 +254,6 @@ def draw_line(axis, line: Line, colour: str, style) -> None:
 
 
 # §4 ──────────────────────────────────────── tables ──────────────────────────────────────────
-GRADED = {"detection": "F1", "ocr": "similarity"}  # tasks whose answers are not right or wrong
-
-
-def metric_name(tasks) -> str:
-    """What rewards.correct is called on samples of these tasks."""
-    names = {GRADED.get(task, "accuracy") for task in tasks}
-    return names.pop() if len(names) == 1 else "score"
-
-
 def demo_table(table: dict) -> str:
     """The metric of the answer alone before and after, and what is left of the error 1 − metric.
 

@@ -13,7 +13,9 @@ import contextlib
 import json
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -133,7 +135,7 @@ def said_text(completion: str) -> str:
     return re.sub(r"<\|[a-z_]+\|>", "", completion)
 
 
-def over_samples(rows, task: str) -> dict:
+def over_samples(rows, annotations: str = "", *, task: str) -> dict:
     """[ORZ] Mean accuracy of a question's k samples, then of the questions; pass@1 … pass@k."""
     tries = {}  # of each question: 1 for a right sample, 0 for a wrong one
     cut = 0
@@ -250,18 +252,18 @@ def coco_item(image, category, box) -> dict:
     return {"image_id": image, "category_id": category, "bbox": bbox, "score": 1.0}
 
 
-def score_predictions(task: str, rows: list[dict], annotations: str = "") -> dict:
-    """The task's metrics; ValueError says where a bad row stands."""
-    if task == "detection":
-        return average_precision(rows, annotations)
-    if task in ("math", "choice"):
-        return over_samples(rows, task)
-    score_row = {"grounding": grounding, "counting": counting, "ocr": ocr}[task]
+def means_of_rows(rows: list[dict], annotations: str = "", *, score_row: Callable) -> dict:
+    """The mean of each metric of a row."""
     values = []
     for row in rows:
         with datasets.blame(row["where"]):
             values.append(score_row(row))
     return {name: fmean(value[name] for value in values) for name in values[0]}
+
+
+def score_predictions(task: str, rows: list[dict], annotations: str = "") -> dict:
+    """The task's metrics; ValueError says where a bad row stands."""
+    return protocol_of(task).score(rows, annotations)
 
 
 # ---- §3 the papers' protocols, and what they report ----------------------------------------------
@@ -270,28 +272,55 @@ PAPERS = Path(__file__).with_name("results") / "papers.json"
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a paper answers a benchmark, and where its own rows stand."""
+    """How a paper answers a benchmark, what it measures, and where its own rows stand."""
+    score: Callable  # (rows, file of annotations or "") -> metrics
     max_tokens: int  # of the longest answer
-    samples: int  # answers to a question; 1: greedy, more: T = 1
-    penalty: float  # on repetition
     rows: str  # key in results/papers.json: metrics and source, then a row a benchmark
+    samples: int = 1  # answers to a question; 1: greedy, more: T = 1
+    penalty: float = 1.0  # on repetition
+    prompt: str = ""  # where it is not that of training
+    package: tuple[str, ...] = ()  # module that scoring needs, and its name to install
 
 
 PROTOCOLS = {
-    "grounding": Protocol(512, 1, 1.05, "grounding"),  # [PR1 code], these four
-    "counting": Protocol(512, 1, 1.0, "counting"),
-    "ocr": Protocol(2048, 1, 1.0, "ocr"),
-    "detection": Protocol(4096, 1, 1.0, "detection"),
-    "math": Protocol(49152, 16, 1.0, "math"),  # unstated: OVR's last 48k tokens, 16 of [ORZ]
-    "choice": Protocol(49152, 16, 1.0, "math")}
-PROMPTS = rewards.PROMPTS | {  # [PR1 code] evaluates two with others
-    "ocr": "<image>\nOCR this image: ", "detection": "Locate every item from the category list in "
-        "the image and output the coordinates in JSON format. The category set includes {}."}
+    "grounding": Protocol(  # [PR1 code], these four
+        score=partial(means_of_rows, score_row=grounding), rows="grounding", max_tokens=512,
+        penalty=1.05,
+    ),
+    "counting": Protocol(
+        score=partial(means_of_rows, score_row=counting), rows="counting", max_tokens=512,
+    ),
+    "detection": Protocol(
+        score=average_precision, rows="detection", max_tokens=4096,
+        prompt="Locate every item from the category list in the image and output the coordinates "
+               "in JSON format. The category set includes {}.",
+        package=("pycocotools", "pycocotools"),
+    ),
+    "ocr": Protocol(
+        score=partial(means_of_rows, score_row=ocr), rows="ocr", max_tokens=2048,
+        prompt="<image>\nOCR this image: ", package=("rapidfuzz", "rapidfuzz"),
+    ),
+    "math": Protocol(  # unstated: OVR's last 48k tokens, 16 of [ORZ]
+        score=partial(over_samples, task="math"), rows="math", max_tokens=49152, samples=16,
+        package=("math_verify", "math-verify"),
+    ),
+    "choice": Protocol(
+        score=partial(over_samples, task="choice"), rows="math", max_tokens=49152, samples=16,
+    ),
+}  # fmt: skip
+
+
+def protocol_of(task: str) -> Protocol:
+    """Errors: ValueError if no paper's protocol is known for the task."""
+    if task not in PROTOCOLS:
+        raise ValueError(f"no protocol scores {task}, only {', '.join(PROTOCOLS)}: add a row to "
+                         "PROTOCOLS in protocols.py")
+    return PROTOCOLS[task]
 
 
 def beside_paper(task: str, result: dict) -> str:
     """In percent: what was measured, and under it the paper's rows with their models' names."""
-    columns, *rows = json.loads(PAPERS.read_bytes())[PROTOCOLS[task].rows]
+    columns, *rows = json.loads(PAPERS.read_bytes())[protocol_of(task).rows]
     names = columns.partition(" [")[0].split()
     measured = []
     for name in names:

@@ -14,7 +14,6 @@ import numpy as np
 
 from formulas import boxed
 from needs import check
-from pictures import PLACED
 
 # COCO's 80 names in COCO's order, and their ids: of 1 to 90, ten are not in use.
 COCO_NAMES = re.split("[/\n]", """person/bicycle/car/motorcycle/airplane/bus/train/truck/boat
@@ -102,13 +101,6 @@ def parse_points(completion: str, image_size=None) -> list[list[float]]:
     """All points, or centres of boxes, that can be made out in the answer."""
     shapes, _ = read_shapes(split_thinking(completion)[0], image_size)
     return [centre(shape) for shape in shapes]
-
-
-def parse_places(task: str, completion: str, image_size=None) -> list[list[float]]:
-    """Boxes, else points, in the frame of image_size; [] in a task whose answers are no places."""
-    if task not in PLACED:
-        return []
-    return parse_boxes(completion, image_size) or parse_points(completion, image_size)
 
 
 def read_shapes(text, image_size):

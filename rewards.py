@@ -72,7 +72,10 @@ class Task:
     rule: Callable  # (text, true, **settings) -> reward, parts
     right: Callable  # parts -> what `correct` says, 0 to 1
     seen: Callable  # (true answer, question) -> what a reference's thinking says that it sees
-    question: str = ""  # if none is given
+    question: str = ""  # if none is given; without one the data must ask
+    metric: str = "accuracy"  # what `right` is called in tables and figures
+    placed: bool = False  # its answers are places in the image
+    needs_image: bool = False
     format_weight: float = 1.0
     options: dict = field(default_factory=dict)  # name: its values, default first
 
@@ -347,20 +350,20 @@ TABLE = {
     "grounding": Task(
         prompt="Output the bounding box of the {} in the image.",  # [PR1 T8]
         read=readers.true_box, write=write_box, rule=grounding, seen=see_one,
-        right=lambda parts: float(parts["iou"] > 0.5),
+        right=lambda parts: float(parts["iou"] > 0.5), placed=True, needs_image=True,
         options={"iou_power": (1, 2)},  # 1 [PR1 §4.1], 2 [PR1 code]
     ),
     "counting": Task(
         prompt="Output all the bounding boxes of the {}",  # [PR1 T8]
         read=readers.true_points, write=write_points, rule=counting, seen=see_number,
-        right=lambda parts: float(parts["count"] == 1),
+        right=lambda parts: float(parts["count"] == 1), placed=True, needs_image=True,
         options={"matching": ("optimal", "order")},  # order: [PR1 T5] "w/o reward matching"
     ),
     "detection": Task(
         prompt="Please output bbox coordinates and names of {}.",  # [PR1 T8]
         question=", ".join(COCO_NAMES),  # [PR1 T8]
         read=readers.true_objects, write=write_objects, rule=detection, seen=see_objects,
-        right=lambda parts: parts["f1"],
+        right=lambda parts: parts["f1"], metric="F1", placed=True, needs_image=True,
         options={
             "matching": ("iou", "detr", "order"),  # [PR1 §4.2], [PR1 code], [PR1 T5]
             "penalty": (0.5, 0.0),  # any number from 0; 0.5 [PR1 T6], 0 [PR1 code]
@@ -370,7 +373,7 @@ TABLE = {
     "ocr": Task(
         prompt="{}", question="OCR this image.",  # [PR1 T8]
         read=readers.true_text, write=write_text, rule=ocr, seen=see_lines,
-        right=lambda parts: parts["similarity"],
+        right=lambda parts: parts["similarity"], metric="similarity", needs_image=True,
     ),
     "math": Task(
         prompt="{}\nPut the final answer in \\boxed{{}}.",  # ours: OVR's prompts are not published
@@ -388,6 +391,15 @@ TASKS = tuple(TABLE)
 PROMPTS = {name: row.prompt for name, row in TABLE.items()}
 QUESTIONS = {name: row.question for name, row in TABLE.items() if row.question}
 OPTIONS = {name: row.options for name, row in TABLE.items() if row.options}
+PLACED = tuple(name for name, row in TABLE.items() if row.placed)
+
+
+def parse_places(task: str, completion: str, image_size=None) -> list[list[float]]:
+    """Boxes, else points, in the frame of image_size; [] in a task whose answers are no places."""
+    if task not in PLACED:
+        return []
+    boxes = readers.parse_boxes(completion, image_size)
+    return boxes or readers.parse_points(completion, image_size)
 
 
 # ---- §5 the score --------------------------------------------------------------------------------
@@ -434,6 +446,12 @@ def correct(
 ) -> float:
     """The answer alone, no points for form: IoU > 0.5, exact count, F1, similarity, right/wrong."""
     return row_of(task).right(score(task, completion, answer, image_size, think=think).parts)
+
+
+def metric_name(tasks) -> str:
+    """What `correct` is called on samples of these tasks; "score" where they differ."""
+    names = {row_of(task).metric for task in tasks}
+    return names.pop() if len(names) == 1 else "score"
 
 
 # ---- §6 command line -----------------------------------------------------------------------------

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 import lora
 import pictures
-import readers
+import rewards
 from measures import symptoms
 from qwen_vl import Group
 from tiny import TINY
@@ -306,7 +306,7 @@ def save_rollouts(out: Path, step: int, groups: list[Group]) -> None:
         if sample.images:
             sample.images[0].save(folder / image)
             best = max(group.completions, key=lambda completion: completion.reward).text
-            said = readers.parse_places(sample.task, best, sample.image_size)
+            said = rewards.parse_places(sample.task, best, sample.image_size)
             picture = pictures.draw(
                 sample.images[0], predicted=said, true=sample.answer, caption=sample.question)
             picture.save(folder / f"step-{step}-{group.draw}-best.png")

@@ -16,8 +16,7 @@ from statistics import fmean
 from PIL import Image, ImageDraw, ImageFont
 
 import pictures
-import readers
-from plots import metric_name
+import rewards
 
 # §1 ──────────────────────────────────── a page of tiles ─────────────────────────────────────
 WIDTH, GAP = 230, 10  # pixels of a tile, and between tiles
@@ -97,7 +96,7 @@ def marked(image, task: str, text: str, answer, image_size) -> Image.Image:
     if image is None:
         return picture
     frame = image_size or image.size
-    said = readers.parse_places(task, text, frame)
+    said = rewards.parse_places(task, text, frame)
     said = pictures.scale(said, frame, picture.size)
     true = pictures.scale(answer, frame, picture.size)
     return pictures.draw(picture, predicted=said, true=true)
@@ -118,7 +117,7 @@ def cloud(image, task: str, texts: list[str], answer, image_size, width=WIDTH) -
     true = pictures.scale(answer, frame, picture.size)
     picture = pictures.draw(picture, true=true)
     for text in texts:
-        said = readers.parse_places(task, text, frame)
+        said = rewards.parse_places(task, text, frame)
         said = pictures.scale(said, frame, picture.size)
         over = pictures.draw(picture, predicted=said)
         picture = Image.blend(picture, over, PALE)
@@ -168,7 +167,7 @@ def group_rows(group: list[dict], folder: Path) -> list[tuple[str, list[Tile]]]:
     """A prompt and its completions, eight in a row."""
     first = group[0]
     title = f"step {first['step']}: {first.get('question') or first['task']}"
-    if first["task"] not in pictures.PLACED:
+    if first["task"] not in rewards.PLACED:
         title = f"{title} - true: {first['answer']}"
     title = textwrap.shorten(title, 110, placeholder=" …")
     image = None
@@ -224,9 +223,9 @@ def cloud_tile(number: int, sample, rows: list[dict]) -> Tile:
     """A sample's number, the mean of its answers' metric, and the answers."""
     texts = [row["completion"] for row in rows]
     mean = fmean(row["correct"] for row in rows)
-    fact = f"scene {number}: mean {metric_name([sample.task])} {mean:.2f}"
+    fact = f"scene {number}: mean {rewards.metric_name([sample.task])} {mean:.2f}"
     said = in_lines(sample.question or sample.task, 1)
-    if sample.task not in pictures.PLACED:
+    if sample.task not in rewards.PLACED:
         said += in_lines(f"true: {sample.answer}", 1)
         for text, count in Counter(texts).most_common(3):
             said += in_lines(f"{count} x {text}", 1)

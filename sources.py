@@ -17,8 +17,8 @@ from PIL import Image
 import formats
 import readers
 import rows
-from pictures import PLACED, Synthetic, load_image, map_marks, scale, smart_resize
-from rewards import TASKS, read_truth
+from pictures import Synthetic, load_image, map_marks, scale, smart_resize
+from rewards import PLACED, TABLE, read_truth
 from rows import FAULTS, DataError, Stored, blame, words
 
 # §1 ──────────────────────────────────────── a sample ────────────────────────────────────────
@@ -146,8 +146,8 @@ class FileSource:
             picked["question"] = ""  # the task's own
         task, frame = picked["task"], picked.pop("frame")
         images = rows.image_list(picked.pop("image"))
-        if task not in TASKS:
-            raise DataError(f"task {task!r} is none of {', '.join(TASKS)}: try ?task=NAME")
+        if task not in TABLE:
+            raise DataError(f"task {task!r} is none of {', '.join(TABLE)}: try ?task=NAME")
         if not images:
             self.miss_images(task, row)
         if picked["question"] is None:
@@ -162,7 +162,7 @@ class FileSource:
             refuse_types(picked | {"question": question})
             question, places = formats.place_images(task, question, images)
             question = formats.name_of(task, question)
-            if not question and task not in ("ocr", "detection"):
+            if not question and not TABLE[task].question:
                 raise DataError(f"{task} needs a question")
             picked |= {"question": question, "id": f"{name}-{part}" if asked[1:] else name}
             places = [self.find(place, file) for place in places]
@@ -178,7 +178,7 @@ class FileSource:
         for name, value in row.items():
             if self.image and rows.looks_like_image(value):
                 raise DataError(f"the field {name!r} looks like an image: is it ?image={name}")
-        if task in (*PLACED, "ocr"):
+        if TABLE[task].needs_image:
             raise DataError(f"{task} needs an image: is its field named otherwise? then ?image=")
 
     def read_answer(self, task, picked, row):

@@ -16,6 +16,7 @@ from claims_report import Estimate, Result, estimate
 import data as datasets
 import plots
 import readers
+import rewards
 import sheets
 from plots import Line
 
@@ -188,7 +189,7 @@ def write(folder: Path) -> None:
     """demo.md and demo.png beside the folder of raw rows."""
     results = read_arms(folder)
     _, rows = examples(folder, results)
-    metric = plots.metric_name(row["task"] for row in rows)
+    metric = rewards.metric_name(row["task"] for row in rows)
     path = folder.with_suffix(".md")
     path.write_text(page(results, metric))
     draw(folder, results, metric, folder.with_suffix(".png"))

@@ -161,12 +161,6 @@ def test_plots_that_can_not_be_made(tmp_path):
 
 
 # ---- tables ----
-def test_the_metric_has_its_name():
-    assert plots.metric_name(["detection", "detection"]) == "F1"
-    assert plots.metric_name(["grounding", "counting", "math"]) == "accuracy"
-    assert plots.metric_name(["ocr"]) == "similarity" and plots.metric_name(["ocr", "math"]) == "score"
-
-
 def test_demo_table_by_hand():
     table = {"samples": 400, "metric": "accuracy", "before": {"greedy": 0.25, "sampled": 1.0},
              "after": {"greedy": 0.5, "sampled": 0.9}}

@@ -7,14 +7,13 @@ import pytest
 from readers import (
     chosen_letters,
     parse_boxes,
-    parse_places,
     parse_points,
     read_number,
     read_objects,
     read_shapes,
     split_thinking,
 )
-from rewards import read_truth
+from rewards import parse_places, read_truth
 
 CAT = {"bbox_2d": [0.0, 1.0, 10.0, 11.0], "label": "cat"}
 

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,8 +16,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import behaviours
+import data as datasets
 import formulas
+import protocols
 import rewards
+import training
 from reward_function import call_reward
 from rewards import correct, parse_boxes, parse_points, prompt, reference, score
 
@@ -808,15 +812,24 @@ def test_a_task_is_a_row():
     assert rewards.OPTIONS["grounding"] == {"iou_power": (1, 2)}
     assert set(rewards.PROMPTS) == set(rewards.TASKS)
     assert set(rewards.QUESTIONS) == {"detection", "ocr"}
+    assert rewards.PLACED == ("grounding", "counting", "detection")
+    assert [task for task in rewards.TABLE if rewards.TABLE[task].needs_image] == [*rewards.PLACED, "ocr"]
 
 
-def test_a_new_task_is_one_row(monkeypatch):
+def test_the_metric_has_its_name():
+    assert rewards.metric_name(["detection", "detection"]) == "F1"
+    assert rewards.metric_name(["grounding", "counting", "math", "choice"]) == "accuracy"
+    assert rewards.metric_name(["ocr"]) == "similarity" and rewards.metric_name(["ocr", "math"]) == "score"
+
+
+def test_a_new_task_is_one_row(tmp_path, monkeypatch):
+    """Prompt, reward, data, held-out score and the metric's name follow; a benchmark needs its protocol."""
     def length(text, true, image_size, truncated, weight, power):
         return (len(text) / true) ** power, {"length": len(text) / true}
 
     row = rewards.Task(prompt="Say {} letters.", read=int, write=lambda true, _: true * "x",
                        rule=length, right=lambda parts: parts["length"], seen=lambda true, question: "nothing",
-                       options={"power": (1, 2)})  # fmt: skip
+                       metric="length", options={"power": (1, 2)})  # fmt: skip
     monkeypatch.setitem(rewards.TABLE, "length", row)
     assert prompt("length", "4") == "Say 4 letters."
     assert reference("length", "4") == "xxxx"
@@ -824,6 +837,21 @@ def test_a_new_task_is_one_row(monkeypatch):
     assert correct("length", "xx", "4") == 0.5
     sample = SimpleNamespace(task="length", answer=4, image_size=None)
     assert call_reward(score, sample, "xx", options={"power": 2}).total == 0.25
+
+    (tmp_path / "data.jsonl").write_text('{"task": "length", "question": "4", "answer": "4"}')
+    (read,) = datasets.open_data([str(tmp_path / "data.jsonl")]).sources[0]
+    assert (read.task, read.question, read.answer) == ("length", "4", 4)
+    config = SimpleNamespace(think="no", preset="")
+    assert training.right(config, dict(id="0", task="length", completion="xxx", answer=4, image_size=None)) == 0.75
+    assert rewards.metric_name(["length", "length"]) == "length"
+
+    rows = [{"where": "a row", "id": str(n), "completion": n * "x", "answer": 4} for n in (1, 2)]
+    with pytest.raises(ValueError, match=r"no protocol scores length, only grounding, .*: add a row to PROTOCOLS"):
+        protocols.score_predictions("length", rows)
+    means = partial(protocols.means_of_rows, score_row=lambda row: {"length": correct("length", row["completion"], 4)})
+    protocol = protocols.Protocol(score=means, max_tokens=8, rows="none")
+    monkeypatch.setitem(protocols.PROTOCOLS, "length", protocol)
+    assert protocols.score_predictions("length", rows) == {"length": 0.375}  # (1/4 + 2/4) / 2
 
 
 # ---- command line ----
