@@ -204,11 +204,6 @@ def open_data(specs, *, seed=0, split="train", fields="", skip_bad=0, heldout=0.
 # §3 ──────────────────────────────────────── checking ────────────────────────────────────────
 
 
-def check(specs, **options):
-    """Every fault of a data set as "file:line: sentence", its images decoded one by one."""
-    return examine(specs, **options)[0]
-
-
 SCENES = 200  # of a drawn world --check looks at so many: they are all alike
 
 
@@ -222,7 +217,7 @@ def looked_at(mix):
 
 
 def examine(specs, **options):
-    """(every fault as "file:line: sentence", lines on what the data holds), one pass over it."""
+    """(every fault as "file:line: sentence", lines on what the data holds). Decodes each image."""
     everything = {"skip_bad": math.inf, "split": "all", "heldout": 0.0}
     try:
         mix = open_data(specs, **options | everything)

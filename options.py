@@ -135,7 +135,7 @@ def without_effect(config) -> list[str]:
 
 
 def data_options(config) -> dict:
-    """What data.open_data and data.check take of a configuration."""
+    """What data.open_data and data.examine take of a configuration."""
     names = ("seed", "min_pixels", "max_pixels", "fields", "skip_bad", "heldout")
     return {name: getattr(config, name) for name in names}
 

@@ -42,16 +42,7 @@ import numpy as np
 import readers
 from formulas import boxed, equal
 from needs import check, library
-from readers import COCO_IDS as COCO_IDS  # "as" itself: part of rewards for other scripts
-from readers import COCO_NAMES as COCO_NAMES
-from readers import chosen_letters as chosen_letters
-from readers import parse_boxes as parse_boxes
-from readers import parse_points as parse_points
-from readers import read_json as read_json
-from readers import read_object as read_object
-from readers import read_objects as read_objects
-from readers import split_thinking as split_thinking
-from readers import think_order as think_order
+from readers import COCO_NAMES, chosen_letters, read_objects, split_thinking, think_order
 
 COMPONENTS = ("format", "f1", "class", "iou", "penalty")  # of detection
 

@@ -19,8 +19,6 @@ QWEN_SPLIT = (  # Qwen2.5's pre-tokenizer: words, single digits, punctuation, wh
 
 TINY = ("tiny", "tiny-untied")  # names of the stand-in with random weights
 BASE = "base"  # folder of the one that sees: sft_coldstart.py --preset base
-# Small scenes, few shapes and colours: what tests and benchmarks train on.
-WORLD = "synthetic:grounding?size=56x56&shapes=2&colours=3&distractors=1-2&reach=0.3-0.5"
 # What a longer training draws (presets.py, "base"): every task.
 BASE_SCENES = "size=84x84&shapes=3&colours=3"
 FEW = f"synthetic:detection?{BASE_SCENES}&objects=1-3&coloured=1"

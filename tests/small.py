@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from data import open_data
+from data import examine, open_data
 
 HERE = Path(__file__).parent / "fixtures" / "data"
 SMALL = {"min_pixels": 28 * 28, "max_pixels": 28 * 28 * 64}
@@ -18,6 +18,12 @@ RED = [22.4, 11.2, 67.2, 44.8]
 def one(spec, index=0, **options):
     """A sample of a spec in which @ stands for the fixtures' folder."""
     return open_data([spec.replace("@", f"{HERE}/")], **(SMALL | options)).at(index)
+
+
+def check(specs, **options):
+    """Every fault of a data set."""
+    faults, _ = examine(specs, **options)
+    return faults
 
 
 def write(folder, *rows, name="rows.jsonl"):

@@ -1,10 +1,10 @@
 """data.py: specs, drawn worlds, mixing, bad rows that are left out, checking."""
 
 import pytest
-from small import HERE, SMALL, pictures_of, write
+from small import HERE, SMALL, check, pictures_of, write
 
 import data
-from data import DataError, Mixture, check, open_data
+from data import DataError, Mixture, open_data
 from pictures import Synthetic
 from sources import DrawnSource
 

@@ -5,10 +5,10 @@ import json
 
 import pytest
 from PIL import Image
-from small import HERE, RED, SMALL, one, write
+from small import HERE, RED, SMALL, check, one, write
 
 import formats
-from data import DataError, check, open_data
+from data import DataError, open_data
 
 PNG = (HERE / "a.png").read_bytes()
 CELL = {"bytes": PNG, "path": None}  # as the hub's parquet files keep an image

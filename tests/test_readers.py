@@ -5,6 +5,8 @@ import json
 import pytest
 
 from readers import (
+    COCO_IDS,
+    COCO_NAMES,
     chosen_letters,
     parse_boxes,
     parse_points,
@@ -19,6 +21,17 @@ CAT = {"bbox_2d": [0.0, 1.0, 10.0, 11.0], "label": "cat"}
 
 
 # ---- true answers ----
+
+
+def test_coco_names_and_ids():
+    names = dict(zip(COCO_IDS, COCO_NAMES, strict=True))
+    assert len(names) == 80
+    # from COCO's own list of categories, around each gap
+    known = {1: "person", 11: "fire hydrant", 13: "stop sign", 25: "giraffe", 27: "backpack"}
+    known |= {28: "umbrella", 31: "handbag", 44: "bottle", 46: "wine glass", 65: "bed"}
+    known |= {67: "dining table", 70: "toilet", 72: "tv", 82: "refrigerator", 84: "book"}
+    assert {number: names[number] for number in known} == known
+    assert names[90] == "toothbrush"
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import SMALL, full_weights, make_run
+from small import check
 
 import data as datasets
 import grpo_vl
@@ -382,7 +383,7 @@ def test_check_lists_every_fault_with_its_line(tmp_path, script):
 
 
 def test_check_of_a_file_that_is_not_there_is_one_fault(tmp_path):
-    (fault,) = datasets.check([f"{tmp_path}/none.jsonl"])
+    (fault,) = check([f"{tmp_path}/none.jsonl"])
     assert fault.startswith(f"in '{tmp_path}/none.jsonl': ") and "No such file" in fault
 
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from test_rewards import boxes, points, tokens
 
 import formulas
-from rewards import correct, parse_boxes, parse_points, prompt, score
+from readers import parse_boxes, parse_points
+from rewards import correct, prompt, score
 
 # ---- attacks ----
 

@@ -17,6 +17,7 @@ import data as datasets
 import protocols
 import rewards
 import training
+from readers import COCO_NAMES
 from reward_function import call_reward
 from rewards import correct, prompt, reference, score
 
@@ -59,17 +60,6 @@ def test_prompts_are_the_papers():
         "Output the bounding box of the cat in"
     )
     assert "<answer> </answer>" in prompt("grounding", "cat", think=True)
-
-
-def test_coco_names_and_ids():
-    names = dict(zip(rewards.COCO_IDS, rewards.COCO_NAMES, strict=True))
-    assert len(names) == 80
-    # from COCO's own list of categories, around each gap
-    known = {1: "person", 11: "fire hydrant", 13: "stop sign", 25: "giraffe", 27: "backpack"}
-    known |= {28: "umbrella", 31: "handbag", 44: "bottle", 46: "wine glass", 65: "bed"}
-    known |= {67: "dining table", 70: "toilet", 72: "tv", 82: "refrigerator", 84: "book"}
-    assert {number: names[number] for number in known} == known
-    assert names[90] == "toothbrush"
 
 
 OBJECTS = [
@@ -406,7 +396,7 @@ def released_detection(said, true, penalty):
         probability = (math.e if p[4] == t[4] else 1) / (math.e + 89)
         return 5 * sum(map(abs, centre_size)) - probability - 2 * overlaps(a, b)[1]
 
-    valid = [p for p in said if p[4] in rewards.COCO_NAMES]
+    valid = [p for p in said if p[4] in COCO_NAMES]
     if not valid:
         return 0.0
     form = len(valid) / len(said)

@@ -6,10 +6,10 @@ import sys
 
 import pytest
 from PIL import Image
-from small import HERE, SMALL, one, write
+from small import HERE, SMALL, check, one, write
 
 import rows
-from data import DataError, check, open_data
+from data import DataError, open_data
 
 PNG = (HERE / "a.png").read_bytes()
 ROW = {"task": "math", "question": "q", "answer": "1"}

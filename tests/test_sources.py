@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
-from small import HERE, RED, SMALL, one, pictures_of, write
+from small import HERE, RED, SMALL, check, one, pictures_of, write
 
 import pictures
-from data import DataError, check, open_data
+from data import DataError, open_data
 from sources import Sample, chance, solution
 
 # ---- sizes and frames ----

@@ -11,7 +11,7 @@ import tiny
 from data import open_data
 
 WORLDS = (
-    tiny.WORLD, tiny.FEW, tiny.DETECTION, tiny.GROUNDING, tiny.COUNTING, tiny.OCR, tiny.SUMS, tiny.SUMS_AS_TEXT,
+    tiny.FEW, tiny.DETECTION, tiny.GROUNDING, tiny.COUNTING, tiny.OCR, tiny.SUMS, tiny.SUMS_AS_TEXT,
     tiny.TRACES)
 
 
