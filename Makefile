@@ -1,5 +1,6 @@
 # make demo: GRPO from base/, a tiny model that sees, and its evaluation, on two CPU cores.
-# make test: the whole suite. Both make .venv first; PYTHON=… chooses the interpreter (3.11+).
+# make test: the whole suite. Both make .venv first, make test with what tests alone need, in either
+# order; PYTHON=… chooses the interpreter (3.11+).
 PYTHON ?= python3
 BIN := .venv/bin
 RANKS ?= 2
@@ -11,6 +12,10 @@ TORCHRUN := OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node=$(RANKS)
 .venv/installed: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+.venv/installed-for-tests: .venv/installed requirements-test.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-test.txt
 	touch $@
 
 # Qwen2.5's true vocabulary lies in this wheel; one test reads it from there, nothing is installed
@@ -25,7 +30,7 @@ demo: .venv/installed
 	@echo "== 2/2 evaluation on held-out scenes, before and after"
 	$(BIN)/python eval.py demo base $(RUNS)/grpo --out $(RUNS)
 
-test: .venv/installed .venv/vocabulary
+test: .venv/installed-for-tests .venv/vocabulary
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests
 
 clean:

@@ -43,6 +43,16 @@ def test_rewards_and_data_need_no_torch():
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
+@pytest.mark.parametrize("target, tests_too", [("demo", False), ("test", True)])
+def test_the_demo_installs_nothing_that_only_tests_read(target, tests_too):
+    said = subprocess.run(["make", "-n", "-B", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "-r requirements.txt" in said and ("-r requirements-test.txt" in said) == tests_too
+    for_tests = set(re.findall(r"^(\w+)==", (ROOT / "requirements-test.txt").read_text(), re.M))
+    assert for_tests == {"pytest", "hypothesis", "peft", "ruff"}
+    imported = set(re.findall(r"^ *(?:from|import) (\w+)", "\n".join(map(source, SCRIPTS)), re.M))
+    assert "torch" in imported and not imported & for_tests
+
+
 def test_deviations_are_in_step():
     """Docstring of grpo_vl.py and README name the same deviations with the same words."""
     def squeeze(text):
