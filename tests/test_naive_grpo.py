@@ -3,7 +3,8 @@ import ast
 import json
 import random
 import re
-from types import SimpleNamespace
+from dataclasses import dataclass
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,15 +16,14 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 import fsdp
 import grpo_vl
 import naive_grpo
-import packing
 import qwen_vl
 import rewards
 import tiny
-from policy import Policy
+import training
 from qwen_vl import Completion, Group
 
 TEMPERATURE = 0.8
-LR = 1e-3
+FAR = 0.5  # a learning rate at which one SGD step moves ratios over the clip's borders
 
 
 @pytest.fixture(autouse=True)
@@ -82,62 +82,90 @@ def keep_logprobs(model, groups, reference=None):
                 group["ref_logps"] = naive_grpo.token_logprobs(reference, group["prompt"], group["answers"])
 
 
-def fast_side(folder, groups, *, beta, reference_folder, optimizer_class):
-    """grpo_vl on the naive rollouts: (loss, gradients, weights after a step), as train_step does it.
+@dataclass
+class Trained:
+    """What training on the given rollouts did."""
+    loss: float  # mean over the inner steps
+    gradients: list  # {name: gradient} at each inner step, before its norm is clipped
+    before: dict  # weights by name
+    weights: dict
+    metrics: dict  # of train_step
+    groups: list  # naive_grpo's, with their log-probs
 
-    All that knows names of the fast side. Log-probs of π_old are the rollouts'; packing, scoring,
-    advantages, reference, weights, loss and step are grpo_vl's own.
+
+def naive_side(folder, other, *, beta, inner_steps, optimizer_class, lr):
+    """What naive_grpo.train_step does after sampling; log π_ref is `other`'s."""
+    model, tokenizer, image_processor = naive_grpo.load(folder)
+    groups = naive_groups(tokenizer, image_processor)
+    keep_logprobs(model, groups, naive_grpo.load(other)[0] if beta else None)
+    before = weights_of(model)
+    optimizer = optimizer_class(model.parameters(), lr=lr, weight_decay=0.0)
+    losses, gradients = [], []
+    for _ in range(inner_steps):
+        parts = [naive_grpo.grpo_loss(model, **group) / len(groups) for group in groups]
+        sum(parts).backward()
+        losses.append(sum(parts).item())
+        gradients.append(gradients_of(model))
+        model.zero_grad()
+        naive_grpo.update(model, optimizer, groups)
+    return Trained(sum(losses) / inner_steps, gradients, before, weights_of(model), {}, groups)
+
+
+DRAWS = [4, 7]  # numbers of the prompts in the run's order of data
+
+
+def fast_side(ranks, folder, other, groups, *, beta, inner_steps, optimizer_class, lr):
+    """grpo_vl.train_step on the rollouts of the naive groups, on one rank or on several.
+
+    Sampling alone is replaced, by what was sampled. A rank has every world-th group, the last one
+    first. All that knows names of the fast side.
     """
-    def policy_of(source):
-        model, tokenizer = qwen_vl.load(source)
-        special = qwen_vl.SpecialIds.read(tokenizer, model.config)
-        return Policy(model, special.banned_V), tokenizer, special
+    config = grpo_vl.Config(
+        model=folder, data=("synthetic:ocr",), temperature=TEMPERATURE, beta=beta, lr=lr, prompts=2, group=3,
+        inner_steps=inner_steps, micro_tokens=60, pictures_every=0)
+    run = training.prepare(config, ranks, folder)
+    if beta:
+        run.reference, _, _ = fsdp.load_policy(other, ranks, config, frozen=True)
+    run.optimizer = optimizer_class(fsdp.trainable_parameters(run.policy), lr=lr, weight_decay=0.0)
+    before, gradients = weights_of(run.policy.model), []
 
-    policy, tokenizer, special = policy_of(folder)
-    reference = policy_of(reference_folder)[0] if beta else None
-    config = grpo_vl.Config(temperature=TEMPERATURE, beta=beta, lr=LR, prompts=2, group=3)
-    optimizer = optimizer_class(policy.parameters(), lr=LR, weight_decay=0.0)
-    run = SimpleNamespace(policy=policy, reference=reference, optimizer=optimizer, config=config)
+    def given(run, step):
+        rollouts = [rollouts_of(run, size, group, draw) for size, group, draw in zip(SIZES, groups, DRAWS)]
+        own = rollouts[ranks.rank :: ranks.world]
+        return own[::-1], dict(zip(DRAWS, REWARDS)), {}
 
-    packable = []
-    for size, group in zip(SIZES, groups):
-        prompt = qwen_vl.encode_chat(tokenizer, special, rewards.prompt("ocr"), [noise_image(*size)])
-        assert prompt.ids == group["prompt"]["ids"]
-        torch.testing.assert_close(prompt.pixels_ND, group["prompt"]["pixel_values"])
-        completions = [Completion(tokens, old_T.tolist(), reward=reward)
-                       for tokens, old_T, reward in zip(group["answers"], group["old_logps"], group["rewards"])]
-        packable.append(Group(prompt, completions, row=3 * len(packable)))
-    rollouts = [completion for group in packable for completion in group.completions]
-    device = torch.device("cpu")
-    packs = [packing.prepare_attention(packing.pack_groups(part), device)
-             for part in packing.split_groups(packable, 60)]
-    assert len(packs) == 2
-    old_logp = packing.sampled_logps(rollouts, packs, device)
-    ref_logp = grpo_vl.reference_logps(run, packs)
-    advantages_B = grpo_vl.group_advantages(torch.tensor(REWARDS)).flatten()
-    ranks = fsdp.Processes(0, 1, device)
-    weight_B = grpo_vl.rollout_weights(config, 0, ranks, rollouts, len(rollouts))
+    def step_on(run, step):
+        gradients.append(gradients_of(run.policy.model))
+        return training.optimizer_step(run, step)
 
-    total, clipped = 0.0, 0.0
-    for pack, old_S, ref_S in zip(packs, old_logp, ref_logp):
-        logp_S, _ = policy(pack, TEMPERATURE)
-        loss, stats = grpo_vl.policy_loss(
-            logp_S, old_S, advantages_B[pack.row_S], weight_B[pack.row_S], row_S=pack.row_S,
-            beta=beta, ref_logp_S=ref_S)
-        loss.backward()
-        total += loss.item()
-        clipped += stats["clip_low"][0] + stats["clip_high"][0]
-    gradients = gradients_of(policy.model)
-    grpo_vl.optimizer_step(run, 0)
-    return total, gradients, weights_of(policy.model), clipped
+    with mock.patch.object(grpo_vl, "collect_groups", given), mock.patch.object(grpo_vl, "optimizer_step", step_on):
+        metrics = grpo_vl.train_step(run, 0)
+    return Trained(metrics["loss"], gradients, before, weights_of(run.policy.model), metrics, [])
+
+
+def rollouts_of(run, size, group, draw):
+    """A group of the naive side as one of the fast side, through its own reader of prompts."""
+    prompt = qwen_vl.encode_chat(run.tokenizer, run.special, rewards.prompt("ocr"), [noise_image(*size)])
+    assert prompt.ids == group["prompt"]["ids"]
+    torch.testing.assert_close(prompt.pixels_ND, group["prompt"]["pixel_values"])
+    completions = []
+    for tokens, old_T, reward in zip(group["answers"], group["old_logps"], group["rewards"]):
+        completions.append(Completion(tokens, old_T.tolist(), reward=reward))
+    return Group(prompt, completions, draw=draw)
 
 
 def gradients_of(model):
-    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {name: whole(p.grad) for name, p in model.named_parameters() if p.grad is not None}
 
 
 def weights_of(model):
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
+    return {name: whole(p) for name, p in model.named_parameters()}
+
+
+def whole(tensor):
+    """A copy, of all ranks' parts together."""
+    tensor = tensor.detach()
+    return tensor.full_tensor().clone() if hasattr(tensor, "full_tensor") else tensor.clone()
 
 
 def distance(ours, theirs):
@@ -147,44 +175,50 @@ def distance(ours, theirs):
     return (apart / sum(theirs[name].double().square().sum() for name in ours)).sqrt().item()
 
 
-@pytest.mark.parametrize("off_policy", [False, True])
-@pytest.mark.parametrize("beta", [0.0, 0.5])
-def test_grpo_vl_is_this_algorithm(alone, folder, tmp_path, monkeypatch, beta, off_policy):
-    monkeypatch.setattr(naive_grpo, "BETA", beta)
-    other = write_model(tmp_path, tied=True, seed=1)
-    model, tokenizer, image_processor = naive_grpo.load(folder)
-    groups = naive_groups(tokenizer, image_processor)
-    keep_logprobs(model, groups, naive_grpo.load(other)[0] if beta else None)
-    if off_policy:  # ratios between e^−0.6 and e^0.6, the clip's borders are e^−0.22 and e^0.18
-        generator = torch.Generator().manual_seed(0)
-        for group in groups:
-            for i, old_T in enumerate(group["old_logps"]):
-                group["old_logps"][i] = old_T + 1.2 * torch.rand(len(old_T), generator=generator) - 0.6
-
-    before = weights_of(model)
-    loss = 0.0
-    for group in groups:
-        part = naive_grpo.grpo_loss(model, **group) / len(groups)
-        part.backward()
-        loss += part.item()
-    gradients = gradients_of(model)
-    model.zero_grad()
-    for optimizer_class in (torch.optim.SGD, torch.optim.AdamW):
-        model.load_state_dict(before, strict=False)
-        optimizer = optimizer_class(model.parameters(), lr=LR, weight_decay=0.0)
-        naive_grpo.update(model, optimizer, groups)
-        fast_loss, fast_gradients, fast_weights, clipped = fast_side(
-            folder, groups, beta=beta, reference_folder=other, optimizer_class=optimizer_class)
-        assert (clipped > 0) == off_policy
-        assert fast_loss == pytest.approx(loss, rel=1e-5, abs=1e-6)
+def hold(fast, naive, *, off_policy):
+    """Loss, each gradient and the weights are the same; the metrics say what was trained on."""
+    assert fast.loss == pytest.approx(naive.loss, rel=1e-5, abs=1e-6)
+    assert len(fast.gradients) == len(naive.gradients)
+    for fast_gradients, gradients in zip(fast.gradients, naive.gradients):
+        assert fast_gradients.keys() == gradients.keys()
         for name in gradients:
             norm = gradients[name].norm()
             assert (fast_gradients[name] - gradients[name]).norm() <= 1e-5 * norm, name
-        weights = weights_of(model)
-        assert distance(fast_weights, weights) <= 1e-5
-        change = {name: weights[name] - before[name] for name in before}
-        fast_change = {name: fast_weights[name] - before[name] for name in before}
-        assert distance(fast_change, change) <= 1e-3
+    assert distance(fast.weights, naive.weights) <= 1e-5
+    change = {name: naive.weights[name] - naive.before[name] for name in naive.before}
+    fast_change = {name: fast.weights[name] - fast.before[name] for name in fast.before}
+    assert distance(fast_change, change) <= 1e-3
+    assert fast.metrics["sampler_gap"] < 1e-5  # its π_old is the naive one's
+    assert fast.metrics["reward"] == pytest.approx(0.65)  # (1.5 + 1.2 + 0.3 + 0.9) / 6
+    clipped = fast.metrics["clip_low"] + fast.metrics["clip_high"]
+    assert (clipped > 0) == off_policy
+
+
+SGD, ADAMW = torch.optim.SGD, torch.optim.AdamW
+# The second of two inner steps is off policy: after so long a first one some ratios are clipped.
+STEPS = {"one SGD step": (1, SGD, 1e-3), "one AdamW step": (1, ADAMW, 1e-3), "two SGD steps": (2, SGD, FAR)}
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+@pytest.mark.parametrize("steps", STEPS)
+def test_train_step_is_this_algorithm(alone, folder, tmp_path, monkeypatch, steps, beta):
+    monkeypatch.setattr(naive_grpo, "BETA", beta)
+    other = write_model(tmp_path, tied=True, seed=1)
+    inner_steps, optimizer_class, lr = STEPS[steps]
+    common = dict(beta=beta, inner_steps=inner_steps, optimizer_class=optimizer_class, lr=lr)
+    naive = naive_side(folder, other, **common)
+    fast = fast_side(alone, folder, other, naive.groups, **common)
+    hold(fast, naive, off_policy=inner_steps > 1)
+
+
+def test_train_step_on_two_ranks_is_this_algorithm(pair, folder, tmp_path, monkeypatch):
+    """Each rank has one of the two prompts."""
+    monkeypatch.setattr(naive_grpo, "BETA", 0.5)
+    other = write_model(tmp_path, tied=True, seed=1)
+    common = dict(beta=0.5, inner_steps=2, optimizer_class=SGD, lr=FAR)
+    naive = naive_side(folder, other, **common)
+    for fast in pair.run("test_naive_grpo.fast_side", folder=folder, other=other, groups=naive.groups, **common):
+        hold(fast, naive, off_policy=True)
 
 
 # ── its parts ──
