@@ -379,8 +379,6 @@ TABLE = {
     ),
 }  # fmt: skip
 TASKS = tuple(TABLE)
-PROMPTS = {name: row.prompt for name, row in TABLE.items()}
-QUESTIONS = {name: row.question for name, row in TABLE.items() if row.question}
 OPTIONS = {name: row.options for name, row in TABLE.items() if row.options}
 PLACED = tuple(name for name, row in TABLE.items() if row.placed)
 
