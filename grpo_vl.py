@@ -9,8 +9,9 @@ Its slow twin, one file and no flags, is naive_grpo.py: a test holds the two tog
 [PR1] Perception-R1, arXiv 2504.07954 · [OVR] Open-Vision-Reasoner, 2507.05255 · [DSM] DeepSeekMath,
 2402.03300 · [DAPO] 2503.14476 · [DRG] Dr. GRPO, 2503.20783 · [GSPO] 2507.18071 · [RLOO] 2402.14740
 Shapes: P prompts, G completions a prompt, B rollouts of this rank (on one rank P·G), S tokens of a
-micro-batch whose log π is trained: those of the completions. A draw is the number of a sample in
-the run's endless order of data; a group is a prompt with its G completions (qwen_vl.Group).
+micro-batch whose log π is computed: those of its completions (a rollout is a completion). A draw is
+the number of a sample in the run's endless order of data; a group is a prompt with its G
+completions (qwen_vl.Group).
 
 DEVIATION D1: OVR trains with PPO and a critic (γ = λ = 1, so A_t = R − V(s_t)). Here the mean of
 the group stands in V's place, as in GRPO, and no critic is trained.
@@ -58,7 +59,7 @@ class Config(Options):
     reward_options: str = "{}"  # JSON for the reward, e.g. {"iou_power": 2}
     overlong: Literal["zero", "keep", "mask", "soft"] = "zero"  # truncated ones [OVR: zero]
     overlong_buffer: int = 128  # soft: tokens over which the penalty grows [DAPO §3.4]
-    # advantages over the std of their group, of the whole batch [OVR], or as they are [DRG]
+    # A is divided by the std of its group, by that of the whole batch [OVR], or not at all [DRG]
     scale: Literal["group", "batch", "none"] = "group"
     std: Literal["sample", "population"] = "sample"  # over G−1 or G [PR1 code: sample]
     baseline: Literal["mean", "leave_one_out"] = "mean"  # of all or of the others [RLOO]
@@ -195,9 +196,9 @@ def shaped_reward(config: Config, completion, reward: float, limit: int) -> floa
 def group_advantages(rewards_PG, *, scale="group", std="sample", baseline="mean", eps=1e-4):
     """How much better than its group: advantages_PG, fp32, from the global batch's rewards_PG.
 
-    Equal rewards give zeros; G = 1: `mean` gives 0, `leave_one_out` the reward itself. NaN stands
-    for a reward that could not be told (a formula too hard to compare in time): it has advantage 0
-    and counts in no mean and no std.
+    Equal rewards give zeros. With G = 1 the baseline is the reward (mean) or 0 (leave_one_out). NaN
+    stands for a reward that could not be told (a formula too hard to compare in time): it has
+    advantage 0 and counts in no mean and no std.
     """
     if scale not in ("group", "batch", "none"):
         raise ValueError(f"scale={scale!r}: choose group, batch or none")
@@ -255,13 +256,13 @@ def token_weights(lengths_B, *, loss: str, max_tokens: int, norm: float | None =
 def policy_loss(logp_S, old_logp_S, advantage_S, weight_S, *, row_S=None, ratio="token",
                 clip_low=0.2, clip_high=0.2, beta=0.0, kl="k3", ref_logp_S=None,
                 sampler_logp_S=None, tis_cap=None):
-    """The clipped objective with its KL term over S scored tokens: (loss, stats).
+    """The clipped objective with its KL term over the tokens of completions: (loss, stats).
 
     loss = Σ weight·ℓ over tokens of weight above 0; the others may hold anything. stats: name →
     tensor [sum, count] over the same tokens. row_S: the rollout of a token, for ratio="sequence".
-    On policy every ratio is 1 and no clip active: with `grpo` weights the loss −mean(A) is about 0,
-    but its gradient −mean(A·∇log π) is not. Slow twin: grpo_loss in naive_grpo.py, a loop over
-    rollouts, and a loop over tokens in tests/test_loss.py.
+    On policy every ratio is 1 and no clip active: with `grpo` weights and β = 0 the loss −mean(A)
+    is about 0, but its gradient −mean(A·∇log π) is not. Slow twin: grpo_loss in naive_grpo.py, a
+    loop over rollouts, and a loop over tokens in tests/test_loss.py.
     """
     check_loss_shapes(logp_S, old_logp_S, advantage_S, weight_S)
     if ratio not in ("token", "sequence"):
@@ -309,7 +310,7 @@ def check_loss_shapes(*tensors) -> None:
 
 
 def mean_of_row(values_S, counted_S, row_S) -> torch.Tensor:
-    """Each token's rollout mean of the values (0 where they do not count) that count. [S]"""
+    """For each token the mean over its rollout's tokens that count. values_S is 0 at others. [S]"""
     if len(row_S) == 0:
         return values_S
     zeros_B = values_S.new_zeros(int(row_S.max()) + 1)
@@ -330,39 +331,40 @@ def kl_estimate(log_ratio: torch.Tensor, kind: str) -> torch.Tensor:
 
 # §5 ─────────────────────────────────────── train_step ───────────────────────────────────────
 def train_step(run: Run, step: int) -> dict:
-    """One batch of GRPO [DSM Algorithm 1]. Returns the step's metrics, the same on every rank.
+    """One batch of GRPO [DSM Algorithm 1]. Returns the step's metrics: all ranks', but for seconds.
 
-    Numbers in brackets are those of the README's ten lines. Slow twin: train_step in naive_grpo.py.
+    (1) … (10) are the README's ten lines. Slow twin: train_step in naive_grpo.py.
     """
     config, ranks = run.config, run.processes
     clock = [time.perf_counter()]
 
-    # 1. Sample G completions o_1 … o_G of each prompt from π_θ and score them (1, 2).
+    # (1) (2) Sample G completions o_1 … o_G of each prompt from π_θ, and score them.
     groups, rewards_of, counts = collect_groups(run, step)
     rollouts = [completion for group in groups for completion in group.completions]
     clock.append(time.perf_counter())
 
-    # 2. Pack them, the prompt once: [prompt | o_1 | … | o_G]. pack.row_S[s] is token s's rollout.
+    # Pack them, the prompt once: [prompt | o_1 | … | o_G]. pack.row_S[s] is token s's rollout.
     packs = packing.pack_for_ranks(groups, config.micro_tokens, run.special, ranks)
     sampler_logp = packing.sampled_logps(rollouts, packs, ranks.device)
     sums = {}  # of the step's metrics: name → [sum, count]
 
-    # 3. log π_ref, if β > 0. k1 goes into the reward: r ← r − β·Σ_t (log π_sampler − log π_ref).
+    # (6) log π_ref, if β > 0. KL is a part of the loss; only k1, whose gradient there has mean 0,
+    # goes into the reward instead: r ← r − β·Σ_t (log π_sampler − log π_ref).
     ref_logp = reference_logps(run, packs)
     rewards_PG = as_PG(rewards_of, config.group)
     kl_PG = sequence_kl(run, groups, packs, sampler_logp, ref_logp, sums)  # 0.0 but for k1
     penalised_PG = rewards_PG - config.beta * kl_PG
 
-    # 4. Advantages A_i from the rewards of all ranks; this rank's, in the order of `rollouts` (3).
+    # (3) Advantages A_i from the rewards of all ranks; this rank's, in the order of `rollouts`.
     advantages_PG = group_advantages(
         penalised_PG, scale=config.scale, std=config.std, baseline=config.baseline)
     own_P = [list(rewards_of).index(group.draw) for group in groups]
     advantages_B = advantages_PG[own_P].flatten().to(ranks.device)
 
-    # 5. What a token weighs, by lengths of the global batch, before it is cut (7).
+    # (7) What a token weighs, by lengths of the global batch, before it is cut.
     weight_B = rollout_weights(config, step, ranks, rollouts, rewards_PG.numel())
 
-    # 6. µ optimizer steps: log π_θ by policy.py, loss, backward, AdamW (4, 5, 6, 8, 9).
+    # µ optimizer steps: log π_θ by policy.py (4), loss (5, 6), backward (8), AdamW (9).
     clip_low, clip_high = clip_range(config)
     old_logp = [None] * len(packs)
     total_loss = torch.zeros((), device=ranks.device)
@@ -377,13 +379,13 @@ def train_step(run: Run, step: int) -> dict:
                 row_S=pack.row_S, ratio=config.ratio, clip_low=clip_low, clip_high=clip_high,
                 beta=0.0 if config.kl == "k1" else config.beta, kl=config.kl,
                 ref_logp_S=ref_logp[k], sampler_logp_S=sampler_logp[k], tis_cap=config.tis)
-            (loss * ranks.world).backward()  # FSDP averages over ranks; the weights count them all
+            (loss * ranks.world).backward()  # FSDP averages over ranks; weight_B counts them all
             add_sums(sums, stats | {"entropy": sum_and_count(entropy_S)})
             total_loss += loss.detach()
         grad_norm = optimizer_step(run, step)  # clips the gradient's norm, then AdamW
     clock.append(time.perf_counter())
 
-    # 7. The sampler's copy of the weights follows (10).
+    # (10) The sampler's copy of the weights follows.
     run.sampler.refresh(fsdp.gathered_parameters(run.policy, frozen=False))
     add_sums(sums, {"sampler_gap": sampler_gap(packs, old_logp, sampler_logp, weight_B)})
     clock.append(time.perf_counter())

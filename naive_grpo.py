@@ -1,6 +1,6 @@
 """GRPO on a vision-language model, all of it, in one plain file. Start reading here.
 
-The model sees a picture of a number, is asked to read it, and is never shown an answer. It answers
+The model sees a picture of a number, is asked to read it, and is never shown the truth. It answers
 G times, a rule grades each answer, and answers better than the mean of their group become more
 likely, worse ones less likely. `python naive_grpo.py` trains a small model, base/, and prints the
 mean reward and the accuracy (the share of numbers read whole). On a GPU it is Qwen2.5-VL-3B (not
@@ -67,8 +67,8 @@ def load(folder):
     """(model, tokenizer, image processor). Weights are fp32: bf16 would lose most small updates."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = Qwen.from_pretrained(folder, dtype=torch.float32).to("cuda" if GPU else "cpu")
-    # A placeholder that the model wrote would be taken for an image when the answer is read again,
-    # and Qwen's vocabulary has rows for ids that the tokenizer lacks: π never says either.
+    # Two kinds of tokens are banned. A placeholder that the model wrote would be taken for an image
+    # when the answer is read again; and Qwen's vocabulary has rows for ids the tokenizer lacks.
     placeholders = ("image_pad", "video_pad", "vision_start", "vision_end", "vision_pad")
     banned = tokenizer.convert_tokens_to_ids([f"<|{name}|>" for name in placeholders])
     banned += range(len(tokenizer), model.config.text_config.vocab_size)
@@ -82,7 +82,7 @@ def load(folder):
 
 
 def make_batch(model, prompt, answers):
-    """Rows [prompt | answer | padding], each with the image. No answer looks at what is behind."""
+    """Rows [prompt | answer | padding], each with the image. Causal: no answer sees padding."""
     rows = [torch.tensor(prompt["ids"] + tokens) for tokens in answers]
     ids_GL = torch.nn.utils.rnn.pad_sequence(
         rows, batch_first=True, padding_value=model.generation_config.pad_token_id)
@@ -100,13 +100,14 @@ def sample(model, prompt):
     no_answers_yet = [[]] * GROUP
     ids_GL = model.generate(**make_batch(model, prompt, no_answers_yet))
     padded_GT = ids_GL[:, len(prompt["ids"]) :].tolist()
-    pad = model.generation_config.pad_token_id  # behind the stop token: that is learned, pad is not
+    pad = model.generation_config.pad_token_id  # follows the stop token, which is learned
     return [[token for token in tokens if token != pad] for tokens in padded_GT]
 
 
 def token_logprobs(model, prompt, answers):
     """log π(o_t | q, o_<t) of each token o_t of each answer: a tensor [T] an answer."""
-    # A place's logits predict the token after it: the first wanted are at the prompt's last place.
+    # Logits predict the next token: those of the prompt's last token are the first that count, and
+    # those of an answer's last token predict nothing of it (zip drops them, and padding's).
     wanted = 1 + max(len(tokens) for tokens in answers)
     batch = make_batch(model, prompt, answers)
     logits_GTV = model(**batch, logits_to_keep=wanted, use_cache=False).logits
@@ -119,17 +120,17 @@ def token_logprobs(model, prompt, answers):
 def advantages(rewards):
     """How much better each answer is than its group's mean, in units of the group's spread. (3)"""
     mean, std = statistics.mean(rewards), statistics.stdev(rewards)
-    # A_i = (r_i − mean(r)) / (std(r) + ε)  [DSM §4.1.2]
+    # A_i = (r_i − mean(r)) / (std(r) + 10⁻⁴)  [DSM §4.1.2]
     return [(reward - mean) / (std + 1e-4) for reward in rewards]
 
 
 def grpo_loss(model, prompt, answers, rewards, old_logps, ref_logps=None):
     """Minus the objective of the G answers to one prompt.
 
-    old_logps, ref_logps: log π_old and, if β > 0, log π_ref of each answer's tokens, [T] an answer:
-    by the weights that wrote it, and by those before training. In the first of the µ steps π is
-    π_old: every ratio is 1, no clip acts, and the loss is 0, since advantages sum to 0. Its
-    gradient, −mean(A·∇log π), is not 0: it tells good from bad answers.
+    old_logps: log π_old of each answer's tokens, [T] an answer; π_old are the weights that wrote
+    it. ref_logps: log π_ref alike, if β > 0; π_ref are the weights before training.
+    In the first of the µ steps π is π_old: every ratio is 1, no clip acts, and the loss (without
+    KL) is 0, since advantages sum to 0. Its gradient, −mean(A·∇log π), is not 0.
     """
     objective = 0.0
     logps = token_logprobs(model, prompt, answers)  # (4)
@@ -151,7 +152,7 @@ def update(model, optimizer, groups):
     for group in groups:
         loss = grpo_loss(model, **group) / len(groups)
         loss.backward()  # (8) gradients add up
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # (8)
     optimizer.step()  # (9)
     optimizer.zero_grad()
 
