@@ -71,7 +71,7 @@ def test_a_cards_preset_fits_the_card_by_the_plan(preset, capsys):
     assert config.lr == (1e-5 if config.lora else 1e-6)
 
 
-@pytest.mark.parametrize("preset, trained", [("3b-24gb", 56), ("3b-48gb", None)])
+@pytest.mark.parametrize("preset, trained", [("3b-24gb", 56), ("3b-48gb", None), ("7b-48gb", 56), ("7b-80gb", 56)])
 def test_a_cards_preset_runs_on_the_stand_in(preset, trained, alone, tmp_path):
     """The preset's own flags, on the tiny model and two steps of one small scene."""
     small = [
