@@ -113,7 +113,9 @@ def collect_groups(run: Run, step: int) -> tuple[list[Group], dict[int, list[flo
 
     Dynamic sampling [DAPO §3.2] replaces groups of equal rewards, in a bounded number of rounds.
     """
-    config, ranks, groups, rewards_of = run.config, run.processes, [], {}
+    config, ranks = run.config, run.processes
+    groups: list[Group] = []
+    rewards_of: dict[int, list[float]] = {}
     for attempt in range(config.dynamic_sampling + 1):
         # `together`: a signal or a bad sample on one rank stops all of them, and none hangs.
         new = training.together(run, partial(draw_groups, run, config.prompts))

@@ -407,7 +407,7 @@ def forget_checkpoints(folder: Path, jobs: list[Job]) -> None:
             shutil.rmtree(checkpoint)
 
 
-def alone(folder: Path) -> TextIO:
+def take_lock(folder: Path) -> TextIO:
     """The lock of a claim's folder, in which two calls would train into each other's runs.
 
     Errors: SystemExit if another call has it.
@@ -417,7 +417,8 @@ def alone(folder: Path) -> TextIO:
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise SystemExit(f"another call runs arms in {shown(folder)}: wait for it, or end it") from None
+        sentence = f"another call runs arms in {shown(folder)}: wait for it, or end it"
+        raise SystemExit(sentence) from None
     return lock
 
 
@@ -462,7 +463,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--base {given.base} holds no model: build one (sft_coldstart.py --preset "
                      "base, then benchmarks/base_model.py publish), or name another folder")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # children end with this process
-    lock = alone(runs / given.claim)
+    lock = take_lock(runs / given.claim)
     bench = Bench(given.base, runs, results, claims)
     troubles = run_arms(bench, given.claim, given.seeds, given.only)
     lock.close()

@@ -270,8 +270,8 @@ def test_readme_and_pages_are_the_raw_rows():
 
 
 def test_two_calls_do_not_train_into_each_others_runs(tmp_path):
-    with claims.alone(tmp_path / "P1"):
-        claims.alone(tmp_path / "P2").close()
+    with claims.take_lock(tmp_path / "P1"):
+        claims.take_lock(tmp_path / "P2").close()
         with pytest.raises(SystemExit, match="another call runs arms in"):
-            claims.alone(tmp_path / "P1")
-    claims.alone(tmp_path / "P1").close()
+            claims.take_lock(tmp_path / "P1")
+    claims.take_lock(tmp_path / "P1").close()
