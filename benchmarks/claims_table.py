@@ -118,8 +118,9 @@ NO_THINKING = {  # [PR1 T5] with → without thinking
 NO_THINKING_OF_ALL = "+13.8, +3.2, +4.4, +2.4"
 BOXES_ALONE = (
     "Detection's score is the F1 of boxes, whatever their names; AP counts the names. base/ names a "
-    "lone object rightly; of several it finds the boxes and misnames most. Seconds are the clock's: where other work ran beside the arms, "
-    "as with seed 0, \"as many seconds\" is that many only roughly.")
+    "lone object rightly; of several it finds the boxes and misnames most. Seconds are the clock's: "
+    "where other work ran beside the arms, as with seed 0, \"as many seconds\" is that many only "
+    "roughly.")
 MATCHING = "RL over SFT: PixMo-Count +20.1, COCO AP +6.0; RefCOCO+ +1.0, PageOCR F1 +1.0"
 
 
