@@ -141,11 +141,9 @@ def scenes(world: World, seed: int) -> str:
     return f"synthetic:{world.task}?{world.scene}&seed={seed}"
 
 
-def training_command(job: Job, model: str, out: Path, *, steps: int | None = None, seconds=0.0):
-    """steps: the last one, if not the world's; seconds: the most that SFT trains.
-
-    SFT's learning rate is constant, as its last step is not known: a clock ends it.
-    """
+def training_command(job: Job, model: str, out: Path, *, steps: int | None = None) -> list[str]:
+    """steps: the last one, if not the world's. SFT's learning rate is constant, so that each of its
+    steps is the best that so many give."""
     world = job.arm.world
     command = [
         job.arm.script, "--model", model, "--out", shown(out), "--seed", str(job.seed),
@@ -157,9 +155,9 @@ def training_command(job: Job, model: str, out: Path, *, steps: int | None = Non
         return [
             *command, "--train", "all", "--batch", str(world.prompts),
             "--lr", str(world.sft_lr), "--schedule", "constant",
-            "--steps", str(steps or 10**6), "--seconds", f"{seconds:.1f}",
+            "--steps", str(steps or world.sft_steps),
             "--max-tokens", "1024", "--eval-tokens", str(world.max_tokens),
-            "--save-every", str(world.steps), "--eval-every", str(world.sft_every * world.steps)]
+            "--save-every", str(world.steps), "--eval-every", str(world.steps)]
     often = max(1, world.steps // 10)
     return [
         *command, "--lr", str(world.lr), "--schedule", world.schedule,
@@ -172,16 +170,14 @@ def training_command(job: Job, model: str, out: Path, *, steps: int | None = Non
 def train(job: Job) -> tuple[list[str], bool]:
     """Train the arm in train/: (the command, did the time limit cut it)."""
     out = job.folder / "train"
-    model, seconds = job.bench.base, 0.0
+    model = job.bench.base
     if job.arm.start:
         model = model_of(job.other(job.arm.start))
-    if job.arm.script == SFT:  # as many seconds as that arm; both pay for their evaluations
-        seconds = job.other(job.arm.like).result.about["seconds"]
-    command = training_command(job, model, out, seconds=seconds)
+    command = training_command(job, model, out)
     _, cut = call(job, command, TRAIN_SECONDS)
     if cut:  # the step that it has come to becomes the last one, and the model is written
         done = len(claims_report.read_rows(out / "metrics.jsonl"))
-        again = training_command(job, model, out, steps=done, seconds=seconds)
+        again = training_command(job, model, out, steps=done)
         call(job, again, ANSWER_SECONDS)
     if not (out / "model").exists():
         raise RuntimeError(f"{job.name}: training was stopped")

@@ -16,7 +16,7 @@ from claims_report import Result, estimate, verdict
 from claims_table import GRPO, Arm, Claim, Contrast, World
 
 WORLD = World(
-    "grounding", "size=56x56", steps=4, lr=1e-4, sft_lr=1e-4, max_tokens=32, schedule="constant")
+    "grounding", "size=56x56", steps=4, sft_steps=8, lr=1e-4, sft_lr=1e-4, max_tokens=32, schedule="constant")
 GAIN = {"after": 1.0, "before": -1.0}
 HERE, BETWEEN, THERE = [0, 0, 10, 10], [20, 20, 30, 30], [40, 40, 50, 50]
 
@@ -119,7 +119,7 @@ def test_an_earlier_steps_model_is_that_of_a_run_which_ended_there(tmp_path):
     """By the real scripts: three steps, their first one written again, and a run of one step."""
     from safetensors.torch import load_file
 
-    world = World("counting", "size=56x56", steps=3, lr=1e-3, sft_lr=1e-3, max_tokens=12, prompts=2,
+    world = World("counting", "size=56x56", steps=3, sft_steps=8, lr=1e-3, sft_lr=1e-3, max_tokens=12, prompts=2,
                   group=4, looked_at=2, schedule="constant")
     learns = (*claims_table.control("by_text"), "--overlong", "keep")  # the stand-in knows no answer
     arms = [Arm("c", "like", world), Arm("c", "three", world, GRPO, learns),
@@ -143,9 +143,10 @@ def test_an_earlier_steps_model_is_that_of_a_run_which_ended_there(tmp_path):
 
 
 def test_an_arm_starts_once_those_that_it_waits_for_are_finished():
-    """SFT trains as long as GRPO did, its best step is one of its own; the other seed waits for nothing."""
-    arms = [Arm("a", "GRPO", WORLD, GRPO), Arm("a", "SFT", WORLD, claims.SFT, like="a GRPO"),
-            Arm("a", "best", WORLD, start="a SFT"), Arm("a", "base", WORLD)]
+    """The one thinks as many tokens as GRPO wrote, the best step is one of its own; the other seed
+    waits for nothing."""
+    arms = [Arm("a", "GRPO", WORLD, GRPO), Arm("a", "think", WORLD, GRPO, like="a GRPO"),
+            Arm("a", "best", WORLD, start="a think"), Arm("a", "base", WORLD)]
     first = [claims.Job(None, "X", arm, 0) for arm in arms]
     second = [claims.Job(None, "X", arm, 1) for arm in arms]
     assert claims.ready(first, []) == [first[0], first[3]]
