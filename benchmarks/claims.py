@@ -10,8 +10,9 @@ model that answers drawn scenes can stand in its place (--base DIR).
 §1 a call and its jobs · §2 training · §3 which step is answered · §4 answers · §5 chance ·
 §6 arms in order. The claims are claims_table.py; how "seen" is decided: claims_report.py §2.
 
-Seed n trains on scenes and in the order of seed n. A best step is chosen on held-out scenes of seed
-1000 + n; answers are measured on held-out scenes of seed n, on which nothing is trained or chosen.
+Seed n trains on scenes and in the order of seed n, what goes on from a trained arm on scenes of seed
+500 + n. A best step is chosen on held-out scenes of seed 1000 + n; answers are measured on held-out
+scenes of seed n, on which nothing is trained or chosen.
 Seeds from 10 on are for choosing what claims_table.py §2 holds: they stay under runs/tried.
 A finished arm is a file in results/claims/NAME/ and is not run again: delete it to repeat the arm.
 One that was stopped begins anew. Whole answers, models and logs stay under runs/claims/NAME/SEED/.
@@ -145,9 +146,12 @@ def training_command(job: Job, model: str, out: Path, *, steps: int | None = Non
     """steps: the last one, if not the world's. SFT's learning rate is constant, so that each of its
     steps is the best that so many give."""
     world = job.arm.world
+    data = f"synthetic:{world.task}?{world.scene}"
+    if job.arm.start:  # other scenes than those that arm has seen
+        data = scenes(world, 500 + job.seed)
     command = [
         job.arm.script, "--model", model, "--out", shown(out), "--seed", str(job.seed),
-        "--data", f"synthetic:{world.task}?{world.scene}", "--think", world.think,
+        "--data", data, "--think", world.think,
         "--eval-data", scenes(world, 1000 + job.seed), "--eval-samples", str(world.looked_at),
         "--warmup", "10", "--keep", "10000",
         "--no-checkpointing", "--micro-tokens", "4096", *job.arm.options]

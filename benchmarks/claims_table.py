@@ -182,7 +182,8 @@ def where_matched() -> Contrast:
 
 
 def p2() -> Claim:
-    """GRPO, whose reward knows no order of objects, against SFT on a random and a fixed order."""
+    """GRPO, whose reward knows no order of objects, against SFT on a random and a fixed order; with
+    the fewest and the most objects also once SFT has had its time."""
     arms, contrasts = [], []
     for count in OBJECTS:
         where = objects(count)
@@ -201,7 +202,21 @@ def p2() -> Claim:
             Contrast(f"{where}: SFT, sorted → GRPO", over(grpo, fixed)),
             Contrast(f"{where}: SFT → SFT, sorted", over(fixed, free)),
         ]
-    contrasts += [more_with_objects("SFT"), more_with_objects("SFT, sorted")]
+        if count in (OBJECTS[0], OBJECTS[-1]):
+            after, again = f"{where} GRPO, after SFT", f"{where} SFT, twice as long"
+            arms += [
+                Arm(where, "GRPO, after SFT", world, GRPO, start=free),
+                Arm(where, "SFT, twice as long", world, SFT, start=free, at="best"),
+            ]
+            contrasts += [
+                Contrast(f"{where}: SFT → SFT, twice as long", over(again, free)),
+                Contrast(f"{where}: SFT, twice as long → GRPO, after SFT", over(after, again)),
+            ]
+    contrasts += [
+        more_with_objects("GRPO", "SFT"),
+        more_with_objects("GRPO", "SFT, sorted"),
+        more_with_objects("GRPO, after SFT", "SFT, twice as long"),
+    ]
     return Claim("RL beats SFT where many objects are to be matched", arms, contrasts, ordinal=True,
                  note=BOXES_ALONE)
 
@@ -210,16 +225,16 @@ def objects(count: int) -> str:
     return "1 object" if count == 1 else f"{count} objects"
 
 
-def more_with_objects(sft: str) -> Contrast:
-    """GRPO over SFT with the most objects, less that with one."""
+def more_with_objects(rl: str, sft: str) -> Contrast:
+    """RL over SFT with the most objects, less that with one."""
     many, one = objects(OBJECTS[-1]), objects(OBJECTS[0])
     weights = {
-        f"{many} GRPO": 1.0,
+        f"{many} {rl}": 1.0,
         f"{many} {sft}": -1.0,
-        f"{one} GRPO": -1.0,
+        f"{one} {rl}": -1.0,
         f"{one} {sft}": 1.0,
     }
-    text = f"GRPO over {sft}: more with {many} than with {one}"
+    text = f"{rl} over {sft}: more with {many} than with {one}"
     return Contrast(text, weights, MATCHING, headline=True)
 
 

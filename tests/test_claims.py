@@ -107,6 +107,18 @@ def test_the_step_that_is_answered():
         step=2, prompts=32, rollouts=256, tokens=512, seconds=2.0)
 
 
+def test_what_goes_on_from_a_trained_arm_sees_other_scenes(tmp_path):
+    arms = [Arm("a", "SFT", WORLD, claims.SFT), Arm("a", "GRPO", WORLD, GRPO, start="a SFT")]
+    first, then = (claims.Job(None, "X", arm, 2) for arm in arms)
+
+    def data(job):
+        command = claims.training_command(job, "base", tmp_path)
+        return command[command.index("--data") + 1]
+
+    assert data(first) == "synthetic:grounding?size=56x56"
+    assert data(then) == "synthetic:grounding?size=56x56&seed=502"
+
+
 def test_steps_are_answered_from_what_was_saved(tmp_path):
     for step in (10, 20):
         (tmp_path / f"checkpoint-{step}").mkdir()
