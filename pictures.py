@@ -31,15 +31,18 @@ def smart_resize(height, width, *, factor=28, min_pixels=56 * 56, max_pixels=28 
         raise ValueError(f"an image of {width}x{height} pixels is longer than 200 : 1: crop it")
 
     def multiple(side, rule):
-        return max(factor, rule(side / factor) * factor)
+        times = rule(side / factor)
+        return max(factor, times * factor)
 
-    rows, columns = multiple(height, round), multiple(width, round)
+    area = height * width
+    rows = multiple(height, round)
+    columns = multiple(width, round)
     if rows * columns > max_pixels:
-        shrink = math.sqrt(height * width / max_pixels)
+        shrink = math.sqrt(area / max_pixels)
         rows = multiple(height / shrink, int)
         columns = multiple(width / shrink, int)
     elif rows * columns < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
+        grow = math.sqrt(min_pixels / area)
         rows = multiple(height * grow, math.ceil)
         columns = multiple(width * grow, math.ceil)
     return rows, columns
@@ -51,15 +54,18 @@ def map_marks(answer, move):
         return {key: map_marks(value, move) for key, value in answer.items()}
     if not isinstance(answer, (list, tuple)):
         return answer  # counts and texts are nowhere
-    mark = len(answer) in (2, 4) and all(isinstance(value, (int, float)) for value in answer)
-    return move(answer) if mark else [map_marks(item, move) for item in answer]
+    numbers = all(isinstance(value, (int, float)) for value in answer)
+    if numbers and len(answer) in (2, 4):
+        return move(answer)
+    return [map_marks(item, move) for item in answer]
 
 
 def scale(answer, from_size, to_size):
     """Move a point, a box or a whole answer from a frame of (W, H) to another one."""
     if tuple(from_size) == tuple(to_size):
         return answer
-    wider, higher = to_size[0] / from_size[0], to_size[1] / from_size[1]
+    wider = to_size[0] / from_size[0]
+    higher = to_size[1] / from_size[1]
     factors = (wider, higher, wider, higher)
     return map_marks(answer, lambda mark: [v * factor for v, factor in zip(mark, factors)])
 
@@ -103,19 +109,25 @@ def draw(image, *, predicted=(), true=(), caption=""):
     zoom = max(1, 448 // max(image.size))
     picture = ImageOps.scale(image, zoom, Image.Resampling.NEAREST)
     unit = max(picture.size) // 224 + 1  # lines and letters grow with the picture
-    lines = textwrap.wrap(caption, max(8, picture.width // (5 * unit)))
-    sheet = ImageOps.expand(picture, (0, 0, 0, 9 * unit * len(lines)), "white")
+    letters = max(8, picture.width // (5 * unit))  # that fit into a line
+    lines = textwrap.wrap(caption, letters)
+    below = 9 * unit * len(lines)
+    sheet = ImageOps.expand(picture, (0, 0, 0, below), "white")
     pen = ImageDraw.Draw(sheet)
-    below = unit, picture.height
-    pen.multiline_text(below, "\n".join(lines), "black", font_size=7 * unit)
+    corner = unit, picture.height
+    pen.multiline_text(corner, "\n".join(lines), "black", font_size=7 * unit)
 
     def paint(mark, colour, line):
         if not all(abs(value) < 1e9 for value in mark):  # too far, or no number at all
             return
         corners = np.reshape(mark, (-1, 2))
-        corners = np.clip(corners, -9, np.add(image.size, 9)) * zoom
-        grow = 2 * line if len(mark) == 2 else 0  # a point is a small square
-        low, high = corners.min(0) - grow, corners.max(0) + grow
+        outside = np.add(image.size, 9)  # a mark further away ends just outside of the image
+        corners = np.clip(corners, -9, outside) * zoom
+        grow = 0
+        if len(mark) == 2:  # a point is a small square
+            grow = 2 * line
+        low = corners.min(0) - grow
+        high = corners.max(0) + grow
         pen.rectangle((*low, *high), None, colour, line)
 
     map_marks(true, lambda mark: paint(mark, "#00d0ff", 2 * unit))
@@ -124,25 +136,30 @@ def draw(image, *, predicted=(), true=(), caption=""):
 
 
 # §3 ──────────────────────────────── the drawn world ────────────────────────────────────────
-COLOURS = {"red": (220, 40, 40), "green": (30, 150, 60), "blue": (40, 80, 220),
-           "yellow": (240, 195, 20), "purple": (150, 50, 180), "black": (30, 30, 30)}
-
-
+COLOURS = {
+    "red": (220, 40, 40),
+    "green": (30, 150, 60),
+    "blue": (40, 80, 220),
+    "yellow": (240, 195, 20),
+    "purple": (150, 50, 180),
+    "black": (30, 30, 30)}
 SHAPES = {  # outlines as in SVG, on a grid of 0 … 100; the circle needs none
-    "circle": "", "square": "0,0 100,0 100,100 0,100", "triangle": "50,0 100,100 0,100",
+    "circle": "",
+    "square": "0,0 100,0 100,100 0,100",
+    "triangle": "50,0 100,100 0,100",
     "cross": "33,0 67,0 67,33 100,33 100,67 67,67 67,100 33,100 33,67 0,67 0,33 33,33",
     "star": "50,0 62,36 100,38 70,61 81,100 50,78 19,100 30,61 0,38 38,36",
     "diamond": "50,0 100,50 50,100 0,50"}
-
-
 WORDS = ("river", "stone", "lamp", "green", "seven", "winter", "paper", "cloud", "train", "music")
 
 
 def paint_shapes(image, things, reach, rng):
     """Draw (colour, shape) pairs apart from each other; returns their tight boxes."""
-    pen, boxes = ImageDraw.Draw(image), []
+    pen = ImageDraw.Draw(image)
+    boxes = []
     for colour, shape in things:
-        side = round(rng.uniform(*reach) * min(image.size))
+        part = rng.uniform(*reach)
+        side = round(part * min(image.size))
         for tries in range(1, 2000):
             x = rng.randint(0, image.width - side)
             y = rng.randint(0, image.height - side)
@@ -225,7 +242,8 @@ class Synthetic:
 
     def draw(self, item):
         """(question, answer, images) of item 0 … count − 1; IndexError after the last."""
-        rng = random.Random(f"{self!r} {range(self.count)[item]}")
+        number = range(self.count)[item]  # none after the last
+        rng = random.Random(f"{self!r} {number}")
         shade = rng.randint(232, 255)
         image = Image.new("RGB", self.size, (shade, shade, shade))
         self.clutter_up(image, rng)
@@ -255,12 +273,15 @@ class Synthetic:
 
     def scene(self, image, count, rng):
         """(question, answer) about shapes; every other distractor shares the colour or shape."""
-        colours, shapes = [*COLOURS][: self.colours], [*SHAPES][: self.shapes]
+        colours = [*COLOURS][: self.colours]
+        shapes = [*SHAPES][: self.shapes]
         labels = [(colour, shape) for colour in colours for shape in shapes]
-        target = colour, shape = rng.choice(labels)
+        target = rng.choice(labels)
+        colour, shape = target
         others = [label for label in labels if label != target]
-        close = [label for label in others if label[0] == colour or label[1] == shape]
-        kinds, extra = (others, close or others), []
+        close = [label for label in others if colour in label or shape in label]
+        kinds = others, close or others  # in turn
+        extra = []
         for number in range(rng.randint(*self.distractors)):
             extra.append(rng.choice(kinds[number % 2]))
         if self.task == "grounding":
@@ -277,7 +298,8 @@ class Synthetic:
                 found.append({"bbox_2d": box, "label": label})
             if self.ordered:
                 found.sort(key=from_the_top)
-            return "coloured shapes" if self.coloured else ", ".join(shapes), found
+            question = "coloured shapes" if self.coloured else ", ".join(shapes)
+            return question, found
         boxes = [box for box, thing in zip(placed, things) if thing == target]
         if self.task == "grounding":
             return f"{colour} {shape}", boxes[0]
@@ -293,9 +315,12 @@ class Synthetic:
             most = max(1, min(5, image.width // 100))
             lines = []
             for _ in range(max(1, count)):
-                words = rng.choices(WORDS, k=rng.randint(1, most))
+                length = rng.randint(1, most)
+                words = rng.choices(WORDS, k=length)
                 if self.numbers:
-                    words = [rng.choice((word, str(rng.randint(10, 9999)))) for word in words]
+                    for index, word in enumerate(words):
+                        number = rng.randint(10, 9999)
+                        words[index] = rng.choice((word, str(number)))
                 lines.append(" ".join(words))
             question, answer = "", "\n".join(lines)
         else:
@@ -307,7 +332,9 @@ class Synthetic:
             for number in numbers[1:]:
                 sign = "-" if number < 0 else "+"
                 lines.append(f"{sign} {abs(number)}")
-            shown = " ".join(lines) if self.text else "the result of the sum in the image"
+            shown = "the result of the sum in the image"
+            if self.text:
+                shown = " ".join(lines)
             question, answer = f"What is {shown}?", str(sum(numbers))
         write_large(image, "\n".join(lines), rng)
         return question, answer
@@ -323,12 +350,13 @@ def write_large(image, text, rng):
     """Write the text as large as it fits, somewhere."""
     pen = ImageDraw.Draw(image)
     size = image.height / 3
-    spare = -1, -1  # pixels beside and below the text
-    while min(spare) < 0 and size > 6:
+    beside = below = -1  # pixels that the text leaves on its right and below
+    while min(beside, below) < 0 and size > 6:
         size *= 0.9
         face = ImageFont.load_default(size)  # Pillow's own font
         left, top, right, bottom = pen.multiline_textbbox((0, 0), text, face)
-        spare = image.width - right + left, image.height - bottom + top
-    x = rng.randint(0, max(0, int(spare[0])))
-    y = rng.randint(0, max(0, int(spare[1])))
+        beside = image.width - right + left
+        below = image.height - bottom + top
+    x = rng.randint(0, max(0, int(beside)))
+    y = rng.randint(0, max(0, int(below)))
     pen.multiline_text((x - left, y - top), text, (20, 20, 20), face)
