@@ -1,4 +1,4 @@
-"""Sheets of samples: what was said, on the image that it was said of.
+"""What do samples look like? Sheets of them: what was said, on the image that it was said of.
 
 §1 a page of tiles · §2 answers on images · §3 a run's samples · §4 before and after
 
@@ -20,7 +20,7 @@ import rewards
 
 # §1 ──────────────────────────────────── a page of tiles ─────────────────────────────────────
 WIDTH, GAP = 230, 10  # pixels of a tile, and between tiles
-TITLE, FACT, TEXT = 24, 18, 15  # pixels that a line of these takes
+HEADING, TITLE, FACT, TEXT = 44, 24, 18, 15  # pixels that a line of these takes
 LEGEND = "predicted in magenta, true in cyan"
 
 
@@ -43,19 +43,26 @@ def sheet(rows: list[tuple[str, list[Tile]]], heading: str) -> Image.Image:
     font = ImageFont.load_default(18)
     heights = []
     for title, tiles in rows:
-        tallest = max(tile.height for tile in tiles)
-        heights.append(tallest + TITLE if title else tallest)
+        height = max(tile.height for tile in tiles)
+        if title:
+            height += TITLE
+        heights.append(height)
     columns = max(len(tiles) for _, tiles in rows)
-    width = max(columns * (WIDTH + GAP), math.ceil(font.getlength(heading)) + GAP)
-    page = Image.new("RGB", (width + GAP, 44 + sum(heights)), "#ececec")
+    tiles_width = columns * (WIDTH + GAP)
+    heading_width = math.ceil(font.getlength(heading)) + GAP
+    width = GAP + max(tiles_width, heading_width)
+    page = Image.new("RGB", (width, HEADING + sum(heights)), "#ececec")
     pen = ImageDraw.Draw(page)
     pen.text((GAP, 12), heading, "black", font)
-    top = 44
+    top = HEADING
     for (title, tiles), height in zip(rows, heights):
-        pen.text((GAP, top), title, "black", ImageFont.load_default(15))
+        tiles_top = top
+        if title:
+            pen.text((GAP, top), title, "black", font_size=15)
+            tiles_top = top + TITLE
         for column, tile in enumerate(tiles):
-            corner = GAP + column * (WIDTH + GAP), top + TITLE if title else top
-            put(page, pen, tile, corner)
+            left = GAP + column * (WIDTH + GAP)
+            put(page, pen, tile, (left, tiles_top))
         top += height
     return page
 
@@ -65,9 +72,9 @@ def put(page: Image.Image, pen, tile: Tile, corner: tuple[int, int]) -> None:
     left, top = corner
     page.paste(tile.picture, corner)
     top += tile.picture.height + 2
-    pen.text((left, top), tile.fact, "black", ImageFont.load_default(13))
+    pen.text((left, top), tile.fact, "black", font_size=13)
     text = "\n".join(tile.said)
-    pen.multiline_text((left, top + FACT), text, "#555555", ImageFont.load_default(12), spacing=3)
+    pen.multiline_text((left, top + FACT), text, "#555555", font_size=12, spacing=3)
 
 
 def in_lines(text: str, count: int) -> list[str]:
@@ -85,9 +92,11 @@ def in_tile(image, width: int = WIDTH) -> Image.Image:
     """The image so many pixels wide, its height in proportion; a blank one for None."""
     if image is None:
         return Image.new("RGB", (width, 28), "white")
-    small = image.width < width
-    size = width, max(1, image.height * width // image.width)
-    return image.resize(size, Image.Resampling.NEAREST if small else Image.Resampling.LANCZOS)
+    height = max(1, image.height * width // image.width)
+    method = Image.Resampling.LANCZOS
+    if image.width < width:  # a small image's pixels stay sharp
+        method = Image.Resampling.NEAREST
+    return image.resize((width, height), method)
 
 
 def marked(image, task: str, text: str, answer, image_size) -> Image.Image:
@@ -183,8 +192,8 @@ def group_rows(group: list[dict], folder: Path) -> list[tuple[str, list[Tile]]]:
 
 def rollout_tile(row: dict, image) -> Tile:
     """One completion: step, reward, IoU or the first other part, and what was said."""
-    step, reward, parts = row["step"], row["reward"], row["parts"]
-    facts = [f"step {step}", f"reward {reward:.2f}"]
+    facts = [f"step {row['step']}", f"reward {row['reward']:.2f}"]
+    parts = row["parts"]
     others = [name for name in parts if name != "format"]
     if "iou" in parts:
         facts.append(f"IoU {parts['iou']:.2f}")
@@ -223,12 +232,15 @@ def cloud_tile(number: int, sample, rows: list[dict]) -> Tile:
     """A sample's number, the mean of its answers' metric, and the answers."""
     texts = [row["completion"] for row in rows]
     mean = fmean(row["correct"] for row in rows)
-    fact = f"scene {number}: mean {rewards.metric_name([sample.task])} {mean:.2f}"
+    metric = rewards.metric_name([sample.task])
+    fact = f"scene {number}: mean {metric} {mean:.2f}"
     said = in_lines(sample.question or sample.task, 1)
     if sample.task not in rewards.PLACED:
         said += in_lines(f"true: {sample.answer}", 1)
         for text, count in Counter(texts).most_common(3):
             said += in_lines(f"{count} x {text}", 1)
-    image = sample.images[0] if sample.images else None
+    image = None
+    if sample.images:
+        image = sample.images[0]
     picture = cloud(image, sample.task, texts, sample.answer, sample.image_size)
     return Tile(picture, fact, said)
