@@ -1,4 +1,4 @@
-"""Curves and tables of a run, from its metrics.jsonl (a line a step) and config.json.
+"""How did a run go? Curves and tables, from its metrics.jsonl (a line a step) and config.json.
 
 §1 reading a run · §2 means over seeds · §3 drawing curves · §4 tables
 """
@@ -208,14 +208,17 @@ def draw_panel(axis, lines: list[Line], runs: list[str], xlabel: str) -> None:
                 colour = runs.index(line.run) if several else number
                 draw_line(axis, line, f"C{colour}", style)
         colour = "black" if several else f"C{number}"
-        handles.append(handle(metric.rpartition("/")[2], colour, style))
+        name = metric.rpartition("/")[2]
+        handles.append(handle(name, colour, style))
     axis.set_xlabel(f"{xlabel} {what_is_shown(lines)}".strip())
-    names = isinstance(lines[0].xs[0], str)
-    axis.tick_params("x", rotation=20 if names else 0)
+    rotation, columns = 0, 4
+    if isinstance(lines[0].xs[0], str):  # names of checkpoints take more room than steps
+        rotation, columns = 20, 2
+    axis.tick_params("x", rotation=rotation)
     axis.grid(alpha=0.25)
     if len(metrics) > 1:
         axis.legend(handles=handles, loc="upper left", bbox_to_anchor=(0, -0.16), frameon=False,
-                    ncols=2 if names else 4, fontsize="small", handlelength=3)
+                    ncols=columns, fontsize="small", handlelength=3)
 
 
 def handle(label: str, colour: str, style, **options):
@@ -232,7 +235,9 @@ def what_is_shown(lines: list[Line]) -> str:
         notes.append(f"running mean of {width}")
     if any(line.errors for line in lines):
         notes.append("± one standard error")
-    return f"({', '.join(notes)})" if notes else ""
+    if not notes:
+        return ""
+    return f"({', '.join(notes)})"
 
 
 def draw_line(axis, line: Line, colour: str, style) -> None:
@@ -277,7 +282,8 @@ def demo_table(table: dict) -> str:
 
 def error_change(before: float, after: float) -> str:
     """1 − metric before and after, in percent, and their ratio."""
-    old, new = 1 - before, 1 - after
+    old = 1 - before
+    new = 1 - after
     text = f"{100 * old:.1f} → {100 * new:.1f} %"
     if old > 0:
         text += f", ×{new / old:.2f}"
