@@ -22,10 +22,12 @@ def rows_of(samples, rates: dict, folder: Path) -> list[dict]:
     for sample in samples:
         names = []
         for image in sample.images:  # named by what is on it: samples are held out by image
-            digest = hashlib.sha256(image.tobytes()).hexdigest()[:16]
-            names.append(f"images/{digest}.png")
-            image.save(folder / names[-1])
-        rate = rates[sample.id]
-        row = dict(id=sample.id, task=sample.task, question=sample.question, images=names)
-        rows.append(row | {"answer": sample.answer, "pass_rate": rate})
+            digest = hashlib.sha256(image.tobytes()).hexdigest()
+            name = f"images/{digest[:16]}.png"
+            image.save(folder / name)
+            names.append(name)
+        row = {
+            "id": sample.id, "task": sample.task, "question": sample.question, "images": names,
+            "answer": sample.answer, "pass_rate": rates[sample.id]}
+        rows.append(row)
     return sorted(rows, key=lambda row: -row["pass_rate"])
