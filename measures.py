@@ -74,8 +74,12 @@ def reward_metrics(rewards_PG: torch.Tensor) -> dict:
     stds, equal = [], 0
     for rewards_G in rewards_PG:
         known_G = rewards_G[~rewards_G.isnan()]
-        stds.append(known_G.std(correction=0).item() if len(known_G) else 0.0)
-        equal += spread(known_G.tolist()) < 1e-6
+        std = 0.0  # of a group that is undecided as a whole
+        if len(known_G):
+            std = known_G.std(correction=0).item()
+        stds.append(std)
+        if spread(known_G.tolist()) < 1e-6:
+            equal += 1
     known = rewards_PG[~rewards_PG.isnan()].tolist()
     metrics = {
         "reward": mean(known) if known else 0.0, "groups": groups, "reward_std": mean(stds),
