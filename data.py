@@ -204,7 +204,7 @@ def open_data(specs, *, seed=0, split="train", fields="", skip_bad=0, heldout=0.
 # §3 ──────────────────────────────────────── checking ────────────────────────────────────────
 
 
-SCENES = 200  # of a drawn world --check looks at so many: they are all alike
+SCENES_CHECKED = 200  # of a drawn world --check looks at so many: they are all alike
 
 
 def looked_at(mix):
@@ -212,7 +212,7 @@ def looked_at(mix):
     first = 0
     for source in mix.sources:
         drawn = isinstance(source, DrawnSource)
-        yield from range(first, first + min(len(source), SCENES if drawn else len(source)))
+        yield from range(first, first + min(len(source), SCENES_CHECKED if drawn else len(source)))
         first += len(source)
 
 
@@ -235,7 +235,7 @@ def examine(specs, **options):
         bare += sample.answer == ""
     lines = [f"{count} samples of {task}" for task, count in tasks.most_common()]
     if any(isinstance(source, DrawnSource) for source in mix.sources):
-        lines.append(f"of a drawn world's scenes the first {SCENES}")
+        lines.append(f"of a drawn world's scenes the first {SCENES_CHECKED}")
     if sizes:
         small, large = (pick(sizes, key=math.prod) for pick in (min, max))
         common, count = sizes.most_common(1)[0]

@@ -1,4 +1,4 @@
-r"""Scores models, saved answers and runs: benchmarks, behaviours, curves, pictures.
+r"""What is a model, an answer or a run worth? Each of these commands answers one part.
 
   python eval.py demo base runs/grpo             before / after on held-out samples
   python eval.py run --model DIR --task grounding --data refcoco-vlmr1:refcoco_val.json --out DIR
@@ -102,7 +102,7 @@ def behaviour_panels(results: dict) -> dict:
 
 
 # ---- §3 running a model --------------------------------------------------------------------------
-def check_data(config, task: str) -> None:
+def check_task_of_data(config, task: str) -> None:
     """Errors: DataError, without a model, if the data can not be read or is of another task."""
     mixture = training.open_heldout(config)
     for source in mixture.sources:
@@ -141,7 +141,7 @@ def run(model: str, task: Task, data: Data, out: Out, samples: Samples = 0, thin
         library(*protocol.package)
     if annotations:
         protocols.read_annotations(annotations)
-    check_data(config, task)
+    check_task_of_data(config, task)
     qwen_vl.check_model(model)
     processes = fsdp.start_processes(config.timeout)
     run = training.prepare(config, processes, model, frozen=True)
@@ -189,7 +189,7 @@ def curriculum(model: str, data: Data, out: Out, low: float = 0.1, high: float =
     fsdp.leave()
 
 
-SCENES = 12  # the first held-out samples, which are shown with several answers
+SHOWN = 12  # the first held-out samples, which are shown with several answers
 
 
 def demo(before: Path, grpo: Path, /, out: Out = "", data: Data = (), samples: Samples = 400):
@@ -214,7 +214,7 @@ def demo(before: Path, grpo: Path, /, out: Out = "", data: Data = (), samples: S
     table["metric"] = rewards.metric_name(row["task"] for row in answers)
     table["data"] = eval_data or saved["data"]
     if processes.rank == 0:
-        first = islice(run.eval_data.in_turn(), min(SCENES, table["samples"]))
+        first = islice(run.eval_data.in_turn(), min(SHOWN, table["samples"]))
         scenes = [run.eval_data.good(index) for index in first]
         write_demo(Path(out or grpo / "eval"), grpo, table, answers, scenes)
     fsdp.leave()
@@ -232,7 +232,7 @@ def ask(run) -> tuple[dict[str, float], list[dict]]:
     """({mode: metric}, rows): all samples once greedily and once sampled, the first ones more."""
     limit = grpo_vl.longest(run.config, run.config.steps)
     rows, accuracy = training.evaluate(run, limit)
-    first = min(SCENES, run.config.eval_samples)
+    first = min(SHOWN, run.config.eval_samples)
     several = training.answer_heldout(
         run, first, tries=sheets.TRIES, max_tokens=limit, greedy=False)
     for row in several:

@@ -1,4 +1,4 @@
-"""Low-rank adapters by hand: two thin matrices are trained beside each linear, the model stays.
+"""What is trained where a card is too small? Two thin matrices beside each linear, by hand.
 
 [LoRA] arXiv 2106.09685 §4.1: y = W·x + α/r · B·(A·x), with A [r, in] random and B [out, r] zero, so
 training begins at the base model itself. Each linear of the decoder's layers is adapted (attention

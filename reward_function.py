@@ -40,7 +40,7 @@ def chosen(spec: str, options: str) -> Callable:
     """
     try:
         reward = load(spec)
-        check_options(json.loads(options), reward)
+        check_reward_options(json.loads(options), reward)
     except ValueError as error:
         raise SystemExit(f"--reward, --reward-options {options}: {error}") from None
     return reward
@@ -104,7 +104,7 @@ def call_reward(
     return Score(total, dict(getattr(result, "parts", {})))
 
 
-def check_options(options: dict, reward: Callable = score) -> None:
+def check_reward_options(options: dict, reward: Callable = score) -> None:
     """ValueError, before training, for an option that no task has or a value that none takes.
 
     reward: as `load` returned it; of a function of one's own, its signature says what it takes.

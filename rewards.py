@@ -1,4 +1,4 @@
-"""What a good answer is. Per task: the prompt, the reader of the answer, the reward, its parts.
+"""What is a good answer? Per task the prompt, the reader of the answer, the reward, its parts.
 
     python rewards.py score rollouts.jsonl        # or -: one row in, one row out, in order
     {"task": "grounding", "completion": "[0, 0, 10, 10]", "answer": [0, 0, 10, 20]}

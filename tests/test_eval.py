@@ -208,7 +208,7 @@ def test_run_refuses_data_of_another_task_before_a_model_is_loaded(tmp_path, mon
     assert "none.jsonl" in refused(*run, "ocr", "--data", tmp_path / "none.jsonl")
     assert "none.json" in refused(*run, "detection", "--data", mixed, "--annotations", "none.json")
     config = grpo_vl.Config(model="tiny", data=(str(mixed),), eval_data=(str(mixed),), eval_every=1)
-    evaluation.check_data(config, "math")  # these two may mix
+    evaluation.check_task_of_data(config, "math")  # these two may mix
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from reward_function import call_reward, check_options, load
+from reward_function import call_reward, check_reward_options, load
 from rewards import Score, score
 
 
@@ -82,9 +82,9 @@ def test_a_reward_must_be_a_finite_number(tmp_path, value):
 
 
 def test_options_are_checked_before_training(tmp_path):
-    check_options({})
-    check_options({"iou_power": 2, "matching": "detr", "penalty": 3, "components": ["iou"]})
-    check_options({"think": "after", "format_weight": 0.1, "exact": True})
+    check_reward_options({})
+    check_reward_options({"iou_power": 2, "matching": "detr", "penalty": 3, "components": ["iou"]})
+    check_reward_options({"think": "after", "format_weight": 0.1, "exact": True})
     wrong = [
         ({"power": 2}, "no task has an option 'power'; there are \\['components', 'exact', 'iou_power'"),
         ({"iou_power": 3}, "iou_power can be \\(1, 2\\), not 3"),
@@ -96,12 +96,12 @@ def test_options_are_checked_before_training(tmp_path):
     ]
     for options, sentence in wrong:
         with pytest.raises(ValueError, match=sentence):
-            check_options(options)
+            check_reward_options(options)
     named = loaded(tmp_path, "def mine(completion, bonus=1): return bonus")
-    check_options({"bonus": 2}, named)
+    check_reward_options({"bonus": 2}, named)
     with pytest.raises(ValueError, match="takes no option 'malus'; its own are"):
-        check_options({"malus": 2}, named)
-    check_options({"malus": 2}, loaded(tmp_path, "def mine(completion, **rest): return 1"))
+        check_reward_options({"malus": 2}, named)
+    check_reward_options({"malus": 2}, loaded(tmp_path, "def mine(completion, **rest): return 1"))
 
 
 def test_a_reward_of_ones_own_from_a_file(tmp_path):
