@@ -8,10 +8,10 @@
 Its slow twin, one file and no flags, is naive_grpo.py: a test holds the two together.
 [PR1] Perception-R1, arXiv 2504.07954 · [OVR] Open-Vision-Reasoner, 2507.05255 · [DSM] DeepSeekMath,
 2402.03300 · [DAPO] 2503.14476 · [DRG] Dr. GRPO, 2503.20783 · [GSPO] 2507.18071 · [RLOO] 2402.14740
-Shapes: P prompts, G completions a prompt, B rollouts of this rank (on one rank P·G), S tokens of a
-micro-batch whose log π is computed: those of its completions (a rollout is a completion). A draw is
-the number of a sample in the run's endless order of data; a group is a prompt with its G
-completions (qwen_vl.Group).
+A tensor's last letters are its shape: P prompts, G completions a prompt, B rollouts of this rank
+(on one rank P·G), S tokens of a micro-batch whose log π is computed: those of its completions (a
+rollout is a completion). A draw is the index of a sample in the run's endless order of data, 0 of
+the first one asked; a group is a prompt with its G completions (qwen_vl.Group).
 
 DEVIATION D1: OVR trains with PPO and a critic (γ = λ = 1, so A_t = R − V(s_t)). Here the mean of
 the group stands in V's place, as in GRPO, and no critic is trained.
@@ -119,6 +119,7 @@ def collect_groups(run: Run, step: int) -> tuple[list[Group], dict[int, list[flo
     for attempt in range(config.dynamic_sampling + 1):
         # `together`: a signal or a bad sample on one rank stops all of them, and none hangs.
         new = training.together(run, partial(draw_groups, run, config.prompts))
+        # {draw: 0 where a sample comes up first in this batch, 1 where it comes up again, …}
         repeat_of = repeats(of_all_ranks(ranks, {group.draw: group.sample.id for group in new}))
         training.together(run, partial(answer_groups, run, step, new, repeat_of, attempt))
         if config.dynamic_sampling:
@@ -131,6 +132,7 @@ def collect_groups(run: Run, step: int) -> tuple[list[Group], dict[int, list[flo
     if config.dynamic_sampling:
         drawn = (attempt + 1) * config.prompts
         counts = {"groups_drawn": drawn, "groups_rejected": drawn - len(rewards_of)}
+    # Rounds may have found more than P groups of unequal rewards: the first P draws are kept.
     rewards_of = dict(list(rewards_of.items())[: config.prompts])
     return [group for group in groups if group.draw in rewards_of], rewards_of, counts
 
@@ -196,7 +198,7 @@ def shaped_reward(config: Config, completion, reward: float, limit: int) -> floa
 
 
 def group_advantages(rewards_PG, *, scale="group", std="sample", baseline="mean", eps=1e-4):
-    """How much better than its group: advantages_PG, fp32, from the global batch's rewards_PG.
+    """(3) How much better than its group: advantages_PG, fp32, from the global batch's rewards_PG.
 
     Equal rewards give zeros. With G = 1 the baseline is the reward (mean) or 0 (leave_one_out). NaN
     stands for a reward that could not be told (a formula too hard to compare in time): it has
@@ -237,7 +239,7 @@ def std_of(rewards: torch.Tensor, kind: str) -> torch.Tensor | None:
 
 # §4 ─────────────────────────────────────────── loss ─────────────────────────────────────────
 def token_weights(lengths_B, *, loss: str, max_tokens: int, norm: float | None = None):
-    """weight_B, float64: how much each token of rollout i counts. --loss chooses this alone.
+    """(7) weight_B, float64: how much each token of rollout i counts. --loss chooses this alone.
 
     lengths_B: trained tokens of each rollout. One that is masked or undecided has 0: its tokens
     weigh nothing, and it counts in B (grpo, dr_grpo) but not in Σ|o| (dapo).
@@ -281,7 +283,7 @@ def policy_loss(logp_S, old_logp_S, advantage_S, weight_S, *, row_S=None, ratio=
     if ratio == "sequence":  # s_i = (π(o_i) / π_old(o_i))^(1/|o_i|)  [GSPO Eq. 7]
         log_ratio_S = mean_of_row(log_ratio_S, trained_S, row_S)
 
-    # ℓ_t = −min(r·A, clip(r, 1−ε_low, 1+ε_high)·A),  r = π/π_old  [DSM Eq. 3; OVR §3.2]
+    # (5) ℓ_t = −min(ρ·A, clip(ρ, 1−ε_low, 1+ε_high)·A),  ρ = π/π_old  [DSM Eq. 3; OVR §3.2]
     ratio_S = log_ratio_S.exp()
     clipped_S = ratio_S.clamp(1 - clip_low, 1 + clip_high)
     loss_S = -torch.minimum(ratio_S * advantage_S, clipped_S * advantage_S)
@@ -295,13 +297,14 @@ def policy_loss(logp_S, old_logp_S, advantage_S, weight_S, *, row_S=None, ratio=
     if tis_cap:
         log_weight_S = torch.where(trained_S, old_logp_S - sampler_logp_S, 0.0).detach()
         loss_S = loss_S * log_weight_S.exp().clamp(max=tis_cap)
-    if beta:  # + β·KL(π ‖ π_ref)
+    if beta:  # (6) + β·KL(π ‖ π_ref)
         kl_S = kl_estimate(torch.where(trained_S, logp_S - ref_logp_S, 0.0), kl)
         loss_S = loss_S + beta * kl_S
         stats["kl"] = kl_S.detach()
 
     sums = {name: sum_and_count(value, trained_S) for name, value in stats.items()}
-    return (weight_S * torch.where(trained_S, loss_S, 0.0)).sum(), sums
+    loss = (weight_S * torch.where(trained_S, loss_S, 0.0)).sum()  # (7)
+    return loss, sums
 
 
 def check_loss_shapes(*tensors) -> None:
@@ -333,7 +336,8 @@ def kl_estimate(log_ratio: torch.Tensor, kind: str) -> torch.Tensor:
 
 # §5 ─────────────────────────────────────── train_step ───────────────────────────────────────
 def train_step(run: Run, step: int) -> dict:
-    """One batch of GRPO [DSM Algorithm 1]. Returns the step's metrics: all ranks', but for seconds.
+    """One batch of GRPO [DSM Algorithm 1]. Returns the step's metrics, those of all ranks (but
+    seconds are this rank's).
 
     (1) … (10) are the README's ten lines. Slow twin: train_step in naive_grpo.py.
     """
@@ -345,13 +349,14 @@ def train_step(run: Run, step: int) -> dict:
     rollouts = [completion for group in groups for completion in group.completions]
     clock.append(time.perf_counter())
 
-    # Pack them, the prompt once: [prompt | o_1 | … | o_G]. pack.row_S[s] is token s's rollout.
+    # Pack them, the prompt once: [prompt | o_1 | … | o_G]. An o_i sees the prompt and itself alone
+    # (packing.py §2). pack.row_S[s] is token s's rollout. The lists below have a tensor [S] a pack.
     packs = packing.pack_for_ranks(groups, config.micro_tokens, run.special, ranks)
     sampler_logp = packing.sampled_logps(rollouts, packs, ranks.device)
     sums = {}  # of the step's metrics: name → [sum, count]
 
-    # (6) log π_ref, if β > 0. KL is a part of the loss; only k1, whose gradient there has mean 0,
-    # goes into the reward instead: r ← r − β·Σ_t (log π_sampler − log π_ref).
+    # (6) log π_ref, if β > 0. KL is a part of the loss. Only the estimator k1 = log π − log π_ref,
+    # whose gradient there is 0 in the mean, is taken from the reward: r_i ← r_i − β·Σ_t k1_t.
     ref_logp = reference_logps(run, packs)
     rewards_PG = as_PG(rewards_of, config.group)
     kl_PG = sequence_kl(run, groups, packs, sampler_logp, ref_logp, sums)  # 0.0 but for k1
@@ -363,31 +368,32 @@ def train_step(run: Run, step: int) -> dict:
     own_P = [list(rewards_of).index(group.draw) for group in groups]
     advantages_B = advantages_PG[own_P].flatten().to(ranks.device)
 
-    # (7) What a token weighs, by lengths of the global batch, before it is cut.
+    # (7) What a token weighs in the mean over all ranks' rollouts (not over a micro-batch's).
     weight_B = rollout_weights(config, step, ranks, rollouts, rewards_PG.numel())
 
-    # µ optimizer steps: log π_θ by policy.py (4), loss (5, 6), backward (8), AdamW (9).
+    # µ optimizer steps.
     clip_low, clip_high = clip_range(config)
     old_logp = [None] * len(packs)
     total_loss = torch.zeros((), device=ranks.device)
     for inner in range(config.inner_steps):
         for k, pack in enumerate(packs):
-            logp_S, entropy_S = run.policy(
+            logp_S, entropy_S = run.policy(  # (4)
                 pack, config.temperature, entropy=due(config.entropy_every, step))
             if inner == 0:  # π_old: naive_grpo.py spends a pass of its own on it
                 old_logp[k] = logp_S.detach()
-            loss, stats = policy_loss(
+            loss, stats = policy_loss(  # (5) (6) (7)
                 logp_S, old_logp[k], advantages_B[pack.row_S], weight_B[pack.row_S],
                 row_S=pack.row_S, ratio=config.ratio, clip_low=clip_low, clip_high=clip_high,
                 beta=0.0 if config.kl == "k1" else config.beta, kl=config.kl,
                 ref_logp_S=ref_logp[k], sampler_logp_S=sampler_logp[k], tis_cap=config.tis)
-            (loss * ranks.world).backward()  # FSDP averages over ranks; weight_B counts them all
+            # (8) The weights count all ranks' rollouts: undo FSDP's mean over ranks.
+            (loss * ranks.world).backward()
             add_sums(sums, stats | {"entropy": sum_and_count(entropy_S)})
             total_loss += loss.detach()
-        grad_norm = optimizer_step(run, step)  # clips the gradient's norm, then AdamW
+        grad_norm = optimizer_step(run, step)  # (8) clips the gradient's norm, (9) AdamW
     clock.append(time.perf_counter())
 
-    # (10) The sampler's copy of the weights follows.
+    # (10) Copy the new weights to the sampler, but for frozen ones.
     run.sampler.refresh(fsdp.gathered_parameters(run.policy, frozen=False))
     add_sums(sums, {"sampler_gap": sampler_gap(packs, old_logp, sampler_logp, weight_B)})
     clock.append(time.perf_counter())
@@ -438,7 +444,8 @@ def sequence_kl(run: Run, groups: list[Group], packs, sampler_logp, ref_logp, su
 
 
 def rollout_weights(config: Config, step: int, ranks, rollouts: list, sequences: int):
-    """token_weights of this rank's rollouts, normalised over the `sequences` of all ranks. [B]"""
+    """token_weights of this rank's rollouts, [B], normalised over all ranks': by their number
+    `sequences`, with `dapo` by their tokens."""
     lengths = []
     for completion in rollouts:
         masked = completion.truncated and config.overlong == "mask"

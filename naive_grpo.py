@@ -8,7 +8,8 @@ run), which needs 80 GB: 60 for its 3.75 billion fp32 weights, their gradients a
 
 (1) … (10) are the README's ten lines. grpo_vl.py does the same fast and on many GPUs; a test holds
 it to this file. [DSM] DeepSeekMath, arXiv 2402.03300; [PR1] Perception-R1, 2504.07954.
-Shapes: G answers to a prompt, L tokens of a row, T tokens of an answer, V vocabulary.
+A tensor's last letters are its shape: G answers to a prompt, L tokens of a row, T tokens of an
+answer (side by side: of the longest one), V vocabulary.
 """
 import random
 import statistics
@@ -58,7 +59,7 @@ def encode(tokenizer, image_processor, image):
 def grade(text, number):
     """The reward: the share of digits that are right; 0 for another length, or no end of turn."""
     said = text.removesuffix("<|im_end|>")
-    if said == text or len(said) != len(number):
+    if not text.endswith("<|im_end|>") or len(said) != len(number):
         return 0.0
     return statistics.mean(float(a == b) for a, b in zip(said, number))
 
@@ -100,31 +101,33 @@ def sample(model, prompt):
     no_answers_yet = [[]] * GROUP
     ids_GL = model.generate(**make_batch(model, prompt, no_answers_yet))
     padded_GT = ids_GL[:, len(prompt["ids"]) :].tolist()
-    pad = model.generation_config.pad_token_id  # follows the stop token, which is learned
+    # Padding follows the stop token. The stop token stays: when to stop is learned, too.
+    pad = model.generation_config.pad_token_id
     return [[token for token in tokens if token != pad] for tokens in padded_GT]
 
 
 def token_logprobs(model, prompt, answers):
     """log π(o_t | q, o_<t) of each token o_t of each answer: a tensor [T] an answer."""
-    # Logits predict the next token: those of the prompt's last token are the first that count, and
-    # those of an answer's last token predict nothing of it (zip drops them, and padding's).
+    # Logits predict the next token. The prompt's last token has the first that count; those of an
+    # answer's last token and of padding predict nothing: range(len(tokens)) ends before them.
     wanted = 1 + max(len(tokens) for tokens in answers)
     batch = make_batch(model, prompt, answers)
     logits_GTV = model(**batch, logits_to_keep=wanted, use_cache=False).logits
+    # The same π as in sampling: its temperature, and nothing for what is banned.
     logits_GTV = logits_GTV / model.generation_config.temperature
     logits_GTV[..., model.generation_config.suppress_tokens] = -torch.inf
     logps_GTV = logits_GTV.log_softmax(-1)
     return [logp_TV[range(len(tokens)), tokens] for tokens, logp_TV in zip(answers, logps_GTV)]
 
 
-def advantages(rewards):
+def group_advantages(rewards):
     """How much better each answer is than its group's mean, in units of the group's spread. (3)"""
     mean, std = statistics.mean(rewards), statistics.stdev(rewards)
     # A_i = (r_i − mean(r)) / (std(r) + 10⁻⁴)  [DSM §4.1.2]
     return [(reward - mean) / (std + 1e-4) for reward in rewards]
 
 
-def grpo_loss(model, prompt, answers, rewards, old_logps, ref_logps=None):
+def grpo_loss(model, prompt, answers, advantages, old_logps, ref_logps=None):
     """Minus the objective of the G answers to one prompt.
 
     old_logps: log π_old of each answer's tokens, [T] an answer; π_old are the weights that wrote
@@ -134,7 +137,7 @@ def grpo_loss(model, prompt, answers, rewards, old_logps, ref_logps=None):
     """
     objective = 0.0
     logps = token_logprobs(model, prompt, answers)  # (4)
-    for i, advantage in enumerate(advantages(rewards)):
+    for i, advantage in enumerate(advantages):
         # (5) min(ρ_t·A_i, clip(ρ_t, 1−ε, 1+ε)·A_i),  ρ_t = π(o_t) / π_old(o_t)  [DSM Eq.3]
         ratio_T = (logps[i] - old_logps[i]).exp()
         clipped_T = ratio_T.clamp(1 - CLIP, 1 + CLIP)
@@ -150,7 +153,7 @@ def grpo_loss(model, prompt, answers, rewards, old_logps, ref_logps=None):
 def update(model, optimizer, groups):
     """One optimizer step on the mean loss of all groups. Memory holds one group at a time."""
     for group in groups:
-        loss = grpo_loss(model, **group) / len(groups)
+        loss = grpo_loss(model, **group) / len(groups)  # (7) the mean over prompts
         loss.backward()  # (8) gradients add up
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # (8)
     optimizer.step()  # (9)
@@ -159,21 +162,23 @@ def update(model, optimizer, groups):
 
 def train_step(model, reference, tokenizer, image_processor, optimizer, rng):
     """Ask, answer, grade, compare, learn [DSM Algorithm 1]. Returns the rewards of all answers."""
-    groups = []
+    groups, all_rewards = [], []
     for _ in range(PROMPTS):
-        image, number = draw_number(rng)
+        image, number = draw_number(rng)  # (1) a prompt
         prompt = encode(tokenizer, image_processor, image)
-        answers = sample(model, prompt)  # (1)
+        answers = sample(model, prompt)  # (1) its G answers
         rewards = [grade(tokenizer.decode(tokens), number) for tokens in answers]  # (2)
-        group = {"prompt": prompt, "answers": answers, "rewards": rewards}
+        advantages = group_advantages(rewards)  # (3)
+        group = {"prompt": prompt, "answers": answers, "advantages": advantages}
         with torch.no_grad():  # π still is what wrote the answers
-            group["old_logps"] = token_logprobs(model, prompt, answers)
+            group["old_logps"] = token_logprobs(model, prompt, answers)  # (5) π_old
             if BETA > 0:
-                group["ref_logps"] = token_logprobs(reference, prompt, answers)
+                group["ref_logps"] = token_logprobs(reference, prompt, answers)  # (6) π_ref
         groups.append(group)
+        all_rewards += rewards
     for _ in range(INNER_STEPS):
-        update(model, optimizer, groups)  # (3) … (9); the model is its own sampler: (10)
-    return [reward for group in groups for reward in group["rewards"]]
+        update(model, optimizer, groups)  # (4) … (9); the model is its own sampler: (10)
+    return all_rewards
 
 
 def main():
@@ -186,9 +191,9 @@ def main():
     for step in range(1, STEPS + 1):
         rewards += train_step(model, reference, tokenizer, image_processor, optimizer, rng)
         if step % 10 == 0 or step == STEPS:
-            reward = statistics.mean(rewards)
-            accuracy = statistics.mean(reward == 1 for reward in rewards)
-            print(f"step {step:4}  reward {reward:.3f}  accuracy {accuracy:.3f}", flush=True)
+            mean = statistics.mean(rewards)
+            accuracy = rewards.count(1.0) / len(rewards)
+            print(f"step {step:4}  reward {mean:.3f}  accuracy {accuracy:.3f}", flush=True)
             rewards = []
 
 

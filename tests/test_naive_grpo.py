@@ -69,7 +69,8 @@ def naive_groups(tokenizer, image_processor):
         tokens = []
         for answer in answers:
             tokens.append([tokenizer.convert_tokens_to_ids(stops[t]) if t < 0 else t for t in answer])
-        groups.append({"prompt": prompt, "answers": tokens, "rewards": grades})
+        advantages = naive_grpo.group_advantages(grades)
+        groups.append({"prompt": prompt, "answers": tokens, "advantages": advantages})
     return groups
 
 
@@ -130,7 +131,7 @@ def fast_side(ranks, folder, other, groups, *, beta, inner_steps, optimizer_clas
     before, gradients = weights_of(run.policy.model), []
 
     def given(run, step):
-        rollouts = [rollouts_of(run, size, group, draw) for size, group, draw in zip(SIZES, groups, DRAWS)]
+        rollouts = [rollouts_of(run, *row) for row in zip(SIZES, groups, REWARDS, DRAWS)]
         own = rollouts[ranks.rank :: ranks.world]
         return own[::-1], dict(zip(DRAWS, REWARDS)), {}
 
@@ -143,13 +144,13 @@ def fast_side(ranks, folder, other, groups, *, beta, inner_steps, optimizer_clas
     return Trained(metrics["loss"], gradients, before, weights_of(run.policy.model), metrics, [])
 
 
-def rollouts_of(run, size, group, draw):
+def rollouts_of(run, size, group, grades, draw):
     """A group of the naive side as one of the fast side, through its own reader of prompts."""
     prompt = qwen_vl.encode_chat(run.tokenizer, run.special, rewards.prompt("ocr"), [noise_image(*size)])
     assert prompt.ids == group["prompt"]["ids"]
     torch.testing.assert_close(prompt.pixels_ND, group["prompt"]["pixel_values"])
     completions = []
-    for tokens, old_T, reward in zip(group["answers"], group["old_logps"], group["rewards"]):
+    for tokens, old_T, reward in zip(group["answers"], group["old_logps"], grades):
         completions.append(Completion(tokens, old_T.tolist(), reward=reward))
     return Group(prompt, completions, draw=draw)
 
@@ -279,7 +280,7 @@ def test_grades(text, reward):
 
 def test_advantages_of_one_and_zero():
     # mean 0.5, sample standard deviation √0.5 = 0.70711: ±0.5 / 0.70721
-    assert naive_grpo.advantages([1.0, 0.0]) == pytest.approx([0.70700, -0.70700], abs=1e-5)
+    assert naive_grpo.group_advantages([1.0, 0.0]) == pytest.approx([0.70700, -0.70700], abs=1e-5)
 
 
 def test_answers_end_with_their_stop_token(folder, monkeypatch):
@@ -318,7 +319,8 @@ def test_stopping_is_learned(folder):
     model, tokenizer, image_processor = naive_grpo.load(folder)
     prompt = naive_groups(tokenizer, image_processor)[0]["prompt"]
     stop = model.generation_config.eos_token_id[0]
-    group = {"prompt": prompt, "answers": [[5, stop], [5, 6]], "rewards": [1.0, 0.0]}
+    advantages = naive_grpo.group_advantages([1.0, 0.0])
+    group = {"prompt": prompt, "answers": [[5, stop], [5, 6]], "advantages": advantages}
     keep_logprobs(model, [group])
     naive_grpo.update(model, torch.optim.SGD(model.parameters(), lr=0.01), [group])
     with torch.no_grad():
