@@ -143,8 +143,8 @@ def scenes(world: World, seed: int) -> str:
 
 
 def training_command(job: Job, model: str, out: Path, *, steps: int | None = None) -> list[str]:
-    """steps: the last one, if not the world's. SFT's learning rate is constant, so that each of its
-    steps is the best that so many give."""
+    """steps: the last one, if not the world's. SFT's learning rate is constant, as any of its steps
+    may be the one that is answered."""
     world = job.arm.world
     data = f"synthetic:{world.task}?{world.scene}"
     if job.arm.start:  # other scenes than those that arm has seen

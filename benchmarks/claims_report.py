@@ -17,7 +17,7 @@ from statistics import fmean, stdev
 
 from claims_table import Claim, Contrast
 
-SPENT = ("step", "prompts", "rollouts", "tokens", "seconds")  # what training took
+SPENT = ("step", "prompts", "rollouts", "tokens")  # what training took, whatever the machine
 KEPT = ("step", "reward", "reward_std", "zero_variance", "length", "truncated", "entropy", "loss",
         "grad_norm", "tokens", "before/greedy", "before/sampled", "eval/greedy", "eval/sampled",
         "seconds/total")
@@ -95,8 +95,15 @@ def read_seeds(folder: Path, slug: str) -> dict[int, Result]:
 @dataclass(frozen=True)
 class Estimate:
     mean: float
-    error: float | None  # one standard error; None: not known
+    error: float | None  # one standard error, over seeds where there are several; None: not known
     seeds: int
+    scene_error: float | None = None  # that over held-out scenes; None: not known
+
+    @property
+    def larger_error(self) -> float | None:
+        """Seeds that came out close by chance do not make a mean surer than its scenes do."""
+        known = [error for error in (self.error, self.scene_error) if error is not None]
+        return max(known, default=None)
 
 
 def scores(result: Result, metric: str) -> list[float]:
@@ -124,44 +131,58 @@ def score(result: Result, metric: str) -> float | None:
 def estimate(results: dict, weights: dict[str, float], metric: str) -> Estimate | None:
     """Σ weight · score over the arms, from the seeds that all of them have; None without such.
 
-    The standard error is s/√n over n seeds. Of one seed it is that over scenes, whose differences
-    are taken scene by scene (arms of two worlds have other scenes: any pairing serves).
+    The standard error over n seeds is s/√n. That over scenes is √(Σ e²)/n, from each seed's own e.
     """
-    common = set.intersection(*(set(results[name]) for name in weights))
-    values = []
-    for seed in sorted(common):
-        own = {name: score(results[name][seed], metric) for name in weights}
-        if None not in own.values():
-            values.append(sum(weight * own[name] for name, weight in weights.items()))
+    values, scene_errors = [], []
+    for seed in common_seeds(results, weights):
+        own = {name: results[name][seed] for name in weights}
+        parts = {name: score(result, metric) for name, result in own.items()}
+        if None not in parts.values():
+            values.append(sum(weight * parts[name] for name, weight in weights.items()))
+            scene_errors.append(error_over_scenes(own, weights, metric))
     if not values:
         return None
-    if len(values) > 1:
-        return Estimate(fmean(values), stdev(values) / math.sqrt(len(values)), len(values))
+    scene_error = None
+    if metric != "AP":
+        scene_error = math.hypot(*scene_errors) / len(values)
+    if len(values) == 1:
+        return Estimate(values[0], scene_error, 1, scene_error)
+    error = stdev(values) / math.sqrt(len(values))
+    return Estimate(fmean(values), error, len(values), scene_error)
+
+
+def common_seeds(results: dict, names) -> list[int]:
+    """Those that all of these arms have."""
+    return sorted(set.intersection(*(set(results[name]) for name in names)))
+
+
+def error_over_scenes(own: dict[str, Result], weights: dict, metric: str) -> float | None:
+    """One seed's standard error, of differences scene by scene (arms of two worlds have other
+    scenes: any pairing serves). None of AP, which is no mean over scenes."""
     if metric == "AP":
-        return Estimate(values[0], None, 1)
-    (seed,) = common
+        return None
     columns = []
     for name, weight in weights.items():
-        columns.append([weight * value for value in scores(results[name][seed], metric)])
+        columns.append([weight * value for value in scores(own[name], metric)])
     differences = [sum(row) for row in zip(*columns, strict=True)]
-    return Estimate(values[0], stdev(differences) / math.sqrt(len(differences)), 1)
+    return stdev(differences) / math.sqrt(len(differences))
 
 
 def verdict(found: Estimate | None) -> str:
     """Is Σ weight · score above 0, as the claim says?
 
-    seen: by more than two standard errors; reversed: below 0 by more than two; not seen: else.
-    With three seeds this is a weak rule: where nothing differs, t with two degrees of freedom is
-    beyond 2 in 9 of 100 cases on each side. Over 500 scenes of one seed it is 2 or 3 of 100, but
-    another seed may train otherwise.
+    seen: by more than two standard errors, the larger ones of seeds and scenes; reversed: below 0
+    by more than two; not seen: else. With three seeds this is a weak rule: where training differs
+    by chance alone, t with two degrees of freedom is beyond 2 in 9 of 100 cases on each side. Over
+    500 scenes of one seed it is 2 or 3 of 100, but another seed may train otherwise.
     """
     if found is None:
         return "not run"
-    if found.error is None:
+    if found.larger_error is None:
         return "one seed, error unknown"
-    if found.mean > 2 * found.error:
+    if found.mean > 2 * found.larger_error:
         return "seen"
-    if found.mean < -2 * found.error:
+    if found.mean < -2 * found.larger_error:
         return "reversed"
     return "not seen"
 
@@ -185,8 +206,10 @@ def measured(results: dict, contrast: Contrast) -> tuple[str, str]:
     higher = {name: weight for name, weight in contrast.weights.items() if weight > 0}
     lower = {name: -weight for name, weight in contrast.weights.items() if weight < 0}
     if math.isclose(sum(higher.values()), 1.0):  # two means, not a difference of differences
-        first = estimate(results, lower, contrast.metric)
-        second = estimate(results, higher, contrast.metric)
+        common = common_seeds(results, contrast.weights)
+        both = {name: {seed: results[name][seed] for seed in common} for name in contrast.weights}
+        first = estimate(both, lower, contrast.metric)
+        second = estimate(both, higher, contrast.metric)
         text = f"{100 * first.mean:.1f} → {100 * second.mean:.1f}: {text}"
     seeds = "one seed" if found.seeds == 1 else f"{found.seeds} seeds"
     return f"{text} ({seeds})", verdict(found)
@@ -199,8 +222,10 @@ METRICS = ("greedy", "sampled", "pass@8", "AP")
 def page(name: str, claim: Claim, results: dict) -> str:
     """NAME.md: what the claim's contrasts say, all arms, the commands of one seed."""
     lines = [f"# {name}: {claim.title}", "", f"{command_of(name)}. Scores are in percent, on "
-             "held-out scenes, by the answer alone; ± is one standard error over seeds, with one "
-             "seed over scenes. Seen: in the claimed direction by more than two of them."]
+             "held-out scenes, by the answer alone; pass@8 is the best of eight sampled ones. ± is one "
+             "standard error over seeds, with one seed over scenes. Seen: in the claimed direction "
+             "by more than two of them, and of those over scenes; with three seeds chance alone "
+             "does it in up to 9 of 100 cases."]
     if claim.note:
         lines += ["", claim.note]
     lines += ["", "| claim | the paper | here | verdict |", "|---|---|---|---|"]
@@ -270,11 +295,14 @@ def draw(claim: Claim, results: dict, path: Path) -> None:
 
     places = [*dict.fromkeys(arm.where for arm in claim.arms)]
     kinds = [*dict.fromkeys(arm.what for arm in claim.arms if results[arm.name])]
+    kinds = [kind for kind in kinds if kind not in claim.not_drawn]
     figure = Figure(figsize=(11, 4.6), layout="constrained")
     for column, metric in enumerate(("greedy", "sampled"), 1):
         axis = figure.add_subplot(1, 2, column, title=f"{metric}, % of the answer alone")
         for number, kind in enumerate(kinds):
-            shift = 0.6 * ((number + 0.5) / len(kinds) - 0.5)  # side by side
+            shift = 0.0
+            if not claim.ordinal:
+                shift = 0.6 * ((number + 0.5) / len(kinds) - 0.5)  # side by side
             draw_kind(axis, claim, results, metric, kind, places, shift)
         axis.set_xticks(range(len(places)), places)
         axis.grid(axis="y", alpha=0.3)

@@ -59,6 +59,36 @@ def test_one_seed_has_the_error_over_scenes():
     assert verdict(of_all) == "one seed, error unknown"
 
 
+def test_seeds_that_came_out_close_are_no_surer_than_their_scenes():
+    """Both seeds gain 0.5, so s = 0; each has the error over scenes of the test above, and the mean of
+    two √(2 · 0.288675²) / 2 = 0.204124: 0.5 is beyond twice that, 0.25 (a scene in four) is not."""
+    before, after = [[0], [0], [1], [0]], [[1], [1], [1], [0]]
+    results = {"before": {seed: Result({}, [], before, []) for seed in (0, 1)},
+               "after": {seed: Result({}, [], after, []) for seed in (0, 1)}}
+    found = estimate(results, GAIN, "greedy")
+    assert (found.mean, found.error, found.scene_error) == (0.5, 0.0, pytest.approx(0.204124, abs=1e-6))
+    assert verdict(found) == "seen"
+    for seed in (0, 1):  # differences 1, 0, 0, 0: s = 0.5, s/√4 = 0.25, of two seeds 0.176777
+        results["after"][seed] = Result({}, [], [[1], [0], [1], [0]], [])
+    assert verdict(estimate(results, GAIN, "greedy")) == "not seen"
+
+
+def test_both_means_are_of_the_seeds_that_both_arms_have():
+    # seed 0 alone: 50 → 60; GRPO's other seed, 90, has no match
+    gain = Contrast("gain", GAIN)
+    text, _ = claims_report.measured({"before": of_seeds(0.5), "after": of_seeds(0.6, 0.9)}, gain)
+    assert text.startswith("50.0 → 60.0: +10.0")
+
+
+def test_a_doubling_of_g_by_least_squares():
+    """0.1 a doubling and a constant: the slope is 0.1."""
+    results = {}
+    for group, mean in zip(claims_table.GROUPS, (0.3, 0.4, 0.5, 0.6, 0.7), strict=True):
+        results[f"G = {group} same prompts"] = of_seeds(mean)
+    found = estimate(results, claims_table.slope("same prompts").weights, "greedy")
+    assert found.mean == pytest.approx(0.1)
+
+
 def test_metrics_of_an_arm():
     # two scenes: greedy 1 and 0; sampled 1 of 4 and 0 of 4 right; the best of each 1 and 0
     result = Result({}, [], [[1.0], [0.0]], [[0, 1, 0, 0], [0, 0, 0, 0]])
@@ -226,7 +256,7 @@ def test_arms_stand_after_those_they_wait_for(name):
     assert len({arm.slug for arm in claim.arms}) == len(claim.arms)  # a file each
     for contrast in claim.contrasts:
         assert set(contrast.weights) <= before, contrast.text
-        assert sum(contrast.weights.values()) == 0
+        assert sum(contrast.weights.values()) == pytest.approx(0)
 
 
 def test_seeds_for_results_take_no_settings():
