@@ -55,6 +55,7 @@ class Options:
     # fsdp2: PyTorch's fully_shard; by-hand: fsdp.py §3 in its place, without checkpoints
     sharding: Literal["fsdp2", "by-hand"] = "fsdp2"
     graphs: bool = True  # sample by captured CUDA graphs
+    compile: bool = False  # torch.compile: fuses element-wise kernels on a GPU; not run there yet
     deterministic: bool = False  # the same bits from run to run on GPUs too, by slower kernels
     kv_gb: float = 8.0  # memory for keys and values while sampling, GiB a rank
     timeout: int = 3600  # seconds ranks wait for each other; above the longest rollout
@@ -154,7 +155,7 @@ HEADINGS = {  # of --help, in the order in which a user comes to need them
     "evaluation and logging": "eval_every eval_data eval_samples eval_tokens blind log "
                               "entropy_every pictures_every",
     "memory, speed, many GPUs": "plan micro_tokens kv_gb checkpointing checkpoint_every offload "
-                                "sharding graphs deterministic timeout"}
+                                "sharding graphs compile deterministic timeout"}
 
 
 def parse_config(config_class, arguments, presets: dict, text: str, gpu: bool):

@@ -4,7 +4,9 @@
 
 The network itself (weights, MLPs) is Hugging Face's `Qwen2_5_VLForConditionalGeneration`; its two
 attention forwards are replaced (§1), as packing is a statement about attention, and what PyTorch
-has faster: norms, and the patch embedding, a convolution that is a matrix product.
+has faster: norms, and the patch embedding, a convolution that is a matrix product. What lies
+between the matrix products of a layer, and behind lm_head, is functions of tensors: --compile fuses
+the kernels of each.
 
 Each fast form has a plain twin that tests/test_policy.py (of the first, test_packing.py) holds it
 to:
@@ -38,6 +40,18 @@ except ImportError:
 VARLEN_KEYWORDS = inspect.signature(varlen_attn).parameters
 
 KEPT_BYTES = 2**26  # of π over all ids, of a pack: what is more is computed again in backward
+
+
+def compiled(function, on: bool):
+    """The function, through torch.compile if `on`: its element-wise operations become few kernels.
+
+    The packed length is a variable of what is compiled: a new one compiles nothing. Lengths 0 and
+    1, a flag, a gradient or none do, once each; more than 64 are an error, and so is a function
+    that does not compile as a whole. Plain twin: the function itself.
+    """
+    if not on:
+        return function
+    return torch.compile(function, fullgraph=True, dynamic=True, recompile_limit=64)
 
 
 # §1 ─────────────────────────────────────── attention ────────────────────────────────────────
@@ -111,7 +125,32 @@ def halves_swapped(x: torch.Tensor) -> torch.Tensor:
     return torch.cat([second, first], dim=-1)
 
 
-def decoder_attention(self, hidden_states, position_embeddings, layout: dict, **_):
+def add_and_norm(x, y, weight, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """x + y, and its norm."""
+    total = x + y
+    return total, rms_norm(total, weight, eps)
+
+
+def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    return F.silu(gate) * up
+
+
+def decoder_layer(self, add_and_norm, hidden_states, **given):
+    """Replaces `Qwen2_5_VLDecoderLayer.forward`; hidden_states [1, L, D]."""
+    normed = self.input_layernorm(hidden_states)
+    attended, _ = self.self_attn(hidden_states=normed, **given)
+    norm = self.post_attention_layernorm
+    hidden_states, normed = add_and_norm(
+        hidden_states, attended, norm.weight, norm.variance_epsilon)
+    return hidden_states + self.mlp(normed)
+
+
+def decoder_mlp(self, gated, x):
+    """Replaces `Qwen2MLP.forward`."""
+    return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
+
+
+def decoder_attention(self, rotate, hidden_states, position_embeddings, layout: dict):
     """Replaces `Qwen2_5_VLAttention.forward` for packed rows; hidden_states [1, L, D]."""
     hidden_LD = hidden_states[0]
     heads = (-1, self.head_dim)
@@ -258,17 +297,18 @@ class TokenLogprobs(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(context, hidden_SD, weight_VD, target_S, banned_V, temperature, entropy, chunk):
+    def forward(context, hidden_SD, weight_VD, target_S, banned_V, temperature, entropy, chunk,
+                score, logits_gradient):
         context.temperature, context.chunk = temperature, chunk
+        context.logits_gradient = logits_gradient
         keep = 4 * len(target_S) * len(weight_VD) <= KEPT_BYTES
         logps, entropies, kept = [], [hidden_SD.new_zeros(0).float()], []
         for hidden, target in zip(hidden_SD.split(chunk), target_S.split(chunk)):
-            logp_SV = log_softmax(hidden, weight_VD, banned_V, temperature)
-            logps.append(logp_SV.gather(1, target[:, None])[:, 0])
-            if keep or entropy:
-                pi_SV = logp_SV.exp_()
+            logp_S, entropy_S, pi_SV = score(
+                hidden, weight_VD, target, banned_V, temperature, entropy, keep)
+            logps.append(logp_S)
             if entropy:
-                entropies.append(torch.special.entr(pi_SV).sum(1))
+                entropies.append(entropy_S)
             if keep:
                 kept.append(pi_SV)
         context.save_for_backward(hidden_SD, weight_VD, target_S, banned_V, *kept)
@@ -283,18 +323,35 @@ class TokenLogprobs(torch.autograd.Function):
         weight_grad_VD = torch.zeros_like(weight_VD) if context.needs_input_grad[1] else None
         parts = [x.split(context.chunk) for x in (hidden_SD, target_S, grad_S, hidden_grad_SD)]
         for index, (hidden, target, grad, hidden_grad) in enumerate(zip(*parts)):
-            if kept:
-                pi_SV = kept[index]
-            else:
-                pi_SV = log_softmax(hidden, weight_VD, banned_V, context.temperature).exp_()
-            grad_S1 = grad[:, None] / context.temperature
-            z_grad_SV = pi_SV * -grad_S1
-            z_grad_SV.scatter_add_(1, target[:, None], grad_S1)
-            z_grad_SV = z_grad_SV.to(weight_VD.dtype)
+            pi_SV = kept[index] if kept else None
+            z_grad_SV = context.logits_gradient(
+                hidden, weight_VD, target, banned_V, context.temperature, grad, pi_SV)
             torch.mm(z_grad_SV, weight_VD, out=hidden_grad)
             if weight_grad_VD is not None:
                 weight_grad_VD.addmm_(z_grad_SV.T, hidden)
-        return hidden_grad_SD, weight_grad_VD, None, None, None, None, None
+        return hidden_grad_SD, weight_grad_VD, *[None] * 7
+
+
+def score_chunk(hidden_SD, weight_VD, target_S, banned_V, temperature, entropy: bool, keep: bool):
+    """(log π(target) [S], entropy of π [S] if asked for, π [S, V] if to be kept), fp32."""
+    logp_SV = log_softmax(hidden_SD, weight_VD, banned_V, temperature)
+    logp_S = logp_SV.gather(1, target_S[:, None])[:, 0]
+    entropy_S = pi_SV = None
+    if keep or entropy:
+        pi_SV = logp_SV.exp_()
+    if entropy:
+        entropy_S = torch.special.entr(pi_SV).sum(1)
+    return logp_S, entropy_S, pi_SV if keep else None
+
+
+def chunk_gradient(hidden_SD, weight_VD, target_S, banned_V, temperature, grad_S, pi_SV):
+    """The gradient of Σ grad·log π(target) by z [S, V], in the weight's dtype; π None: again."""
+    if pi_SV is None:
+        pi_SV = log_softmax(hidden_SD, weight_VD, banned_V, temperature).exp_()
+    grad_S1 = grad_S[:, None] / temperature
+    z_grad_SV = pi_SV * -grad_S1
+    z_grad_SV.scatter_add_(1, target_S[:, None], grad_S1)
+    return z_grad_SV.to(weight_VD.dtype)
 
 
 def log_softmax(hidden_SD, weight_VD, banned_V, temperature: float) -> torch.Tensor:
@@ -306,15 +363,17 @@ def log_softmax(hidden_SD, weight_VD, banned_V, temperature: float) -> torch.Ten
 
 
 def token_logprobs(hidden_SD, weight_VD, target_S, banned_V, temperature: float, entropy=True,
-                   chunk=1024):
+                   chunk=1024, score=score_chunk, logits_gradient=chunk_gradient):
     """log π(target | …) and the entropy of π, each [S] fp32, without ever holding [S, V] logits.
 
     π is the distribution that is sampled from: same temperature, same banned ids. Each chunk is
     computed again in the backward pass, unless all of them are small. entropy=False spares passes
-    over [S, V], and gives [0] in the entropy's place.
+    over [S, V], and gives [0] in the entropy's place. score, logits_gradient: what is done to a
+    chunk, here and in backward; `compiled` or not.
     """
     return TokenLogprobs.apply(
-        hidden_SD, weight_VD, target_S, banned_V, temperature, entropy, chunk)
+        hidden_SD, weight_VD, target_S, banned_V, temperature, entropy, chunk, score,
+        logits_gradient)
 
 
 class Policy(nn.Module):
@@ -323,17 +382,25 @@ class Policy(nn.Module):
     That makes it the FSDP root: vision tower, decoder and chunked lm_head run inside,
     log-probabilities come out, and the loss is computed outside in fp32. checkpointing: of every
     n-th layer what lies between its input and output is computed again in the backward pass.
+    compile: by `compiled` functions, in the decoder's layers and of log-probabilities.
     Plain twin: Hugging Face's forward on one completion at a time.
     """
 
-    def __init__(self, model, banned_V: torch.Tensor, *, checkpointing=False, checkpoint_every=1):
+    def __init__(self, model, banned_V: torch.Tensor, *, checkpointing=False, checkpoint_every=1,
+                 compile=False):
         super().__init__()
         self.model = model
         self.register_buffer("banned_V", banned_V, persistent=False)
         replace_vision_forwards(self.vision)
         replace_norms(self.decoder)
-        for layer in self.decoder.layers:
-            layer.self_attn.forward = MethodType(decoder_attention, layer.self_attn)
+        turn, gate = compiled(rotate, compile), compiled(gated, compile)
+        add = compiled(add_and_norm, compile)
+        self.score = compiled(score_chunk, compile)
+        self.logits_gradient = compiled(chunk_gradient, compile)
+        for layer in self.decoder.layers:  # attention itself is a kernel, FSDP's hooks stay outside
+            layer.self_attn.forward = partial(decoder_attention, layer.self_attn, turn)
+            layer.mlp.forward = partial(decoder_mlp, layer.mlp, gate)
+            layer.forward = partial(decoder_layer, layer, add)
         if checkpointing:  # inside the modules' forward, so inside FSDP's hooks: no extra gathers
             layers = self.decoder.layers[::checkpoint_every]
             blocks = self.vision.blocks[::checkpoint_every]
@@ -375,4 +442,4 @@ class Policy(nn.Module):
         hidden_SD = decoder.norm(hidden_1LD[0, pack.source_S])
         return token_logprobs(
             hidden_SD, self.model.lm_head.weight, pack.target_S, self.banned_V, temperature,
-            entropy)
+            entropy, score=self.score, logits_gradient=self.logits_gradient)

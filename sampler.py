@@ -69,12 +69,12 @@ class Sampler:
 
     model: a Qwen2.5-VL whose shapes count; kv_gb: GiB for keys and values, never exceeded but by a
     single row that needs more; graphs: few, padded shapes, on CUDA replayed as captured graphs;
-    keep_features: leave images' features in prompts (frozen tower). `interrupted()` is asked every
-    round; True abandons the rollout.
+    compile: its layers by `policy.compiled` functions; keep_features: leave images' features in
+    prompts (frozen tower). `interrupted()` is asked every round; True abandons the rollout.
     """
 
     def __init__(self, model, special: SpecialIds, *, device="cpu", dtype=torch.float32, kv_gb=8.0,
-                 graphs=False, keep_features=False):
+                 graphs=False, compile=False, keep_features=False):
         self.special = special
         self.device = torch.device(device)
         self.dtype = dtype
@@ -84,7 +84,7 @@ class Sampler:
         self.banned_V = special.banned_V.to(device)
         self.stops = torch.tensor(special.stops, device=device)
 
-        self.copy = WeightCopy(model, device=self.device, dtype=dtype)
+        self.copy = WeightCopy(model, device=self.device, dtype=dtype, compile=compile)
         self.cache = Cache(
             layers=len(self.copy.layers), kv_heads=self.copy.kv_heads,
             head_width=self.copy.head_width, kv_gb=kv_gb, device=self.device, dtype=dtype,
@@ -240,7 +240,8 @@ class Sampler:
         """
         current = torch.cuda.current_stream()
         self.capture_stream.wait_stream(current)
-        with torch.cuda.stream(self.capture_stream):  # libraries allocate on a first call
+        # On a first call libraries allocate, and what is compiled is compiled.
+        with torch.cuda.stream(self.capture_stream):
             self.decode(batch, places)
         current.wait_stream(self.capture_stream)
         graph = torch.cuda.CUDAGraph()

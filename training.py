@@ -87,7 +87,8 @@ def prepare(config, processes: Processes, source: str, *, freeze_vision=False, f
         reference, _, _ = fsdp.load_policy(source, processes, config, frozen=True)
     sampler = Sampler(
         policy.model, special, device=processes.device, dtype=fsdp.compute_dtype(processes.device),
-        kv_gb=config.kv_gb, graphs=config.graphs and on_gpu, keep_features=freeze_vision)
+        kv_gb=config.kv_gb, graphs=config.graphs and on_gpu, compile=config.compile,
+        keep_features=freeze_vision)
     optimizer = None
     if not frozen:
         optimizer = make_optimizer(config, fsdp.trainable_parameters(policy), on_gpu=on_gpu)

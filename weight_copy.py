@@ -13,7 +13,14 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from policy import half_negated, halves_swapped, replace_vision_forwards, rms_norm
+from policy import (
+    compiled,
+    gated,
+    half_negated,
+    halves_swapped,
+    replace_vision_forwards,
+    rms_norm,
+)
 
 
 @dataclass
@@ -50,13 +57,31 @@ def empty_tower(vision, dtype: torch.dtype):
     return twin.eval().requires_grad_(False)
 
 
+def normed_qkv(x_BD, cos_B1d, sin_B1d, norm, qkv, bias, rotated_heads: int, eps: float):
+    """Queries, keys and values [B, H + 2K, d] of the normed x; `policy.rotate` in place."""
+    normed_BD = rms_norm(x_BD, norm, eps)
+    qkv = F.linear(normed_BD, qkv, bias).unflatten(-1, (-1, cos_B1d.shape[-1]))
+    rotated = qkv[:, :rotated_heads]
+    swapped = halves_swapped(rotated)
+    rotated.mul_(cos_B1d).addcmul_(swapped, sin_B1d)
+    return qkv
+
+
+def normed_mlp(x_BD, norm, gate_up, eps: float) -> torch.Tensor:
+    """The MLP's width [B, F] of the normed x: all but its last product."""
+    normed_BD = rms_norm(x_BD, norm, eps)
+    gate, up = F.linear(normed_BD, gate_up).chunk(2, dim=-1)
+    return gated(gate, up)
+
+
 class WeightCopy:
     """The copy: `refresh` fills it, `run_layers` computes with it.
 
     model: a Qwen2.5-VL whose shapes count. `targets`: where each of the policy's parameters lies.
+    compile: what lies before and behind attention by `policy.compiled` functions.
     """
 
-    def __init__(self, model, *, device: torch.device, dtype: torch.dtype):
+    def __init__(self, model, *, device: torch.device, dtype: torch.dtype, compile=False):
         text, decoder = model.config.text_config, model.model.language_model
         self.device = device
         self.dtype = dtype
@@ -64,6 +89,8 @@ class WeightCopy:
         self.kv_heads = text.num_key_value_heads
         self.head_width = text.hidden_size // self.heads
         self.eps = text.rms_norm_eps
+        self.normed_qkv = compiled(normed_qkv, compile)
+        self.normed_mlp = compiled(normed_mlp, compile)
         self.rotary = type(decoder.rotary_emb)(text).to(self.device)
         self.vision = empty_tower(model.model.visual, self.dtype).to(self.device)
         replace_vision_forwards(self.vision)
@@ -120,22 +147,19 @@ class WeightCopy:
 
         `attend(index, q, kv)` sees queries [P, T, H, d], and keys and values [P, T, 2, K, d].
         """
-        flat = x.flatten(0, 1)
+        shape, flat = x.shape[:2], x.flatten(0, 1)
+        cos_B1d = cos.expand(*shape, 1, -1).flatten(0, 1)
+        sin_B1d = sin.expand(*shape, 1, -1).flatten(0, 1)
         for index, layer in enumerate(self.layers):
-            normed = rms_norm(x, layer.norm_in, self.eps)
-            qkv = F.linear(normed, layer.qkv, layer.qkv_bias)
-            qkv = qkv.unflatten(-1, (-1, self.head_width))
-            rotated = qkv[..., : self.heads + self.kv_heads, :]
-            swapped = halves_swapped(rotated)
-            rotated.mul_(cos).addcmul_(swapped, sin)  # `policy.rotate` in place
+            qkv = self.normed_qkv(
+                flat, cos_B1d, sin_B1d, layer.norm_in, layer.qkv, layer.qkv_bias,
+                self.heads + self.kv_heads, self.eps)
+            qkv = qkv.unflatten(0, shape)
             q = qkv[..., : self.heads, :]
             kv = qkv[..., self.heads :, :].unflatten(-2, (2, self.kv_heads))
             out = attend(index, q, kv)
             flat.addmm_(out.flatten(0, 1).flatten(1), layer.out.T)  # x += out·Wᵀ
 
-            normed = rms_norm(x, layer.norm_mlp, self.eps)
-            both = F.linear(normed, layer.gate_up)
-            gate, up = both.chunk(2, dim=-1)
-            inner = F.silu(gate) * up
-            flat.addmm_(inner.flatten(0, 1), layer.down.T)
+            inner = self.normed_mlp(flat, layer.norm_mlp, layer.gate_up, self.eps)
+            flat.addmm_(inner, layer.down.T)
         return x

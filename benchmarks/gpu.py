@@ -13,6 +13,8 @@ varlen_is_mask      log-probabilities and gradients by variable-length kernels a
                     in bf16 beside fp32: errors of like size
 graphs_are_eager    tokens and log-probabilities of captured graphs and of the same steps uncaptured,
                     over batches that make the cache grow: equal
+compiled_is_eager   log-probabilities and gradients with --compile and without, both in bf16 beside
+                    fp32: errors of like size; and the next check's gap with --compile
 sampler_is_trainer  mean |Δ log π| of the sampler's tokens under the policy, in the dtype of the run
 deterministic       --deterministic: a gradient twice, bit for bit
 tiny_steps          ten steps of `grpo_vl.py` on the stand-in, with evaluation and checkpoint
@@ -58,11 +60,11 @@ MIXED = ("synthetic:counting?size=644x476&objects=2-10", "synthetic:grounding?si
 
 
 # ── a small world ──
-def small_world(device, dtype):
+def small_world(device, dtype, **options):
     """(policy, special ids, prompts of four lengths) of the stand-in, weights in the dtype."""
     model, tokenizer = qwen_vl.load("tiny-untied")
     special = SpecialIds.read(tokenizer, model.config)
-    policy = Policy(model, special.banned_V).to(device)
+    policy = Policy(model, special.banned_V, **options).to(device)
     for parameter in policy.parameters():  # buffers, the angles, stay fp32
         parameter.data = parameter.data.to(dtype)
     generator = torch.Generator().manual_seed(0)
@@ -102,6 +104,17 @@ def logps_and_gradients(policy, pack) -> tuple[torch.Tensor, dict]:
     return logp_S.detach().float().cpu(), gradients
 
 
+def errors(policy, pack, want_S, want: dict) -> tuple[float, float]:
+    """The mean distance of a log-probability, and the largest relative one of a gradient."""
+    logp_S, gradients = logps_and_gradients(policy, pack)
+    return (logp_S - want_S).abs().mean().item(), farthest(gradients, want)
+
+
+def of_like_size(found: tuple, wanted: tuple) -> bool:
+    """Whether these `errors` are at most twice those, or small."""
+    return found[0] < 2 * wanted[0] + 1e-3 and found[1] < 2 * wanted[1] + 1e-2
+
+
 def farthest(found: dict, wanted: dict) -> float:
     """The largest relative distance of a gradient, but for keys' biases, which have none."""
     distances = []
@@ -133,13 +146,24 @@ def varlen_is_mask(device, folder) -> dict:
     policy, _, _ = small_world(device, torch.bfloat16)
     pack = packed(prompts, rollouts(exact, special, prompts, 40))
     want_S, want = logps_and_gradients(exact, on("cpu", pack, packing.mask_layout))
-    errors = {}
-    for layout in (packing.mask_layout, packing.varlen_layout):
-        logp_S, gradients = logps_and_gradients(policy, on(device, pack, layout))
-        errors[layout.__name__] = (logp_S - want_S).abs().mean().item(), farthest(gradients, want)
-    by_mask, by_varlen = errors["mask_layout"], errors["varlen_layout"]
-    assert by_varlen[0] < 2 * by_mask[0] + 1e-3 and by_varlen[1] < 2 * by_mask[1] + 1e-2, errors
+    by_mask = errors(policy, on(device, pack, packing.mask_layout), want_S, want)
+    by_varlen = errors(policy, on(device, pack, packing.varlen_layout), want_S, want)
+    assert of_like_size(by_varlen, by_mask), (by_varlen, by_mask)
     return {"mask": by_mask, "varlen": by_varlen}
+
+
+def compiled_is_eager(device, folder) -> dict:
+    if device.type != "cuda":
+        raise NotImplementedError("kernels for a CPU take minutes to compile")
+    exact, special, prompts = small_world(torch.device("cpu"), torch.float32)
+    pack = packed(prompts, rollouts(exact, special, prompts, 40))
+    want_S, want = logps_and_gradients(exact, on("cpu", pack, packing.mask_layout))
+    dtype, found = fsdp.compute_dtype(device), {}
+    for name, compile in (("eager", False), ("compiled", True)):
+        policy, _, _ = small_world(device, dtype, compile=compile)
+        found[name] = errors(policy, on(device, pack, packing.varlen_layout), want_S, want)
+    assert of_like_size(found["compiled"], found["eager"]), found
+    return found | {"sampler_gap": gap(policy, special, prompts, compile=True)}
 
 
 def graphs_are_eager(device, folder) -> dict:
@@ -160,16 +184,22 @@ def graphs_are_eager(device, folder) -> dict:
     return {"graphs": graphs}
 
 
-def sampler_is_trainer(device, folder) -> dict:
-    policy, special, prompts = small_world(device, fsdp.compute_dtype(device))
-    done = rollouts(policy, special, prompts, 100, graphs=device.type == "cuda")
+def gap(policy, special, prompts, **options) -> dict:
+    """|Δ log π| of sampled tokens, by the sampler and by the policy. options: the sampler's."""
+    device = next(policy.parameters()).device
+    done = rollouts(policy, special, prompts, 100, graphs=device.type == "cuda", **options)
     pack = packing.prepare_attention(packed(prompts, done), device)
     with torch.no_grad():
         logp_S = policy(pack)[0].cpu()
     sampled_S = torch.tensor([logp for group in done for c in group for logp in c.logps])
-    gap = (logp_S - sampled_S).abs()
-    assert gap.mean() < (0.05 if device.type == "cuda" else 1e-5), gap.mean()
-    return {"mean": gap.mean().item(), "largest": gap.max().item()}
+    gap_S = (logp_S - sampled_S).abs()
+    assert gap_S.mean() < (0.05 if device.type == "cuda" else 1e-5), gap_S.mean()
+    return {"mean": gap_S.mean().item(), "largest": gap_S.max().item()}
+
+
+def sampler_is_trainer(device, folder) -> dict:
+    policy, special, prompts = small_world(device, fsdp.compute_dtype(device))
+    return gap(policy, special, prompts)
 
 
 def deterministic(device, folder) -> dict:
@@ -265,7 +295,7 @@ def build_3b(folder, device) -> str:
 
 # ── running them ──
 CHECKS = {  # seconds that each may take
-    machine: 60, varlen_is_mask: 60, graphs_are_eager: 90, sampler_is_trainer: 60,
+    machine: 60, varlen_is_mask: 60, graphs_are_eager: 90, compiled_is_eager: 120, sampler_is_trainer: 60,
     deterministic: 60, tiny_steps: 120, bench_3b: 240, steps_3b: 240, lora_3b: 120,
     offload_3b: 120, lean_3b: 120}
 

@@ -1,10 +1,12 @@
 """What several test files ask of ranks: each function runs on every rank (conftest.Pair) or on one alone."""
 import contextlib
 import json
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
 import torch
+from torch._dynamo.backends.debugging import aot_eager
 from torch.distributed.checkpoint import state_dict as dist_state
 
 import fsdp
@@ -39,6 +41,21 @@ def computing_in_bf16():
     """As on GPUs."""
     with mock.patch.object(fsdp, "compute_dtype", lambda device: torch.bfloat16):
         yield
+
+
+@contextlib.contextmanager
+def compiling():
+    """What is compiled is traced, forward and backward, and run as it is: seconds, not minutes. Yields its graphs."""
+    graphs = []
+
+    def run_as_it_is(graph, inputs, **options):
+        graphs.append(graph)
+        return aot_eager(graph, inputs, **options)
+
+    torch._dynamo.reset()  # other tests' graphs
+    with mock.patch.object(torch, "compile", partial(torch.compile, backend=run_as_it_is)):
+        yield graphs
+    torch._dynamo.reset()
 
 
 def full_weights(policy):

@@ -11,7 +11,7 @@ import torch
 from conftest import ROOT
 
 SCRIPT = ROOT / "benchmarks" / "gpu.py"
-ALL = ["machine", "varlen_is_mask", "graphs_are_eager", "sampler_is_trainer", "deterministic", "tiny_steps",
+ALL = ["machine", "varlen_is_mask", "graphs_are_eager", "compiled_is_eager", "sampler_is_trainer", "deterministic", "tiny_steps",
        "bench_3b", "steps_3b", "lora_3b", "offload_3b", "lean_3b"]
 
 
@@ -30,9 +30,10 @@ def test_without_a_gpu_each_check_says_not_run():
 
 
 def test_what_a_cpu_can_do_is_done():
-    checks = ["varlen_is_mask", "graphs_are_eager", "sampler_is_trainer", "deterministic", "steps_3b"]
-    varlen, graphs, gap, repeats, steps = lines("--cpu", "--only", *checks)
+    checks = ["varlen_is_mask", "graphs_are_eager", "compiled_is_eager", "sampler_is_trainer", "deterministic", "steps_3b"]
+    varlen, graphs, compiled, gap, repeats, steps = lines("--cpu", "--only", *checks)
     assert varlen["result"] == "not run" and "CUDA" in varlen["why"]
+    assert compiled["result"] == "not run" and "minutes" in compiled["why"]
     assert [row["result"] for row in (graphs, gap, repeats, steps)] == ["ok"] * 4, (graphs, gap, repeats, steps)
     assert gap["measured"]["largest"] < 1e-4
     small, large = steps["measured"]["prompts"]

@@ -1,5 +1,6 @@
 """The policy against Hugging Face: norms, rotation, vision tower, scored tokens; what runs where."""
 import pytest
+import ranks
 import torch
 from references import (
     gradients,
@@ -38,6 +39,28 @@ def test_checkpointing_changes_nothing(world, every, again):
     for name, got in gradients(twin).items():
         torch.testing.assert_close(got, want[name])
     assert len(ran) == 4 + 3 + again
+
+
+def test_compiled_log_probabilities_and_gradients_are_the_same_and_a_new_length_compiles_nothing(world, monkeypatch):
+    policy, _, _, _, prompts = world
+    monkeypatch.setattr(policy_module, "KEPT_BYTES", 0)
+    groups, made = ragged_groups(prompts), []
+    with ranks.compiling() as graphs:
+        model, _ = qwen_vl.load("tiny" if policy.model.config.tie_word_embeddings else "tiny-untied")
+        twin = Policy(model, policy.banned_V, checkpointing=True, compile=True).train()
+        for part in (groups[:1], groups[1:3], groups[2:]):
+            for module in (policy, twin):
+                module.zero_grad()
+            want_S, found_S = (module(prepared(pack_groups(part)), 0.7)[0] for module in (policy, twin))
+            torch.testing.assert_close(found_S, want_S, rtol=1e-6, atol=1e-6)
+            for logp_S in (want_S, found_S):
+                logp_S.sum().backward()
+            want = gradients(policy)
+            for name, got in gradients(twin).items():
+                torch.testing.assert_close(got, want[name], rtol=1e-5, atol=1e-5)
+            made.append(len(graphs))
+    # rotating, sum and norm, MLP, a chunk's log-probabilities and their gradient; the stand-in has one key head
+    assert made == [made[0]] * 3 and 5 <= made[0] <= 7, made
 
 
 def plain_logprobs(hidden_SD, weight_VD, target_S, banned_V, temperature):

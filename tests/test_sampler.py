@@ -4,6 +4,7 @@ import weakref
 from dataclasses import replace
 
 import pytest
+import ranks
 import torch
 from references import image_inputs, noise_image, packed_logps, prepared
 
@@ -169,6 +170,33 @@ def test_captured_graphs_outlive_a_growing_cache(world, monkeypatch):
         assert tokens_of(found) == tokens_of(exact.generate(prompts[:count], noise, 40))
     assert recorder.captured >= 3 and len(recorder.pools) > 2
     assert set(recorder.streams) == {sampler.capture_stream}
+
+
+def test_compiled_layers_change_no_rollout_and_are_compiled_before_a_capture(world, sampler, monkeypatch):
+    policy, _, _, special, prompts = world
+    recorder, graph, made = Recorder(monkeypatch), torch.cuda.graph, []
+    with ranks.compiling() as graphs:
+        @contextlib.contextmanager
+        def compiling_nothing(*given, **options):
+            with graph(*given, **options):
+                before = len(graphs)
+                yield
+                assert len(graphs) == before
+
+        monkeypatch.setattr(torch.cuda, "graph", compiling_nothing)
+        captured = recorder.sampler(policy.model, special, compile=True)
+        captured.refresh(policy.named_parameters())
+        for count, group in ((4, 3), (1, 1), (3, 5)):
+            noise = uniforms(prompts[:count], group=group, length=20)
+            found = captured.generate(prompts[:count], noise, 20)
+            want = sampler.generate(prompts[:count], noise, 20)
+            assert tokens_of(found) == tokens_of(want)
+            for completions, others in zip(found, want):
+                for one, other in zip(completions, others):
+                    assert one.logps == pytest.approx(other.logps, abs=1e-5)
+            made.append(len(graphs))
+    # two functions, each for prefill and decoding, many rows and one; a third batch's shapes make nothing new
+    assert recorder.captured and made[2] == made[1] <= 8, made
 
 
 def test_a_frozen_tower_is_run_once_for_sampling_and_training(world, monkeypatch):

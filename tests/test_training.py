@@ -142,6 +142,20 @@ def test_two_ranks_load_a_checkpoint_that_only_rank_0_reads(alone, pair, tmp_pat
     assert close(weights, got[0][1], 1e-5)
 
 
+# ── --compile ──
+@pytest.mark.parametrize("changes", [
+    dict(checkpointing=True, beta=0.1, kl="k2"), dict(lora=4, checkpointing=True),
+    dict(sharding="by-hand", save_every=9, checkpointing=True)])
+def test_compiled_steps_are_the_same(alone, changes):
+    want, weights = ranks.steps(alone, count=2, **changes)
+    with ranks.compiling() as graphs:
+        found, found_weights = ranks.steps(alone, count=2, compile=True, **changes)
+    assert 7 <= len(graphs) <= 20
+    for name in ("loss", "grad_norm", "reward", "entropy"):
+        assert [row[name] for row in found] == pytest.approx([row[name] for row in want], rel=1e-4, abs=1e-6)
+    assert close(found_weights, weights, 1e-5)
+
+
 # ── dtypes, as on a GPU ──
 VISION = "model.model.visual."
 
