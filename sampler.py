@@ -57,9 +57,11 @@ class Rows:
 
     def completions(self, stops: tuple[int, ...]) -> list[Completion]:
         results = []
-        rows = zip(self.tokens_BT.tolist(), self.logp_BT.tolist(), self.length_B.tolist())
+        lengths = self.length_B.tolist()
+        rows = zip(self.tokens_BT.tolist(), self.logp_BT.tolist(), lengths)
         for tokens, logps, length in rows:
-            truncated = tokens[length - 1] not in stops
+            last = tokens[length - 1]
+            truncated = last not in stops
             results.append(Completion(tokens[:length], logps[:length], truncated))
         return results
 
@@ -86,8 +88,12 @@ class Sampler:
 
         self.copy = WeightCopy(model, device=self.device, dtype=dtype, compile=compile)
         self.cache = Cache(
-            layers=len(self.copy.layers), kv_heads=self.copy.kv_heads,
-            head_width=self.copy.head_width, kv_gb=kv_gb, device=self.device, dtype=dtype,
+            layers=len(self.copy.layers),
+            kv_heads=self.copy.kv_heads,
+            head_width=self.copy.head_width,
+            kv_gb=kv_gb,
+            device=self.device,
+            dtype=dtype,
             graphs=graphs)
         if self.cache.captures:
             self.capture_stream = torch.cuda.Stream()
@@ -104,21 +110,27 @@ class Sampler:
         [P, D]. Padding lies behind: causal attention never sees it, decoding masks it.
         Plain twin: the policy's forward.
         """
+        count = len(prompts)
         lengths = [len(prompt.ids) for prompt in prompts]
         longest = max(lengths)
-        ids_PL = torch.full((len(prompts), longest), self.special.pad)
-        positions_3PL = torch.zeros(3, len(prompts), longest, dtype=torch.long)
+        ids_PL = torch.full((count, longest), self.special.pad)
+        positions_3PL = torch.zeros(3, count, longest, dtype=torch.long)
         slots = []
         for p, prompt in enumerate(prompts):
-            ids_PL[p, : lengths[p]] = torch.tensor(prompt.ids)
-            positions_3PL[:, p, : lengths[p]] = prompt.positions_3L
-            slots += [p * longest + slot for slot in prompt.image_slots]
+            length = lengths[p]
+            ids_PL[p, :length] = torch.tensor(prompt.ids)
+            positions_3PL[:, p, :length] = prompt.positions_3L
+            begin = p * longest
+            slots += [begin + slot for slot in prompt.image_slots]
 
-        x_PLD = F.embedding(ids_PL.to(self.device), self.copy.embed)
+        ids_PL = ids_PL.to(self.device)
+        positions_3PL = positions_3PL.to(self.device)
+        x_PLD = F.embedding(ids_PL, self.copy.embed)
         if slots:
+            slots_I = torch.tensor(slots, device=self.device)
             flat = x_PLD.view(-1, x_PLD.shape[-1])
-            flat[torch.tensor(slots, device=self.device)] = self.image_features(prompts)
-        cos_PL1d, sin_PL1d = self.copy.angles(x_PLD, positions_3PL.to(self.device))
+            flat[slots_I] = self.image_features(prompts)
+        cos_PL1d, sin_PL1d = self.copy.angles(x_PLD, positions_3PL)
 
         def attend(index, q_PLHd, kv_PL2Kd):
             kv = kv_PL2Kd.permute(2, 0, 3, 1, 4)  # [2, P, K, L, d]
@@ -128,8 +140,9 @@ class Sampler:
             return out.transpose(1, 2)
 
         x_PLD = self.copy.run_layers(x_PLD, cos_PL1d, sin_PL1d, attend)
+        prompt_P = torch.arange(count, device=self.device)
         last_P = torch.tensor(lengths, device=self.device) - 1
-        return x_PLD[torch.arange(len(prompts), device=self.device), last_P]
+        return x_PLD[prompt_P, last_P]
 
     def image_features(self, prompts: list[Prompt]) -> torch.Tensor:
         """Merged vision features of all images in order, [I, D]."""
@@ -137,10 +150,13 @@ class Sampler:
         pixels_ND = torch.cat([prompt.pixels_ND for prompt in seeing])
         pixels_ND = pixels_ND.to(self.device, self.dtype)
         grids = torch.tensor([grid for prompt in seeing for grid in prompt.grids])
-        features_ID = vision_features(self.copy.vision, pixels_ND, grids).to(self.dtype)
-        parts = features_ID.split([len(prompt.image_slots) for prompt in seeing])
-        for prompt, part_ID in zip(seeing, parts):
-            prompt.features_ID = part_ID if self.keep_features else None
+        features_ID = vision_features(self.copy.vision, pixels_ND, grids)
+        features_ID = features_ID.to(self.dtype)
+        sizes = [len(prompt.image_slots) for prompt in seeing]
+        for prompt, part_ID in zip(seeing, features_ID.split(sizes)):
+            prompt.features_ID = None
+            if self.keep_features:
+                prompt.features_ID = part_ID
         return features_ID
 
     def start_batch(self, prompts: list[Prompt], shape, max_tokens: int):
@@ -155,17 +171,24 @@ class Sampler:
         hidden = []
         for first in range(0, count, at_once):
             end = first + at_once
+            part = prompts[first:end]
             cache = [cached[:, first:end] for cached in batch.prompt]
-            hidden.append(self.prefill(prompts[first:end], cache))
+            hidden.append(self.prefill(part, cache))
         hidden_PD = torch.cat(hidden)
 
-        lengths_P = torch.tensor([len(prompt.ids) for prompt in prompts], device=self.device)
-        behind_PL = torch.arange(prompt_places, device=self.device) >= lengths_P[:, None]
-        batch.padding_P11L.zero_().masked_fill_(behind_PL[:, None, None], -math.inf)
-        batch.next_P.copy_(torch.tensor([prompt.next_position for prompt in prompts]))
-        batch.row_PG.copy_(torch.arange(count * group).view(count, group))
+        lengths = [len(prompt.ids) for prompt in prompts]
+        lengths_P = torch.tensor(lengths, device=self.device)
+        place_L = torch.arange(prompt_places, device=self.device)
+        behind_PL = place_L >= lengths_P[:, None]
+        behind_P11L = behind_PL[:, None, None]
+        batch.padding_P11L.zero_().masked_fill_(behind_P11L, -math.inf)
+        next_positions = [prompt.next_position for prompt in prompts]
+        batch.next_P.copy_(torch.tensor(next_positions))
+        row_B = torch.arange(count * group)
+        batch.row_PG.copy_(row_B.view(count, group))
         batch.alive_PG.fill_(True)
-        return batch, hidden_PD[:, None].expand(-1, group, -1)
+        hidden_PGD = hidden_PD[:, None].expand(-1, group, -1)
+        return batch, hidden_PGD
 
     # §3 ─────────────────────────────────────── decode ───────────────────────────────────────
     def decode(self, batch: Batch, places: int) -> torch.Tensor:
@@ -189,8 +212,8 @@ class Sampler:
             own = batch.own[index]  # [2, P, K, G, T, d]
             new = kv_PG2Kd.permute(2, 0, 3, 1, 4)
             own.index_copy_(4, batch.place_1, new[..., None, :])
-            return self.shared_attention(
-                q_PGHd, batch.prompt[index], own[..., :places, :], mask_P11S)
+            read = own[..., :places, :]
+            return self.shared_attention(q_PGHd, batch.prompt[index], read, mask_P11S)
 
         return self.copy.run_layers(x_PGD, cos_P11d, sin_P11d, attend)
 
@@ -204,20 +227,24 @@ class Sampler:
         q_PGKRd = q_PGHd.unflatten(2, (self.copy.kv_heads, -1))
         q_PKGRd = q_PGKRd.transpose(1, 2).contiguous()
         to_prompt = product_fp32(q_PKGRd.flatten(2, 3), keys_PKLd.mT)
-        to_own = product_fp32(q_PKGRd, keys_PKGTd.mT)
+        to_own = product_fp32(q_PKGRd, keys_PKGTd.mT).flatten(2, 3)
         sizes = [to_prompt.shape[-1], to_own.shape[-1]]
 
         # softmax(q·kᵀ/√d + mask)
-        scores = torch.cat([to_prompt, to_own.flatten(2, 3)], dim=-1)  # [P, K, G·R, S]
-        scores = torch.add(mask_P11S, scores, alpha=self.copy.head_width**-0.5)
+        scale = self.copy.head_width**-0.5
+        scores = torch.cat([to_prompt, to_own], dim=-1)  # [P, K, G·R, S]
+        scores = torch.add(mask_P11S, scores, alpha=scale)
         weights = scores.softmax(-1).to(q_PGHd.dtype)
 
         of_prompt, of_own = weights.split(sizes, dim=-1)
-        out = (of_prompt @ values_PKLd).view_as(q_PKGRd)
-        of_own = of_own.unflatten(2, q_PKGRd.shape[2:4]).flatten(0, 2)
+        out = of_prompt @ values_PKLd
+        out = out.view_as(q_PKGRd)
+        grouped = q_PKGRd.shape[2:4]  # (G, R)
+        of_own = of_own.unflatten(2, grouped).flatten(0, 2)
         of_values = values_PKGTd.flatten(0, 2)
         out.flatten(0, 2).baddbmm_(of_own, of_values)  # out += in place: it is contiguous
-        return out.transpose(1, 2).flatten(2, 3)
+        out_PGKRd = out.transpose(1, 2)
+        return out_PGKRd.flatten(2, 3)
 
     def next_hidden(self, batch: Batch, t: int) -> torch.Tensor:
         """`decode` at place t; on CUDA a graph captured once a shape: one launch, not hundreds."""
@@ -263,22 +290,26 @@ class Sampler:
         first = 0
         while first < len(prompts):
             done = len(groups[first])  # rows of this prompt, if its group is cut
-            ahead = prompts[first:] if done == 0 else prompts[first : first + 1]
+            ahead = prompts[first:]
+            if done:
+                ahead = ahead[:1]
             lengths = [len(prompt.ids) for prompt in ahead]
             shape = self.cache.first_shape(lengths, group - done, max_tokens)
-            part = ahead[: shape[0]]
+            count, size = shape[:2]
+            part = ahead[:count]
             uniform_BT = None
             if noise:
-                uniforms = [u[done : done + shape[1]] for u in noise[first : first + len(part)]]
+                of_part = noise[first : first + count]
+                uniforms = [uniform_GT[done : done + size] for uniform_GT in of_part]
                 uniform_BT = torch.cat(uniforms).to(self.device)
-            rows = self.new_rows(part, shape[1], max_tokens, uniform_BT, repetition_penalty)
+            rows = self.new_rows(part, size, max_tokens, uniform_BT, repetition_penalty)
             self.run_batch(part, shape, rows, temperature, repetition_penalty)
             completions = rows.completions(self.special.stops)
-            for index in range(len(part)):
-                of_prompt = completions[index * shape[1] : (index + 1) * shape[1]]
-                groups[first + index] += of_prompt
+            for index in range(count):
+                begin = index * size
+                groups[first + index] += completions[begin : begin + size]
             if len(groups[first]) == group:
-                first += len(part)
+                first += count
         return groups
 
     def new_rows(self, prompts, group, max_tokens, uniform_BT, penalty) -> Rows:
@@ -287,7 +318,8 @@ class Sampler:
         if penalty != 1:
             seen_BV = torch.zeros_like(self.banned_V).repeat(count, 1)
             for row in range(count):
-                seen_BV[row, prompts[row // group].ids] = True
+                prompt = prompts[row // group]
+                seen_BV[row, prompt.ids] = True
         return Rows(
             tokens_BT=torch.full((count, max_tokens), self.special.pad, device=self.device),
             logp_BT=torch.zeros(count, max_tokens, device=self.device),
@@ -318,14 +350,18 @@ class Sampler:
 
     def sample_tokens(self, batch, rows: Rows, hidden_PGD, t, temperature, penalty) -> None:
         """Each living row's token t, noted in `rows` and set as the next input of the batch."""
-        at = batch.row_PG
-        uniform_PG = None if rows.uniform_BT is None else rows.uniform_BT[at, t]
-        seen_PGV = None if rows.seen_BV is None else rows.seen_BV[at]
+        at, alive_PG = batch.row_PG, batch.alive_PG
+        uniform_PG = seen_PGV = None
+        if rows.uniform_BT is not None:
+            uniform_PG = rows.uniform_BT[at, t]
+        if rows.seen_BV is not None:
+            seen_PGV = rows.seen_BV[at]
         ids_PG, logp_PG = self.choose(hidden_PGD, uniform_PG, temperature, seen_PGV, penalty)
-        rows.tokens_BT[at, t] = ids_PG.where(batch.alive_PG, self.special.pad)
-        rows.logp_BT[at, t] = logp_PG.where(batch.alive_PG, 0.0)
-        stopped_PG = batch.alive_PG & torch.isin(ids_PG, self.stops)
-        rows.length_B[at] = torch.where(stopped_PG, t + 1, rows.length_B[at])
+        rows.tokens_BT[at, t] = ids_PG.where(alive_PG, self.special.pad)
+        rows.logp_BT[at, t] = logp_PG.where(alive_PG, 0.0)
+        stopped_PG = alive_PG & torch.isin(ids_PG, self.stops)
+        length_PG = rows.length_B[at]
+        rows.length_B[at] = torch.where(stopped_PG, t + 1, length_PG)
         if rows.seen_BV is not None:
             rows.seen_BV[at, ids_PG] = True
         batch.alive_PG &= ~stopped_PG
@@ -337,7 +373,8 @@ class Sampler:
         `penalty` (evaluation only) makes ids in `seen_PGV`, of prompt and answer, less likely.
         """
         normed_PGD = rms_norm(hidden_PGD, self.copy.norm, self.copy.eps)
-        logits_PGV = F.linear(normed_PGD, self.copy.head).float() / temperature
+        logits_PGV = F.linear(normed_PGD, self.copy.head).float()
+        logits_PGV = logits_PGV / temperature
         if seen_PGV is not None:  # as in Hugging Face's and vLLM's repetition_penalty
             factor_PGV = torch.where(logits_PGV > 0, 1 / penalty, penalty)
             logits_PGV = torch.where(seen_PGV, logits_PGV * factor_PGV, logits_PGV)
@@ -346,6 +383,8 @@ class Sampler:
         if uniform_PG is None:
             ids_PG = logp_PGV.argmax(-1)
         else:
-            ids_B = inverse_cdf(logp_PGV.flatten(0, 1).exp(), uniform_PG.flatten())
+            pi_BV = logp_PGV.flatten(0, 1).exp()
+            ids_B = inverse_cdf(pi_BV, uniform_PG.flatten())
             ids_PG = ids_B.view(uniform_PG.shape)
-        return ids_PG, logp_PGV.gather(-1, ids_PG[..., None]).squeeze(-1)
+        logp_PG1 = logp_PGV.gather(-1, ids_PG[..., None])
+        return ids_PG, logp_PG1.squeeze(-1)
