@@ -225,7 +225,7 @@ def page(name: str, claim: Claim, results: dict) -> str:
              "held-out scenes, by the answer alone; pass@8 is the best of eight sampled ones. ± is one "
              "standard error over seeds, with one seed over scenes. Seen: in the claimed direction "
              "by more than two of them, and of those over scenes; with three seeds chance alone "
-             "does it in up to 9 of 100 cases."]
+             "does it in up to 9 of 100 cases, with two in up to 15."]
     if claim.note:
         lines += ["", claim.note]
     lines += ["", "| claim | the paper | here | verdict |", "|---|---|---|---|"]
