@@ -152,11 +152,12 @@ def load_policy(source: str, processes: Processes, config, *, freeze_vision=Fals
 
     sharding: "fsdp2" or "by-hand". frozen: nothing of it is trained.
     """
-    kept = torch.float32
-    if frozen or config.lora:  # the model itself is never trained
-        kept = compute_dtype(processes.device)
+    frozen_dtype = compute_dtype(processes.device)  # in which what is frozen is kept, and read
+    untrained = frozen or config.lora > 0  # the model itself, adapters aside
     model, tokenizer = qwen_vl.load(
-        source, weights=processes.rank == 0, dtype=kept, seed=config.seed)
+        source, weights=processes.rank == 0, seed=config.seed,
+        dtype=frozen_dtype if untrained else torch.float32,
+        vision_dtype=frozen_dtype if untrained or freeze_vision else torch.float32)
     special = SpecialIds.read(tokenizer, model.config)
     policy = Policy(
         model, special.banned_V, checkpointing=config.checkpointing,

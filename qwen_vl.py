@@ -272,33 +272,64 @@ def check_model(name: str) -> None:
         raise DataError(f"--model {name}: {hub} can not be reached ({error}); {advice}") from None
 
 
-def load(name: str, *, weights: bool = True, dtype: torch.dtype = torch.float32, seed: int = 0):
+def load(name: str, *, weights: bool = True, dtype: torch.dtype = torch.float32,
+         vision_dtype: torch.dtype | None = None, seed: int = 0):
     """(model, tokenizer) of "tiny", "tiny-untied", a hub id or a local directory.
 
-    dtype: of the weights, read into it file by file; buffers, the angles, stay fp32. weights=False
-    builds the same modules without touching the weights' memory: for ranks other than 0, which
-    broadcasts. Weights are read from safetensors only. Errors: DataError if no Qwen2.5-VL.
+    dtype: of the weights, vision_dtype: of the tower's, if another. They are read into it one by
+    one; buffers, the angles, stay fp32. weights=False builds the same modules without touching the
+    weights' memory: for ranks other than 0, which broadcasts. Weights are read from safetensors
+    only. Errors: DataError if no Qwen2.5-VL.
     """
     from transformers import AutoConfig, AutoTokenizer
-    from transformers import Qwen2_5_VLForConditionalGeneration as Network
-    from transformers.initialization import no_init_weights
 
+    vision_dtype = vision_dtype or dtype
     if name in TINY:
         tokenizer = tiny_tokenizer()
         model = tiny_model(tokenizer, tied=name == "tiny", seed=seed)
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(dtype)
+        for parameter, kept in kept_dtypes(model, dtype, vision_dtype):
+            parameter.data = parameter.data.to(kept)
         return model, tokenizer
     check_model(name)
     config = AutoConfig.from_pretrained(name)
     if config.model_type != "qwen2_5_vl":
         raise DataError(f"{name} is a {config.model_type}: give a Qwen2.5-VL checkpoint")
     tokenizer = AutoTokenizer.from_pretrained(name)
-    if not weights:
-        with no_init_weights():
-            model = Network(config)
-        model.tie_weights()  # which no_init_weights leaves out
-        for parameter in model.parameters():
-            parameter.data = torch.empty_like(parameter, dtype=dtype)
-        return model, tokenizer
-    return Network.from_pretrained(name, dtype=dtype, use_safetensors=True), tokenizer
+    if weights:
+        return read_network(name, dtype, vision_dtype), tokenizer
+    return empty_network(config, dtype, vision_dtype), tokenizer
+
+
+def kept_dtypes(model, dtype: torch.dtype, vision_dtype: torch.dtype):
+    """Yields (parameter, its dtype): vision_dtype if it is the tower's, else dtype."""
+    for name, parameter in model.named_parameters():
+        in_tower = name.startswith("model.visual.")
+        yield parameter, vision_dtype if in_tower else dtype
+
+
+def empty_network(config, dtype: torch.dtype, vision_dtype: torch.dtype):
+    """Buffers have values, weights have none."""
+    from transformers import Qwen2_5_VLForConditionalGeneration as Network
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights():
+        model = Network(config)
+    model.tie_weights()  # which no_init_weights leaves out
+    for parameter, kept in kept_dtypes(model, dtype, vision_dtype):
+        parameter.data = torch.empty_like(parameter, dtype=kept)
+    return model
+
+
+def read_network(name: str, dtype: torch.dtype, vision_dtype: torch.dtype):
+    """from_pretrained takes one dtype, but reads a weight into the one that it was built in: so no
+    weight is ever held in another. Plain twin: all read in fp32, then cast."""
+    from transformers import Qwen2_5_VLForConditionalGeneration as Network
+
+    class Built(Network):
+        def __init__(self, config):
+            super().__init__(config)  # without memory as yet
+            for parameter, kept in kept_dtypes(self, dtype, vision_dtype):
+                parameter.data = parameter.data.to(kept)
+            self.__class__ = Network  # by whose name the hub's names of weights are translated
+
+    return Built.from_pretrained(name, dtype=dtype, use_safetensors=True)

@@ -2,6 +2,7 @@
 import pytest
 import ranks
 import torch
+from conftest import ROOT
 from references import noise_image
 
 import qwen_vl
@@ -130,3 +131,20 @@ def test_a_checkpoint_is_read_in_the_dtype_asked_for_and_draws_no_random_weights
     assert dict(read.named_buffers()).keys() == buffers.keys()
     for buffer_name, buffer in read.named_buffers():
         assert buffer.dtype == torch.float32 and torch.equal(buffer, buffers[buffer_name]), buffer_name
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_the_tower_is_read_in_a_dtype_of_its_own(weights):
+    """From base/, whose weights have the hub's names; the values are those of all read in fp32, then cast."""
+    name = str(ROOT / "base")
+    plain, _ = qwen_vl.load(name)
+    read, _ = qwen_vl.load(name, weights=weights, vision_dtype=torch.bfloat16)
+    assert type(read) is type(plain) and read.lm_head.weight is read.model.language_model.embed_tokens.weight
+    want = dict(plain.named_parameters())
+    assert dict(read.named_parameters()).keys() == want.keys()
+    for parameter_name, parameter in read.named_parameters():
+        dtype = torch.bfloat16 if parameter_name.startswith("model.visual.") else torch.float32
+        assert parameter.dtype == dtype and parameter.shape == want[parameter_name].shape
+        assert not weights or torch.equal(parameter, want[parameter_name].to(dtype)), parameter_name
+    for buffer_name, buffer in plain.named_buffers():
+        assert torch.equal(read.get_buffer(buffer_name), buffer), buffer_name

@@ -7,8 +7,11 @@ from unittest import mock
 import pytest
 import ranks
 import torch
+from conftest import ROOT
 from ranks import full_weights, make_run
 from test_run_folder import text_rows
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import fsdp
 import grpo_vl
@@ -161,18 +164,24 @@ VISION = "model.model.visual."
 
 
 @pytest.mark.parametrize("options, read, small", [
-    (dict(), ["float32"], ""),
-    (dict(beta=0.04), ["float32", "bfloat16"], ""),  # the reference
-    (dict(freeze_vision=True), ["float32"], VISION),
-    (dict(frozen=True), ["bfloat16"], "model."),  # for evaluation
-    (dict(lora=4), ["bfloat16"], "model."),
+    (dict(), ["float32 float32"], ""),
+    (dict(beta=0.04), ["float32 float32", "bfloat16 bfloat16"], ""),  # the reference
+    (dict(freeze_vision=True), ["float32 bfloat16"], VISION),
+    (dict(frozen=True), ["bfloat16 bfloat16"], "model."),  # for evaluation
+    (dict(lora=4), ["bfloat16 bfloat16"], "model."),
 ])
 @pytest.mark.parametrize("sharding", ["fsdp2", "by-hand"])
 def test_what_is_not_trained_is_read_and_kept_in_the_dtype_to_compute_with(alone, monkeypatch, sharding, options, read, small):
-    """small: what the names of weights kept in bf16 begin with, adapters aside."""
+    """read: dtypes of the weights and of the tower's; small: what the names of weights kept in bf16 begin with,
+    adapters aside."""
     dtypes, load = [], qwen_vl.load
     monkeypatch.setattr(fsdp, "compute_dtype", lambda device: torch.bfloat16)
-    monkeypatch.setattr(qwen_vl, "load", lambda *a, **k: dtypes.append(str(k["dtype"])[6:]) or load(*a, **k))
+
+    def watched(*args, **kwargs):
+        dtypes.append(" ".join(str(kwargs[name]).removeprefix("torch.") for name in ("dtype", "vision_dtype")))
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(qwen_vl, "load", watched)
     rank = options.get("lora", 0)
     if rank and sharding == "by-hand":
         pytest.skip("--sharding by-hand has no --lora")
@@ -190,6 +199,41 @@ def test_what_is_not_trained_is_read_and_kept_in_the_dtype_to_compute_with(alone
     if run.reference:
         assert {weight.dtype for _, weight in fsdp.full_parameters(run.reference)} == {torch.bfloat16}
     assert (run.optimizer is None) == ("frozen" in options)
+
+
+class Made(TorchDispatchMode):
+    """Dtypes and shapes of all tensors with memory that operations of this thread give."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor) and not tensor.is_meta:
+                self.found.add((tensor.dtype, tensor.shape))
+        return out
+
+
+@pytest.mark.parametrize("options, small", [
+    (dict(), ""), (dict(freeze_vision=True), VISION), (dict(lora=4), "model."), (dict(frozen=True), "model.")])
+def test_of_frozen_weights_no_fp32_copy_is_ever_made(alone, monkeypatch, options, small):
+    """While a checkpoint in bf16 is read, as the hub's are, and dealt out. small: as above; of a shape that no other
+    weight has. Matrices alone: angles have the shapes of some biases."""
+    base = str(ROOT / "base")
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # else other threads read
+    shapes = {True: set(), False: set()}
+    for name, weight in qwen_vl.load(base)[0].named_parameters():
+        if weight.dim() > 1:
+            shapes[bool(small) and f"model.{name}".startswith(small)].add(weight.shape)
+    frozen, trained = shapes[True] - shapes[False], shapes[False]
+    config = grpo_vl.Config(**ranks.SMALL, lora=options.get("lora", 0))
+    with ranks.computing_in_bf16(), Made() as made:
+        fsdp.load_policy(base, alone, config, **{n: v for n, v in options.items() if n != "lora"})
+    assert not {(torch.float32, shape) for shape in frozen} & made.found
+    assert {(torch.bfloat16, shape) for shape in frozen} | {(torch.float32, shape) for shape in trained} <= made.found
+    assert bool(frozen) == bool(small)
 
 
 def step_in_bf16(ranks_):
