@@ -1,13 +1,18 @@
 """The CUDA branch rehearsed without a GPU: true shapes and dtypes, on tensors that hold no data.
 
-    c++ -shared -fPIC -std=c++20 -I <torch>/include benchmarks/no_gpu.cpp -o no_gpu.so
-    python benchmarks/rehearse.py no_gpu.so --shape 3b      # or 7b
+    python benchmarks/rehearse.py --shape 3b      # or 7b; needs a C++ compiler, and PyTorch for CPUs
 
-One JSON object: dtypes, how often the host waits for the device or copies to it, and the kernels a
-decoder layer takes, of decoding and, under FSDP2 as one of 8 ranks, of a training pass, an
-optimizer step and a refresh of the sampler; bytes that tensors hold at their fullest in each, and
-what --plan says of the same sizes; bytes of a pass of one card with adapters, with and without
---offload, beside plan.py's. Not rehearsed: values, NCCL, the allocator, and capture itself.
+A table: of a training pass, an optimizer step and a refresh of the sampler under FSDP2, as one of 8
+ranks, and of a decoding step. A row's columns:
+
+kernels    that are started, and how many more each decoder layer brings
+GB         that they read and write: each tensor once a kernel, as if nothing stayed in a cache
+waits      of the host for the device, and copies from the host
+GiB        that tensors hold at their fullest, and what --plan says of the same sizes; it looks at
+           moments that may be the fullest alone. Of training without keys and values
+
+Then GiB of a pass of one card with adapters. --json FILE has all of it, and dtypes. Not rehearsed:
+values, NCCL, the allocator, and capture itself.
 """
 # ruff: noqa: E402 (the device guard must be there before torch is)
 import argparse
@@ -15,28 +20,40 @@ import contextlib
 import ctypes
 import importlib.util
 import json
+import math
+import shutil
 import subprocess
 import sys
+import tempfile
 import weakref
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
 
-def load_guard(library: str) -> None:
-    folder = Path(importlib.util.find_spec("torch").origin).parent / "lib"
-    for name in ("libtorch_global_deps.so", "libc10.so", "libtorch_cpu.so"):
-        ctypes.CDLL(str(folder / name), ctypes.RTLD_GLOBAL)
-    ctypes.CDLL(library)
+def load_guard() -> None:
+    """Build no_gpu.cpp and load it, which must be there before torch is."""
+    compiler, folder = shutil.which("c++"), Path(importlib.util.find_spec("torch").origin).parent
+    if not compiler:
+        sys.exit("no C++ compiler here: the device guard that stands in for CUDA cannot be built")
+    with tempfile.TemporaryDirectory() as built:
+        library = Path(built, "no_gpu.so")
+        source = Path(__file__).with_name("no_gpu.cpp")
+        build = [compiler, "-shared", "-fPIC", "-std=c++20", "-I", folder / "include", source]
+        subprocess.run([*build, "-o", library], check=True)
+        for name in ("libtorch_global_deps.so", "libc10.so", "libtorch_cpu.so"):
+            ctypes.CDLL(str(folder / "lib" / name), ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(str(library))
 
 
-parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-parser.add_argument("guard", help="no_gpu.cpp, built")
+parser = argparse.ArgumentParser(
+    description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument("--shape", choices=("3b", "7b"), default="3b")
-parser.add_argument("--layers", type=int, help="of the decoder, if not all; then without --plan's")
+parser.add_argument("--layers", type=int, help="of the decoder, if not all; at least 2")
 parser.add_argument("--depth", type=int, help="blocks of the vision tower, if not all")
+parser.add_argument("--json", type=Path, metavar="FILE", help="where all that is counted goes")
 arguments = parser.parse_args()
-load_guard(str(Path(arguments.guard).resolve()))
+load_guard()
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -64,7 +81,7 @@ from weight_copy import WeightCopy
 
 CUDA = torch.device("cuda:0")
 GRID = (1, 34, 46)  # an image of 644×476 pixels
-KERNELS = ("aten", "torch_attn", "rehearsal")  # the last: PyTorch's fused norm
+KERNELS = ("aten", "torch_attn", "fsdp", "rehearsal")  # the last: PyTorch's fused norm
 WAITS = {"_local_scalar_dense", "nonzero", "unique_consecutive", "is_nonzero"}
 NO_KERNEL = {
     "view", "_unsafe_view", "expand", "transpose", "t", "permute", "slice", "select", "unsqueeze",
@@ -72,33 +89,71 @@ NO_KERNEL = {
     "empty_like", "new_empty", "empty_strided", "new_empty_strided", "lift_fresh", "set_", "device"}
 
 
+TAKE_ROWS = {"embedding", "index", "index_select", "gather"}  # and read no more than they give
+PUT_ROWS = {"index_copy_", "index_put_", "scatter_add_"}  # and write no more than they are given
+OVERWRITE = {"copy_", "_foreach_copy_", "fill_", "zero_"}  # what they write to is not read
+
+
 class Count(TorchDispatchMode):
     """What the operations on CUDA tensors ask of the device."""
 
     def __init__(self):
         super().__init__()
-        self.kernels, self.waits, self.copies = Counter(), 0, 0
+        self.kernels, self.waits, self.copies, self.touched = Counter(), 0, 0, 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function._overloadpacket.__name__
-        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        inputs = tensors_of((args, kwargs))
         if name in WAITS and any(x.is_cuda for x in inputs):
             self.waits += 1
         out = function(*args, **(kwargs or {}))
-        tensors = inputs + [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
-        if not any(x.is_cuda for x in tensors):
+        if not any(x.is_cuda for x in inputs + tensors_of(out)):
             return out
         if name in ("_to_copy", "copy_") and any(x.device.type == "cpu" for x in inputs):
             self.copies += 1
         elif function.namespace in KERNELS and name not in NO_KERNEL:
             self.kernels[name] += 1
+            self.touched += bytes_touched(function, name, args, kwargs or {}, out)
         return out
 
     def total(self) -> int:
         return sum(self.kernels.values())
 
-    def report(self) -> dict:
-        return {"kernels": self.total(), "waits": self.waits, "copies": self.copies}
+    def report(self, memory: "Memory") -> dict:
+        """Since it began; bytes at most since `memory.start`."""
+        return {
+            "kernels": self.total(), "waits": self.waits, "copies": self.copies,
+            "touched": self.touched, "peak": memory.peak}
+
+
+def tensors_of(tree) -> list[torch.Tensor]:
+    return [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
+
+
+def bytes_touched(function, name: str, args, kwargs: dict, out) -> int:
+    """What a kernel reads, and what it writes: its outputs, and inputs that it changes."""
+    given = dict(zip((argument.name for argument in function._schema.arguments), args)) | kwargs
+    changes = [argument.name for argument in function._schema.arguments if argument.is_write]
+    changed = tensors_of([given.get(key) for key in changes])
+    inputs = tensors_of(given)
+    if name in TAKE_ROWS:
+        return 2 * sum(map(size, tensors_of(out)))
+    if name == "all_gather_copy_in":  # a rank's shards side by side, into its part of the whole
+        return 2 * sum(map(size, args[0]))
+    if name in PUT_ROWS:
+        return 2 * min(size(x) for x in inputs if x.is_floating_point())
+    read = inputs
+    if name in OVERWRITE or "out" in kwargs:
+        read = [x for x in inputs if not any(x is y for y in changed)]
+    made = [x for x in tensors_of(out) if not any(x is y for y in inputs)]
+    return sum(map(size, read + changed + made))
+
+
+def size(tensor: torch.Tensor) -> int:
+    """Bytes of this rank's part; what is expanded lies in memory once."""
+    tensor = fsdp.local(tensor)
+    lengths = [length for length, stride in zip(tensor.shape, tensor.stride()) if stride]
+    return tensor.itemsize * math.prod(lengths)
 
 
 class Memory(TorchDispatchMode):
@@ -128,10 +183,9 @@ class Memory(TorchDispatchMode):
     def forget(self, key) -> None:
         self.now -= self.sizes.pop(key)
 
-    def peak_since(self) -> int:
-        """Bytes at most since the last call."""
-        peak, self.peak = self.peak, self.now
-        return peak
+    def start(self) -> None:
+        """From now on `peak` is of what follows."""
+        self.peak = self.now
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
@@ -224,10 +278,10 @@ def on_the_host(function):
     return call
 
 
-def true_config() -> Qwen2_5_VLConfig:
+def true_config(layers: int | None) -> Qwen2_5_VLConfig:
     """Of the published shape, but for the number of layers and blocks if they are given."""
     text, vision = dict(bench_step.TEXT[arguments.shape]), dict(bench_step.VISION)
-    text["num_hidden_layers"] = arguments.layers or text["num_hidden_layers"]
+    text["num_hidden_layers"] = layers or text["num_hidden_layers"]
     vision["depth"] = arguments.depth or vision["depth"]
     return Qwen2_5_VLConfig(
         text_config=text, vision_config=vision | dict(out_hidden_size=text["hidden_size"]),
@@ -265,9 +319,9 @@ def fake_pack(groups: list[Group], mode: FakeTensorMode) -> Pack:
     return Pack(grids_I3=pack.grids_I3, **moved)
 
 
-def rehearse_decoding(config, banned_V) -> dict:
+def rehearse_decoding(config, banned_V, memory: Memory) -> dict:
     """8 prompts of 8 rows: prefill, a step, a token for each row, the first growth."""
-    with CUDA:
+    with torch.device("meta"):
         model = Qwen2_5_VLForConditionalGeneration(config)
     special = SimpleNamespace(banned_V=banned_V, stops=(1, 2), pad=0)
     sampler = Sampler(model, special, device=CUDA, dtype=torch.bfloat16, graphs=True)
@@ -276,14 +330,15 @@ def rehearse_decoding(config, banned_V) -> dict:
     report = {}
     with torch.no_grad():
         batch, _ = sampler.start_batch(prompts, shape, 2048)
+        memory.start()
         with Count() as count:
             hidden_PGD = sampler.decode(batch, shape[3])
-        report["step"] = count.report()
+        report["step"] = count.report(memory)
         layers, sampler.copy.layers = sampler.copy.layers, []
         with Count() as around:
             sampler.decode(batch, shape[3])
         sampler.copy.layers = layers
-        report["kernels_a_layer"] = (count.total() - around.total()) / len(layers)
+        report["step"]["a layer"] = (count.total() - around.total()) / len(layers)
         report["hidden"] = str(hidden_PGD.dtype)
         with Count() as count:
             uniform_PG = torch.empty(8, 8, dtype=torch.float64, device=CUDA)
@@ -293,59 +348,90 @@ def rehearse_decoding(config, banned_V) -> dict:
         report["round"] = {"waits": count.waits, "copies": count.copies}
         report["logp"] = str(logp_PG.dtype)
         report["shapes"] = [batch.shape, grown.shape]
+    options = grpo_vl.Config(prompts=8, group=8, max_prompt=437)
+    moments = planned(model, options, 1, 2048)
+    report["step"]["planned"] = moments["always"]
     return report
 
 
 def rehearse_training(config, banned_V, pack: Pack, memory: Memory) -> dict:
     """A packed row of 6 groups of 8 completions, forward and backward, sharded over 8 ranks; a step
-    of the optimizer, and a refresh."""
+    of the optimizer, and a refresh. Neither the first micro-batch nor the first step: gradients and
+    AdamW's state are there."""
     with CUDA:
         model = Qwen2_5_VLForConditionalGeneration(config)
     trained = Policy(model, banned_V, checkpointing=True)
     fsdp.shard(trained, fsdp.Processes(0, 8, CUDA))
     attention = trained.decoder.layers[0].self_attn
-    inputs, forward = [], attention.forward
+    inputs, attend = [], attention.forward
 
     def watched(**given):
         inputs.append(str(given["hidden_states"].dtype))
-        return forward(**given)
+        return attend(**given)
 
     attention.forward = watched
     copy = WeightCopy(model, device=CUDA, dtype=torch.bfloat16)
-    optimizer = training.make_optimizer(
-        SimpleNamespace(beta2=0.999), fsdp.trainable_parameters(trained), on_gpu=True)
-    memory.peak_since()
-    held = {"kept, and the sampler's copy": memory.now}
+    parameters = fsdp.trainable_parameters(trained)
+    optimizer = training.make_optimizer(SimpleNamespace(beta2=0.999), parameters, on_gpu=True)
+    report = {"kept, and the sampler's copy": memory.now}
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+
+    memory.start()
     with Count() as count:
         logp_S, _ = trained(pack)
+    report["forward"] = count.report(memory)
+    report |= {"inputs": inputs[0], "logp": str(logp_S.dtype)}
+    memory.start()
+    with Count() as count:
         logp_S.sum().backward()
-    report = count.report() | {"inputs": inputs[0], "logp": str(logp_S.dtype)}
+    report["backward"] = count.report(memory)
     del logp_S
-    held["a pass, before there is AdamW's state"] = memory.peak_since()
+    report["gradients"] = sorted({str(p.grad.dtype) for p in parameters if p.grad is not None})
+    names = [name for name, p in trained.named_parameters() if p.grad is None]
+    report["without_gradient"] = names
+    memory.start()
     with Count() as count:
         fsdp.clip_gradients(trained, 1.0)
         optimizer.step()
-    report["step"] = count.report()
-    held["an optimizer step"] = memory.peak_since()
-    memory.peak = memory.now
+    report["step"] = count.report(memory)
+    optimizer.zero_grad(set_to_none=True)
+    memory.start()
     with Count() as count:
         copy.refresh(fsdp.gathered_parameters(trained))
-    report["refresh"] = count.report()
-    held["a refresh"] = memory.peak_since()
-    report["bytes"] = held
-    gradients = {str(p.grad.dtype) for p in trained.parameters() if p.grad is not None}
-    without = [name for name, p in trained.named_parameters() if p.grad is None]
-    return report | {"gradients": sorted(gradients), "without_gradient": without}
+    report["refresh"] = count.report(memory)
+
+    options = grpo_vl.Config(
+        prompts=48, group=8, max_prompt=437, max_pixels=GRID[1] * GRID[2] * 14**2,
+        micro_tokens=len(pack.ids_L))
+    moments = planned(model, options, 8, 200)
+    report["refresh"]["planned"] = moments["the sampler's refresh"] - moments["keys and values"]
+    passes = ("the decoder's backward", "the tower's backward", "the last reduce-scatter")
+    fullest = max(moments[moment] for moment in passes)
+    report["backward"]["planned"] = fullest - moments["keys and values"]
+    return report
 
 
-def planned(tokens: int) -> list[str]:
-    """What --plan prints of what `rehearse_training` holds, and of the cache for its rollouts."""
-    command = [
-        sys.executable, str(Path(__file__).parent.parent / "grpo_vl.py"), "--plan", "8x80",
-        "--model", f"Qwen/Qwen2.5-VL-{arguments.shape.upper()}-Instruct", "--prompts", "48",
-        "--group", "8", "--max-tokens", "200", "--max-prompt", "437", "--max-pixels", "306544",
-        "--micro-tokens", str(tokens)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+def per_layer(report: dict, shorter: dict, layers: int) -> None:
+    """Kernels that a layer brings, from the same with one layer."""
+    for part in ("forward", "backward", "step", "refresh"):
+        more = report[part]["kernels"] - shorter[part]["kernels"]
+        report[part]["a layer"] = more / (layers - 1)
+
+
+def planned(model, options, ranks: int, max_tokens: int) -> dict[str, float]:
+    """{moment: bytes} by plan.py, with what a rank keeps; and of what is there always, and of keys
+    and values alone."""
+    with unset_fake_temporarily(), torch.device("meta"):
+        bare = Qwen2_5_VLForConditionalGeneration(model.config)
+    sizes = plan.sizes_of(options, bare)
+    kept = sum(plan.kept_by_a_rank(options, sizes, ranks).values())
+    moments = plan.held_at_moments(options, bare, sizes, ranks, max_tokens)
+    terms = moments["the sampler's refresh"]
+    cache = terms["keys and values, bf16"]
+    found = {"always": terms["sampling copy, bf16"] + cache, "keys and values": cache}
+    return found | {moment: kept + sum(terms.values()) for moment, terms in moments.items()}
 
 
 def rehearse_adapters(config, banned_V, pack: Pack, memory: Memory, offload: bool) -> dict:
@@ -379,7 +465,36 @@ def planned_pass(model, pack: Pack, offload: bool) -> int:
     terms = plan.held_at_moments(options, bare, sizes, 1, 200)["the decoder's backward"]
     if not offload:
         terms |= plan.kept_by_a_rank(options, sizes, 1)
-    return sum(size for name, size in terms.items() if not name.startswith(("sampling", "keys", "AdamW")))
+    absent = ("sampling", "keys", "AdamW")
+    return sum(size for name, size in terms.items() if not name.startswith(absent))
+
+
+ROWS = {  # of the table: where the report has it
+    "forward": ("training", "forward"), "backward": ("training", "backward"),
+    "optimizer step": ("training", "step"), "refresh": ("training", "refresh"),
+    "decoding, a step": ("decoding", "step"), "adapters, a pass": ("adapters",),
+    "and --offload": ("offloaded",)}
+COLUMNS = {  # heading: name in the report, its unit, how it is printed
+    "kernels": ("kernels", 1, ",.0f"), "a layer": ("a layer", 1, ".0f"),
+    "GB": ("touched", 1e9, ".1f"), "waits": ("waits", 1, ".0f"), "copies": ("copies", 1, ".0f"),
+    "GiB": ("peak", 2**30, ".2f"), "--plan's": ("planned", 2**30, ".2f")}
+
+
+def table(report: dict) -> str:
+    """A line a row; – where nothing is counted or planned."""
+    lines = [f"{'':18}" + "".join(f"{heading:>10}" for heading in COLUMNS)]
+    for title, path in ROWS.items():
+        found = report
+        for key in path:
+            found = found[key]
+        line = f"{title:18}"
+        for name, unit, layout in COLUMNS.values():
+            shown = "–"
+            if name in found:
+                shown = format(found[name] / unit, layout)
+            line += f"{shown:>10}"
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def main() -> None:
@@ -390,7 +505,8 @@ def main() -> None:
     torch.nn.Module._apply = move_in_place
     dist.init_device_mesh = on_the_host(dist.init_device_mesh)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    config = true_config()
+    config = true_config(arguments.layers)
+    layers = config.text_config.num_hidden_layers
     layout = on_the_host(policy.vision_layout)
     grids = {images: torch.tensor([GRID] * images) for images in (6, 8)}
     policy.vision_layout = lambda vision, given: layout(vision, grids[len(given)])
@@ -398,17 +514,21 @@ def main() -> None:
     seen = fake_pack(make_groups(6, 8, 200, config.text_config.hidden_size), mode)
     with mode:
         banned_V = torch.zeros(config.text_config.vocab_size, dtype=torch.bool, device=CUDA)
-        decoding = rehearse_decoding(config, banned_V)
+        with Memory() as memory:
+            decoding = rehearse_decoding(config, banned_V, memory)
         with Memory() as memory:
             trained = rehearse_training(config, banned_V, pack, memory)
+        with Memory() as memory:
+            shorter = rehearse_training(true_config(1), banned_V, pack, memory)
+        per_layer(trained, shorter, layers)
         with Memory() as memory:
             adapters = rehearse_adapters(config, banned_V, seen, memory, offload=False)
         with Memory() as memory:
             offloaded = rehearse_adapters(config, banned_V, seen, memory, offload=True)
     report = {"decoding": decoding, "training": trained, "adapters": adapters, "offloaded": offloaded}
-    if not (arguments.layers or arguments.depth):
-        report["plan"] = planned(len(pack.ids_L))
-    print(json.dumps(report))
+    print(table(report))
+    if arguments.json:
+        arguments.json.write_text(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":
