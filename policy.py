@@ -324,6 +324,7 @@ class TokenLogprobs(torch.autograd.Function):
         parts = [x.split(context.chunk) for x in (hidden_SD, target_S, grad_S, hidden_grad_SD)]
         for index, (hidden, target, grad, hidden_grad) in enumerate(zip(*parts)):
             pi_SV = kept[index] if kept else None
+            z_grad_SV = None  # the last chunk's is let go before there is another
             z_grad_SV = context.logits_gradient(
                 hidden, weight_VD, target, banned_V, context.temperature, grad, pi_SV)
             torch.mm(z_grad_SV, weight_VD, out=hidden_grad)

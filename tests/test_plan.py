@@ -253,14 +253,17 @@ def test_the_plan_prints_adapters_and_what_the_host_keeps(capsys):
     assert lines[-2] == "together                     16.65 GiB"  # 17,876,178,944 bytes
 
 
-def test_a_chunk_of_logits_takes_two_copies(monkeypatch):
+@pytest.mark.parametrize("entropy", [True, False])
+@pytest.mark.parametrize("chunks", [1, 3])
+def test_a_chunk_of_logits_takes_two_copies(monkeypatch, chunks, entropy):
     """Counted by the allocator: the peak of forward and backward over one [chunk, V] in fp32 (in bf16: half one more)."""
     monkeypatch.setattr(policy_module, "KEPT_BYTES", 0)
     rows, ids = 512, 4096
     weight = nn.Parameter(torch.zeros(ids, 8))
-    hidden, target, banned = torch.zeros(rows, 8, requires_grad=True), torch.zeros(rows).long(), torch.zeros(ids).bool()
+    hidden, target = torch.zeros(chunks * rows, 8, requires_grad=True), torch.zeros(chunks * rows).long()
+    banned = torch.zeros(ids).bool()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        token_logprobs(hidden, weight, target, banned, 1.0)[0].sum().backward()
+        token_logprobs(hidden, weight, target, banned, 1.0, entropy, chunk=rows)[0].sum().backward()
     sizes = [event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     assert max(itertools.accumulate(sizes)) / (rows * ids * 4) == pytest.approx(2, abs=0.05)
 
