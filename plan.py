@@ -131,30 +131,48 @@ def kept_by_a_rank(config, sizes: Sizes, gpus: int) -> dict[str, float]:
 
 
 def held_at_moments(config, model, sizes: Sizes, gpus: int, max_tokens: int):
-    """{moment of a step: {what: bytes}} on a GPU, beside what `kept_by_a_rank` counts."""
+    """{moment of a step: {what: bytes}} on a GPU, beside what `kept_by_a_rank` counts.
+
+    Left out: where the tower is frozen, image features of the other micro-batches, 2·D bytes an
+    image token in the prompts and as many in the packed rows.
+    """
     text, tower = model.config.text_config, model.config.vision_config
     prompts = math.ceil(config.prompts / gpus)
     image_tokens = min(config.max_pixels // 28**2, config.max_prompt)  # one image a prompt
-    patches = 4 * min(prompts * image_tokens, config.micro_tokens) if sizes.vision else 0
+    in_a_batch = min(prompts * image_tokens, config.micro_tokens)
+    patches = 4 * in_a_batch if sizes.vision else 0
     vision_kept, vision_again = saved(config, patches, tower, tower.depth)
-    activations = sum(saved(config, config.micro_tokens, text, text.num_hidden_layers))
+    kept, again = saved(config, config.micro_tokens, text, text.num_hidden_layers)
+    layer = sizes.layer + sizes.adapters
     trained_root = 0 if config.lora else sizes.root
     trained_layer = sizes.adapters if config.lora else sizes.layer
     reduced = 4 + 4 / gpus  # bytes of a number to reduce in fp32, and of a rank's part of the sum
     always = {
         "sampling copy, bf16": 2 * sizes.model,
         "keys and values, bf16": cache(config, text, prompts, max_tokens)}
+    patch = tower.in_channels * tower.temporal_patch_size * tower.patch_size**2
+    pixels = 4 * prompts * image_tokens * patch if sizes.vision else 0  # of all micro-batches
+    features = 0 if sizes.vision else in_a_batch * text.hidden_size
     in_a_pass = always | {
+        "pixels, fp32": 4 * pixels,
+        "image features, bf16": 2 * features,
         "whole root, bf16": 2 * sizes.root,
         "root of the reference": 2 * sizes.root if has_second_model(config) else 0}
+    before_layers = in_a_pass | {
+        "whole layers, bf16": 2 * layer,  # the last one is on its way
+        "a layer from the host": from_host(config, sizes) / gpus,
+        "gradient of the root, bf16": 2 * trained_root,
+        "activations": kept,
+        "vision activations": vision_kept,
+        "logits of a chunk": 10 * 1024 * text.vocab_size}  # two in fp32 and one in bf16
     decoder = in_a_pass | {
-        "whole layers, bf16": 2 * 2 * (sizes.layer + sizes.adapters),  # one is on its way
+        "whole layers, bf16": 2 * layer,
+        "next unit, bf16": 2 * max(layer, sizes.vision),  # on its way; the last one is the tower
         "a layer from the host": from_host(config, sizes) / gpus,
         "gradient of a layer": (2 + reduced) * trained_layer,
         "gradient of the root, bf16": 2 * trained_root,
-        "activations": activations,
-        "vision activations": vision_kept,
-        "logits of a chunk": 10 * 1024 * text.vocab_size}  # two in fp32 and one in bf16
+        "activations": kept + again,
+        "vision activations": vision_kept}
     copies = 3 if model.config.tie_word_embeddings else 1  # as lm_head, as embedding, their sum
     tower = in_a_pass | {
         "whole tower, bf16": 2 * sizes.vision,
@@ -168,8 +186,8 @@ def held_at_moments(config, model, sizes: Sizes, gpus: int, max_tokens: int):
         "gradient of the tower, bf16": 2 * sizes.vision,
         "gradient in fp32": reduced * max(trained_root, sizes.vision)}
     return {
-        "the decoder's backward": decoder, "the tower's backward": tower,
-        "the last reduce-scatter": end,
+        "lm_head's backward": before_layers, "the decoder's backward": decoder,
+        "the tower's backward": tower, "the last reduce-scatter": end,
         "the sampler's refresh": always | for_the_sampler(config, model, gpus)}
 
 

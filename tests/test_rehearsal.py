@@ -132,9 +132,24 @@ def test_adapters_on_one_card_with_and_without_offload(report, name, place):
     assert 0 < found["held"] - weights < 2**18  # 151,936 banned ids, and angles
 
 
-@pytest.mark.parametrize("name", ["adapters", "offloaded"])
+@pytest.mark.parametrize("name", ["training", "adapters", "offloaded"])
 def test_the_plan_is_an_estimate_from_above(report, name):
-    """Of a pass alone: the bytes of all tensors that are alive, after each operation. The plan adds up a chunk of
-    logits and a layer computed again, 1.5 and 1.4 GB, of which there is one at a time."""
-    found = report[name]
-    assert found["peak"] <= found["planned"] <= found["peak"] + 2.3e9
+    """Bytes of all tensors that are alive, after each operation: of full training on 8 ranks beside the sampler's copy,
+    gradients and moments, or of a first pass with adapters alone.
+
+    The peak is in the MLP of a layer that was computed again. What the plan counts and is not there then: of 14 tensors
+    of the layer's width 8 (there are both norms, queries, attention's output and sum, the gradient; the others come
+    with attention's backward), and a layer's gradients in bf16, which come one after the other. With adapters on one
+    card also what a gradient is reduced to, gradients of earlier passes, and the next unit, as nothing arrives from
+    other ranks; with --offload the layer from the host, which has arrived."""
+    layer, adapters, tokens = 77_076_992, 32 * 51_968, 6 * (17 * 23 + 46 + 8 * 200)
+    absent = 8 * 2 * tokens * 2048
+    if name == "training":
+        found = report["training"]["backward"]
+        absent += 2 * layer
+    else:
+        found = report[name]
+        absent += (2 + 4 + 4) * adapters + 4 * 2 * adapters + 2 * (layer + adapters)
+    if name == "offloaded":
+        absent += (2 + 2) * layer + (4 + 2) * adapters
+    assert found["peak"] <= found["planned"] <= found["peak"] + absent
