@@ -136,12 +136,15 @@ def held_at_moments(config, model, sizes: Sizes, gpus: int, max_tokens: int):
     Left out: where the tower is frozen, image features of the other micro-batches, 2·D bytes an
     image token in the prompts and as many in the packed rows.
     """
-    text, tower = model.config.text_config, model.config.vision_config
+    text, vision = model.config.text_config, model.config.vision_config
     prompts = math.ceil(config.prompts / gpus)
-    image_tokens = min(config.max_pixels // 28**2, config.max_prompt)  # one image a prompt
-    in_a_batch = min(prompts * image_tokens, config.micro_tokens)
-    patches = 4 * in_a_batch if sizes.vision else 0
-    vision_kept, vision_again = saved(config, patches, tower, tower.depth)
+    image_tokens = prompts * min(config.max_pixels // 28**2, config.max_prompt)  # an image a prompt
+    in_a_batch = min(image_tokens, config.micro_tokens)  # of them, in a micro-batch
+    pixels, patches, features = 0, 0, in_a_batch * text.hidden_size  # of a frozen tower
+    if sizes.vision:  # which runs in each pass; four patches are a token
+        patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
+        pixels, patches, features = 4 * image_tokens * patch, 4 * in_a_batch, 0
+    vision_kept, vision_again = saved(config, patches, vision, vision.depth)
     kept, again = saved(config, config.micro_tokens, text, text.num_hidden_layers)
     layer = sizes.layer + sizes.adapters
     trained_root = 0 if config.lora else sizes.root
@@ -150,15 +153,12 @@ def held_at_moments(config, model, sizes: Sizes, gpus: int, max_tokens: int):
     always = {
         "sampling copy, bf16": 2 * sizes.model,
         "keys and values, bf16": cache(config, text, prompts, max_tokens)}
-    patch = tower.in_channels * tower.temporal_patch_size * tower.patch_size**2
-    pixels = 4 * prompts * image_tokens * patch if sizes.vision else 0  # of all micro-batches
-    features = 0 if sizes.vision else in_a_batch * text.hidden_size
     in_a_pass = always | {
-        "pixels, fp32": 4 * pixels,
+        "pixels, fp32": 4 * pixels,  # of all micro-batches
         "image features, bf16": 2 * features,
         "whole root, bf16": 2 * sizes.root,
         "root of the reference": 2 * sizes.root if has_second_model(config) else 0}
-    before_layers = in_a_pass | {
+    lm_head = in_a_pass | {
         "whole layers, bf16": 2 * layer,  # the last one is on its way
         "a layer from the host": from_host(config, sizes) / gpus,
         "gradient of the root, bf16": 2 * trained_root,
@@ -186,7 +186,7 @@ def held_at_moments(config, model, sizes: Sizes, gpus: int, max_tokens: int):
         "gradient of the tower, bf16": 2 * sizes.vision,
         "gradient in fp32": reduced * max(trained_root, sizes.vision)}
     return {
-        "lm_head's backward": before_layers, "the decoder's backward": decoder,
+        "lm_head's backward": lm_head, "the decoder's backward": decoder,
         "the tower's backward": tower, "the last reduce-scatter": end,
         "the sampler's refresh": always | for_the_sampler(config, model, gpus)}
 

@@ -98,8 +98,16 @@ class Job:
         return Job(self.bench, claim, arms[arm_name], self.seed)
 
 
+def start(command: list[str], log: TextIO, **options) -> subprocess.Popen:
+    """A script of the repository, on one thread. options: of Popen; what it says goes to the log."""
+    print("$ python", shlex.join(command), file=log, flush=True)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, *command], cwd=ROOT, env=environment, stderr=log, **options)
+
+
 def call(job: Job, command: list[str], seconds: float) -> tuple[str, bool]:
-    """Run a script of the repository on one thread: (its standard output, was it cut).
+    """`start` a script, and wait for it: (its standard output, was it cut).
 
     After `seconds` it is told to stop, which training does after the step at hand.
     Errors: RuntimeError naming the log.
@@ -107,15 +115,7 @@ def call(job: Job, command: list[str], seconds: float) -> tuple[str, bool]:
     log = job.folder / "log"
     cut = False
     with log.open("a") as file:
-        print("$ python", shlex.join(command), file=file, flush=True)
-        process = subprocess.Popen(
-            [sys.executable, *command],
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=file,
-            text=True,
-        )
+        process = start(command, file, stdout=subprocess.PIPE, text=True)
         job.bench.running.append(process)
         try:
             output, _ = process.communicate(timeout=seconds)

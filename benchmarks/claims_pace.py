@@ -9,10 +9,8 @@ scenes cost is left out on both sides.
 """
 import argparse
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import claims
@@ -25,19 +23,13 @@ WARM_UP = 2  # steps that are not timed
 RAW = ROOT / "results" / "claims_pace.jsonl"
 
 
-def start(job: Job, steps: int) -> subprocess.Popen:
+def start_training(job: Job, steps: int) -> subprocess.Popen:
     """Train the arm for so many steps, without held-out scenes."""
     shutil.rmtree(job.folder, ignore_errors=True)
     job.folder.mkdir(parents=True)
     command = claims.training_command(job, job.bench.base, job.folder / "train", steps=steps)
     with (job.folder / "log").open("w") as log:
-        return subprocess.Popen(
-            [sys.executable, *command, "--eval-every", "0"],
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            stdout=log,
-            stderr=log,
-        )
+        return claims.start([*command, "--eval-every", "0"], log, stdout=log)
 
 
 def seconds_a_step(folder: Path) -> float:
@@ -49,10 +41,10 @@ def seconds_a_step(folder: Path) -> float:
 
 def measure(grpo: Job, sft: Job) -> dict:
     """SFT trains until GRPO's steps are done."""
-    both = [start(grpo, STEPS), start(sft, 10**6)]
-    status = both[0].wait()
-    both[1].terminate()  # it ends after the step at hand
-    if status or both[1].wait():
+    ours, beside = start_training(grpo, STEPS), start_training(sft, 10**6)
+    failed = ours.wait()
+    beside.terminate()  # it ends after the step at hand
+    if failed or beside.wait():
         raise SystemExit(f"training failed: see {grpo.folder}/log and {sft.folder}/log")
     slow, quick = seconds_a_step(grpo.folder / "train"), seconds_a_step(sft.folder / "train")
     return {

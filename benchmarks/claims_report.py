@@ -143,7 +143,7 @@ def estimate(results: dict, weights: dict[str, float], metric: str) -> Estimate 
     if not values:
         return None
     scene_error = None
-    if metric != "AP":
+    if None not in scene_errors:
         scene_error = math.hypot(*scene_errors) / len(values)
     if len(values) == 1:
         return Estimate(values[0], scene_error, 1, scene_error)

@@ -172,13 +172,11 @@ def p1() -> Claim:
         Contrast("detection: base → GRPO, AP", lift, LIFT["detection"], "AP", headline=True),
         Contrast("detection: SFT, same prompts → GRPO, AP", learned, OVER_SFT["detection"], "AP"),
         where_matched("same prompts", MATCHING),
-        where_matched("best step", ""),
-        of_all_tasks("base → GRPO", "GRPO", "base", ""),
-        of_all_tasks("SFT, same prompts → GRPO", "GRPO", "SFT, same prompts", "",
-                     headline=True),
-        of_all_tasks("SFT, its best step → GRPO", "GRPO", "SFT, best step", "",
-                     headline=True),
-        of_all_tasks("random reward → GRPO", "GRPO", "random reward", "", headline=True),
+        where_matched("best step"),
+        of_all_tasks("base → GRPO", "GRPO", "base"),
+        of_all_tasks("SFT, same prompts → GRPO", "GRPO", "SFT, same prompts", headline=True),
+        of_all_tasks("SFT, its best step → GRPO", "GRPO", "SFT, best step", headline=True),
+        of_all_tasks("random reward → GRPO", "GRPO", "random reward", headline=True),
     ]
     return Claim("RL lifts each perception task over its base", arms, contrasts, note=BOXES_ALONE,
                  not_drawn=("random reward", "format only"))
@@ -188,7 +186,7 @@ def control(reward: str) -> tuple[str, ...]:
     return "--reward", f"benchmarks/control_rewards.py:{reward}"
 
 
-def where_matched(kind: str, paper: str) -> Contrast:
+def where_matched(kind: str, paper="") -> Contrast:
     """GRPO over a kind of SFT where objects are matched (counting, detection), less where not."""
     weights = {}
     for task, sign in (("counting", 0.5), ("detection", 0.5), ("grounding", -0.5), ("ocr", -0.5)):
@@ -291,7 +289,7 @@ def p3() -> Claim:
     return Claim("thinking does not help perception", arms, contrasts)
 
 
-def of_all_tasks(text: str, first: str, second: str, paper: str, *, headline=False) -> Contrast:
+def of_all_tasks(text: str, first: str, second: str, paper="", *, headline=False) -> Contrast:
     """The first kind of arm scores more than the second, in the mean over tasks."""
     weights = {}
     for world in TASKS:
@@ -362,8 +360,8 @@ def c1() -> Claim:
                 Contrast(guess, over(f"{task} chance", blind)),
             ]
     contrasts += [
-        of_all_tasks("GRPO, blind → seeing", "GRPO", "GRPO, blind", "", headline=True),
-        of_all_tasks("GRPO, blind → chance", "chance", "GRPO, blind", ""),
+        of_all_tasks("GRPO, blind → seeing", "GRPO", "GRPO, blind", headline=True),
+        of_all_tasks("GRPO, blind → chance", "chance", "GRPO, blind"),
     ]
     return Claim("the answer is in the picture", arms, contrasts, note=NO_BETTER)
 

@@ -420,14 +420,20 @@ def per_layer(report: dict, shorter: dict, layers: int) -> None:
         report[part]["a layer"] = more / (layers - 1)
 
 
-def planned(model, options, ranks: int, max_tokens: int) -> dict[str, float]:
-    """{moment: bytes} by plan.py, with what a rank keeps; and of what is there always, and of keys
-    and values alone."""
+def plan_of(model, options, ranks: int, max_tokens: int) -> tuple[dict, dict]:
+    """What plan.py says of the model: ({what a rank keeps: bytes}, {moment: {what else: bytes}})."""
     with unset_fake_temporarily(), torch.device("meta"):
         bare = Qwen2_5_VLForConditionalGeneration(model.config)
     sizes = plan.sizes_of(options, bare)
-    kept = sum(plan.kept_by_a_rank(options, sizes, ranks).values())
-    moments = plan.held_at_moments(options, bare, sizes, ranks, max_tokens)
+    kept = plan.kept_by_a_rank(options, sizes, ranks)
+    return kept, plan.held_at_moments(options, bare, sizes, ranks, max_tokens)
+
+
+def planned(model, options, ranks: int, max_tokens: int) -> dict[str, float]:
+    """{moment: bytes} by plan.py, with what a rank keeps; and of what is there always, and of keys
+    and values alone."""
+    kept_terms, moments = plan_of(model, options, ranks, max_tokens)
+    kept = sum(kept_terms.values())
     terms = moments["the sampler's refresh"]
     cache = terms["keys and values, bf16"]
     found = {"always": terms["sampling copy, bf16"] + cache, "keys and values": cache}
@@ -460,15 +466,12 @@ def planned_pass(model, pack: Pack, offload: bool) -> int:
     """Bytes by plan.py of the same pass alone: without sampler and optimizer."""
     options = grpo_vl.Config(
         prompts=6, **LENGTHS, lora=32, offload=offload, micro_tokens=len(pack.ids_L))
-    with unset_fake_temporarily(), torch.device("meta"):
-        bare = Qwen2_5_VLForConditionalGeneration(model.config)
-    sizes = plan.sizes_of(options, bare)
-    moments, found = plan.held_at_moments(options, bare, sizes, 1, 200), []
+    kept, moments = plan_of(model, options, 1, 200)
+    if offload:  # on the host
+        kept = {}
+    absent, found = ("sampling", "keys", "AdamW"), []
     for moment in BACKWARD:
-        terms = moments[moment]
-        if not offload:
-            terms |= plan.kept_by_a_rank(options, sizes, 1)
-        absent = ("sampling", "keys", "AdamW")
+        terms = moments[moment] | kept
         found.append(sum(size for name, size in terms.items() if not name.startswith(absent)))
     return max(found)
 

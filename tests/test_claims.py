@@ -259,6 +259,17 @@ def test_arms_stand_after_those_they_wait_for(name):
         assert sum(contrast.weights.values()) == pytest.approx(0)
 
 
+def test_sft_trains_for_as_many_steps_as_take_grpos_time():
+    """To tens, by the seconds that were kept; the order of objects changes no time."""
+    every = claims_table.all_claims()
+    worlds = [arm.world for name in ("P1", "P2") for arm in every[name].arms if arm.what == "SFT"]
+    rows = claims_report.read_rows(ROOT / "results" / "claims_pace.jsonl")
+    assert [world.scene for world in worlds] == [row["scene"] for row in rows]
+    for world, row in zip(worlds, rows):
+        seconds = world.steps * row["GRPO's seconds a step"]
+        assert abs(seconds / row["SFT's"] - world.sft_steps) <= 5, row
+
+
 def test_seeds_for_results_take_no_settings():
     for arguments in (["P1", "--seeds", "0", "--set", "lr=1"], ["P1", "--seeds", "0", "10"]):
         with pytest.raises(SystemExit) as stopped:
