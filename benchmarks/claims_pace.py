@@ -10,6 +10,7 @@ scenes cost is left out on both sides.
 import argparse
 import json
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -42,8 +43,10 @@ def seconds_a_step(folder: Path) -> float:
 def measure(grpo: Job, sft: Job) -> dict:
     """SFT trains until GRPO's steps are done."""
     ours, beside = start_training(grpo, STEPS), start_training(sft, 10**6)
-    failed = ours.wait()
-    beside.terminate()  # it ends after the step at hand
+    try:
+        failed = ours.wait()
+    finally:  # Ctrl-C, too, must not leave it at work
+        beside.terminate()  # it ends after the step at hand
     if failed or beside.wait():
         raise SystemExit(f"training failed: see {grpo.folder}/log and {sft.folder}/log")
     slow, quick = seconds_a_step(grpo.folder / "train"), seconds_a_step(sft.folder / "train")
@@ -63,6 +66,7 @@ def main() -> None:
     parser.add_argument("claims", nargs="+", choices=tables)
     parser.add_argument("--base", default="base", help="the model to start from [base]")
     given = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # children end with this process
     bench = Bench(given.base, ROOT / "runs" / "tried" / "pace", ROOT / "runs" / "tried", tables)
     for name in given.claims:
         arms = {arm.name: arm for arm in tables[name].arms}
