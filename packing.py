@@ -32,16 +32,17 @@ class Pack:
     target_S: torch.Tensor  # the scored token
     row_S: torch.Tensor  # the rollout that it belongs to, an index into B
     image_slots: torch.Tensor  # indices into L, in the order of the image features
+    # Images stay on the host: a pass takes its own to the device, and lets them go.
     pixels_ND: torch.Tensor | None
-    grids_I3: torch.Tensor | None  # stays on the host
+    grids_I3: torch.Tensor | None
     features_ID: torch.Tensor | None = None  # in place of pixels, where they are known
     attention: dict = field(default_factory=dict)  # §2's index tensors, from `prepare_attention`
     vision: dict | None = None  # policy.vision_layout of the grids, kept by the first pass
 
     def to(self, device) -> "Pack":
         moved = on_device(vars(self), device)
-        moved["grids_I3"] = self.grids_I3  # `vision_layout` reads them on the host
-        return Pack(**moved)
+        images = {name: getattr(self, name) for name in ("pixels_ND", "grids_I3", "features_ID")}
+        return Pack(**moved | images)
 
 
 def on_device(values, device):

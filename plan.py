@@ -131,19 +131,15 @@ def kept_by_a_rank(config, sizes: Sizes, gpus: int) -> dict[str, float]:
 
 
 def held_at_moments(config, model, sizes: Sizes, gpus: int, max_tokens: int):
-    """{moment of a step: {what: bytes}} on a GPU, beside what `kept_by_a_rank` counts.
-
-    Left out: where the tower is frozen, image features of the other micro-batches, 2·D bytes an
-    image token in the prompts and as many in the packed rows.
-    """
+    """{moment of a step: {what: bytes}} on a GPU, beside what `kept_by_a_rank` counts."""
     text, vision = model.config.text_config, model.config.vision_config
     prompts = math.ceil(config.prompts / gpus)
     image_tokens = prompts * min(config.max_pixels // 28**2, config.max_prompt)  # an image a prompt
+    patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
     in_a_batch = min(image_tokens, config.micro_tokens)  # of them, in a micro-batch
-    pixels, patches, features = 0, 0, in_a_batch * text.hidden_size  # of a frozen tower
+    patches, features = 0, in_a_batch * text.hidden_size  # of a frozen tower
     if sizes.vision:  # which runs in each pass; four patches are a token
-        patch = vision.in_channels * vision.temporal_patch_size * vision.patch_size**2
-        pixels, patches, features = 4 * image_tokens * patch, 4 * in_a_batch, 0
+        patches, features = 4 * in_a_batch, 0
     vision_kept, vision_again = saved(config, patches, vision, vision.depth)
     kept, again = saved(config, config.micro_tokens, text, text.num_hidden_layers)
     layer = sizes.layer + sizes.adapters
@@ -154,7 +150,7 @@ def held_at_moments(config, model, sizes: Sizes, gpus: int, max_tokens: int):
         "sampling copy, bf16": 2 * sizes.model,
         "keys and values, bf16": cache(config, text, prompts, max_tokens)}
     in_a_pass = always | {
-        "pixels, fp32": 4 * pixels,  # of all micro-batches
+        "pixels, fp32": 4 * patches * patch,
         "image features, bf16": 2 * features,
         "whole root, bf16": 2 * sizes.root,
         "root of the reference": 2 * sizes.root if has_second_model(config) else 0}

@@ -425,15 +425,15 @@ class Policy(nn.Module):
         hidden_LD = decoder.embed_tokens(pack.ids_L)
         features_ID = pack.features_ID
         if pack.pixels_ND is not None:
+            pixels_ND = pack.pixels_ND.to(hidden_LD.device)
             if pack.vision is None:  # the first of the passes over this pack
                 layout = vision_layout(self.vision, pack.grids_I3)
-                pack.vision = on_device(layout, pack.pixels_ND.device)
-            features_ID = vision_features(
-                self.vision, pack.pixels_ND, pack.grids_I3, pack.vision)
+                pack.vision = on_device(layout, pixels_ND.device)
+            features_ID = vision_features(self.vision, pixels_ND, pack.grids_I3, pack.vision)
             hidden_LD = hidden_LD + 0.0 * features_ID.sum()  # a dummy's gradient exists: FSDP waits
         if features_ID is not None:
             features_ID = features_ID[: len(pack.image_slots)]  # a dummy image has no slot
-            features_ID = features_ID.to(hidden_LD.dtype)
+            features_ID = features_ID.to(hidden_LD)
             hidden_LD = hidden_LD.index_copy(0, pack.image_slots, features_ID)
         hidden_1LD = hidden_LD[None]
         cos, sin = decoder.rotary_emb(hidden_1LD, pack.positions_3L[:, None])

@@ -72,7 +72,8 @@ class Sampler:
     model: a Qwen2.5-VL whose shapes count; kv_gb: GiB for keys and values, never exceeded but by a
     single row that needs more; graphs: few, padded shapes, on CUDA replayed as captured graphs;
     compile: its layers by `policy.compiled` functions; keep_features: leave images' features in
-    prompts (frozen tower). `interrupted()` is asked every round; True abandons the rollout.
+    prompts, on the host (frozen tower). `interrupted()` is asked every round; True abandons the
+    rollout.
     """
 
     def __init__(self, model, special: SpecialIds, *, device="cpu", dtype=torch.float32, kv_gb=8.0,
@@ -156,7 +157,7 @@ class Sampler:
         for prompt, part_ID in zip(seeing, features_ID.split(sizes)):
             prompt.features_ID = None
             if self.keep_features:
-                prompt.features_ID = part_ID
+                prompt.features_ID = part_ID.cpu()
         return features_ID
 
     def start_batch(self, prompts: list[Prompt], shape, max_tokens: int):

@@ -317,9 +317,12 @@ def fake_pack(groups: list[Group], mode: FakeTensorMode) -> Pack:
     def move(value):
         return mode.from_tensor(value).to(CUDA) if torch.is_tensor(value) else value
 
-    moved = {name: move(value) for name, value in vars(pack).items() if name != "grids_I3"}
+    moved = {name: move(value) for name, value in vars(pack).items()}
     moved["attention"] = {name: move(value) for name, value in pack.attention.items()}
-    return Pack(grids_I3=pack.grids_I3, **moved)
+    for name in ("pixels_ND", "features_ID"):  # on the host
+        if getattr(pack, name) is not None:
+            moved[name] = mode.from_tensor(getattr(pack, name))
+    return Pack(**moved | {"grids_I3": pack.grids_I3})
 
 
 def rehearse_decoding(config, banned_V, memory: Memory) -> dict:

@@ -1,4 +1,6 @@
 """Packed rows against plain references: Hugging Face's forward, and the padded form. packed = padded."""
+from dataclasses import replace
+
 import pytest
 import torch
 from references import (
@@ -164,6 +166,17 @@ def test_varlen_layout_computes_the_same_attention(world, monkeypatch):
         by_varlen, _ = policy(pack)
     torch.testing.assert_close(by_mask, by_varlen, atol=1e-5, rtol=0)
     assert entropy.min() > 0
+
+
+@pytest.mark.parametrize("frozen_tower", [False, True])
+def test_images_wait_on_the_host_until_their_pass(world, frozen_tower):
+    """On a card only the pixels, or features, of the micro-batch at hand lie, not those of the whole batch."""
+    *_, prompts = world
+    features_ID = torch.ones(len(prompts[0].image_slots), 4) if frozen_tower else None
+    group = Group(replace(prompts[0], features_ID=features_ID), [Completion([7])])
+    pack = pack_groups([group]).to(torch.device("meta"))
+    image = pack.features_ID if frozen_tower else pack.pixels_ND
+    assert pack.ids_L.is_meta and not image.is_meta
 
 
 def test_dummy_image_and_filler_add_nothing(world):

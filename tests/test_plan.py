@@ -172,9 +172,10 @@ def test_patches_of_a_micro_batch(options, patches):
     assert held(**options)[3]["vision activations"] == 2 * patches * 79_400
 
 
-def test_pixels_of_all_micro_batches_are_there():
-    """100 prompts a GPU of 5,100 patches: more than a micro-batch has."""
-    assert held(prompts=800)[1]["pixels, fp32"] == 4 * 510_000 * 1176
+def test_pixels_or_features_of_one_micro_batch_are_there():
+    """100 prompts a GPU of 1,275 image tokens: a micro-batch has 16,384, of four patches."""
+    assert held(prompts=800)[1]["pixels, fp32"] == 4 * 65_536 * 1176
+    assert held(prompts=800, freeze_vision=True)[1]["image features, bf16"] == 2 * 16_384 * 3584
 
 
 def test_tied_embeddings_have_a_gradient_of_each_place_and_their_sum():
