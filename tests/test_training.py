@@ -151,12 +151,26 @@ def test_two_ranks_load_a_checkpoint_that_only_rank_0_reads(alone, pair, tmp_pat
     dict(sharding="by-hand", save_every=9, checkpointing=True)])
 def test_compiled_steps_are_the_same(alone, changes):
     want, weights = ranks.steps(alone, count=2, **changes)
-    with ranks.compiling() as graphs:
-        found, found_weights = ranks.steps(alone, count=2, compile=True, **changes)
-    assert 7 <= len(graphs) <= 20
+    found, found_weights, graphs = ranks.compiled_steps(alone, count=2, **changes)
+    assert 7 <= graphs <= 20
+    assert_same_metrics(found, want)
+    assert close(found_weights, weights, 1e-5)
+
+
+@pytest.mark.parametrize("changes", [dict(), dict(sharding="by-hand", save_every=9)])
+def test_compiled_steps_are_the_same_on_two_ranks(pair, changes):
+    """The compiled functions lie inside the sharded units: gathered weights go in, hooks stay outside."""
+    changes |= dict(count=2, checkpointing=True)
+    (want, weights), _ = pair.run("ranks.steps", **changes)
+    (found, found_weights, graphs), other = pair.run("ranks.compiled_steps", **changes)
+    assert graphs >= 7 and other[2] >= 7
+    assert_same_metrics(found, want)
+    assert close(found_weights, weights, 1e-5)
+
+
+def assert_same_metrics(found, want):
     for name in ("loss", "grad_norm", "reward", "entropy"):
         assert [row[name] for row in found] == pytest.approx([row[name] for row in want], rel=1e-4, abs=1e-6)
-    assert close(found_weights, weights, 1e-5)
 
 
 # ── dtypes, as on a GPU ──
