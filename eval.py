@@ -230,7 +230,7 @@ def find_model(folder: Path) -> Path:
 
 def ask(run) -> tuple[dict[str, float], list[dict]]:
     """({mode: metric}, rows): all samples once greedily and once sampled, the first ones more."""
-    limit = grpo_vl.longest(run.config, run.config.steps)
+    limit = grpo_vl.length_limit(run.config, run.config.steps)
     rows, accuracy = training.evaluate(run, limit)
     first = min(SHOWN, run.config.eval_samples)
     several = training.answer_heldout(

@@ -46,6 +46,13 @@ class Processes:
         dist.all_gather_object(values, value)
         return values
 
+    def merge(self, own: dict) -> dict:
+        """The entries of every rank's dict in one, in the order of keys."""
+        found = {}
+        for part in self.gather(own):
+            found |= part
+        return dict(sorted(found.items()))
+
 
 def start_processes(timeout: int, *, deterministic: bool = False) -> Processes:
     """torchrun's ranks; without torchrun a world of one, which takes the same path.

@@ -8,10 +8,10 @@
 Its slow twin, one file and no flags, is naive_grpo.py: a test holds the two together.
 [PR1] Perception-R1, arXiv 2504.07954 · [OVR] Open-Vision-Reasoner, 2507.05255 · [DSM] DeepSeekMath,
 2402.03300 · [DAPO] 2503.14476 · [DRG] Dr. GRPO, 2503.20783 · [GSPO] 2507.18071 · [RLOO] 2402.14740
-A tensor's last letters are its shape: P prompts, G completions a prompt, B rollouts of this rank
-(on one rank P·G), S tokens of a micro-batch whose log π is computed: those of its completions (a
-rollout is a completion). A draw is the index of a sample in the run's endless order of data, 0 of
-the first one asked; a group is a prompt with its G completions (qwen_vl.Group).
+A tensor's last letters are its shape: P prompts of all ranks, G completions per prompt, B rollouts
+of this rank (on one rank P·G), S all completion tokens of one micro-batch. A rollout is a
+completion. A draw numbers the samples of a run as they are asked: 0, 1, 2, … A group is a prompt
+and, once they are sampled, its G completions (qwen_vl.Group).
 
 DEVIATION D1: OVR trains with PPO and a critic (γ = λ = 1, so A_t = R − V(s_t)). Here the mean of
 the group stands in V's place, as in GRPO, and no critic is trained.
@@ -24,7 +24,7 @@ import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -42,7 +42,7 @@ from options import Options, check_data, parse_config, without_effect
 from presets import PRESETS
 from qwen_vl import Group
 from run_folder import say
-from training import Run, draw_groups, learning_rate, optimizer_step
+from training import Run, draw_groups, due, learning_rate, optimizer_step
 
 
 # §1 ───────────────────────────────────────── config ─────────────────────────────────────────
@@ -51,8 +51,8 @@ class Config(Options):
     """Every option of a run. The run folder's config.json replays it: --config FILE."""
 
     cold_start: str = ""  # run folder (or model) of the cold start to begin from; run if missing
-    prompts: int = 16  # prompts a step, all ranks [PR1 code: 14; OVR §4.1: 512]
-    group: int = 8  # G, completions a prompt [PR1 §4.3: 8; OVR §4.1: 16]
+    prompts: int = 16  # prompts per step, all ranks [PR1 code: 14; OVR §4.1: 512]
+    group: int = 8  # G, completions per prompt [PR1 §4.3: 8; OVR §4.1: 16]
     max_tokens_at: tuple[str, ...] = ()  # later limits [OVR §4.1: 300:32768 700:49152]
     temperature: float = 1.0  # of sampling and of the scored π [PR1 §4.3, OVR §4.1: 1.0]
     reward: str = ""  # path.py:function in place of rewards.score, same arguments
@@ -73,8 +73,8 @@ class Config(Options):
     inner_steps: int = 1  # µ, optimizer steps on a batch [PR1, OVR: 1]
     tis: float = 0.0  # truncated importance sampling: cap of π_old/π_sampler; 0: off
     freeze_vision: bool = False  # train neither vision tower nor merger [PR1: trains all]
-    entropy_every: int = 1  # steps between those that measure the entropy; 0: never, faster
-    pictures_every: int = 50  # steps between saved rollouts and pictures; 0: never
+    entropy_every: int = 1  # every n-th step measures the entropy; 0: none does, faster
+    pictures_every: int = 50  # every n-th step saves rollouts and pictures; 0: none does
     plan: str = ""  # 8x80: print what each of 8 GPUs of 80 GiB would hold, and stop
 
     def __post_init__(self):
@@ -87,7 +87,7 @@ class Config(Options):
 
 
 def clip_range(config: Config) -> tuple[float, float]:
-    """ε below and above 1: as given, else the papers' of the ratio."""
+    """(ε below 1, ε above 1): the options, else the papers' values for this kind of ratio."""
     low, high = (3e-4, 4e-4) if config.ratio == "sequence" else (0.2, 0.2)
     if config.clip_low is not None:
         low = config.clip_low
@@ -96,8 +96,9 @@ def clip_range(config: Config) -> tuple[float, float]:
     return low, high
 
 
-def longest(config: Config, step: int) -> int:
-    """The length limit at a step. OVR raises it when the mean length stalls [OVR §4.1]."""
+def length_limit(config: Config, step: int) -> int:
+    """The longest completion at a step: --max-tokens, or what --max-tokens-at has raised it to.
+    (OVR raises it when the mean length stalls [OVR §4.1]; here the steps are given.)"""
     limit = config.max_tokens
     for pair in config.max_tokens_at:
         first_step, later_limit = pair.split(":")
@@ -118,14 +119,16 @@ def collect_groups(run: Run, step: int) -> tuple[list[Group], dict[int, list[flo
     rewards_of: dict[int, list[float]] = {}
     for attempt in range(config.dynamic_sampling + 1):
         # `together`: a signal or a bad sample on one rank stops all of them, and none hangs.
-        new = training.together(run, partial(draw_groups, run, config.prompts))
+        new = training.together(run, partial(draw_groups, run, config.prompts))  # (1) prompts
         # {draw: 0 where a sample comes up first in this batch, 1 where it comes up again, …}
-        repeat_of = repeats(of_all_ranks(ranks, {group.draw: group.sample.id for group in new}))
-        training.together(run, partial(answer_groups, run, step, new, repeat_of, attempt))
+        repeat_of = repeats(ranks.merge({group.draw: group.sample.id for group in new}))
+        sampling = partial(sample_groups, run, step, new, repeat_of, attempt)
+        training.together(run, sampling)  # (1) their completions
+        training.together(run, partial(score_groups, run, step, new))  # (2)
         if config.dynamic_sampling:
             new = [group for group in new if spread(group.rewards) > 1e-6]
         groups += new
-        rewards_of |= of_all_ranks(ranks, {group.draw: group.rewards for group in new})
+        rewards_of |= ranks.merge({group.draw: group.rewards for group in new})
         if len(rewards_of) >= config.prompts:
             break
     counts = {}
@@ -137,14 +140,14 @@ def collect_groups(run: Run, step: int) -> tuple[list[Group], dict[int, list[flo
     return [group for group in groups if group.draw in rewards_of], rewards_of, counts
 
 
-def answer_groups(run: Run, step: int, groups: list[Group], repeat_of: dict, attempt: int) -> None:
-    """Sample G completions of each group's prompt, and score them.
+def sample_groups(run: Run, step: int, groups: list[Group], repeat_of: dict, attempt: int) -> None:
+    """(1) Sample G completions of each group's prompt.
 
     Sampling is by uniform numbers drawn beforehand, keyed by seed, step, sample, attempt and which
     time in the batch the sample is asked: so an answer is the same on any rank, among whatever
     other samples and after a resume.
     """
-    config, limit = run.config, longest(run.config, step)
+    config, limit = run.config, length_limit(run.config, step)
     noise = []
     for group in groups:
         key = group.sample.id
@@ -156,21 +159,12 @@ def answer_groups(run: Run, step: int, groups: list[Group], repeat_of: dict, att
     sampled = run.sampler.generate(prompts, noise, limit, config.temperature)
     for group, completions in zip(groups, sampled):
         group.completions = completions
-    score_groups(run, step, groups)  # §3
-
-
-def of_all_ranks(ranks, own: dict[int, Any]) -> dict[int, Any]:
-    """{draw: anything} of all ranks, in order of draws."""
-    found = {}
-    for part in ranks.gather(own):
-        found |= part
-    return dict(sorted(found.items()))
 
 
 # §3 ──────────────────────────────── rewards → advantages ────────────────────────────────────
 def score_groups(run: Run, step: int, groups: list[Group]) -> None:
-    """Fill in text, reward and the reward's named parts of every completion."""
-    config, limit = run.config, longest(run.config, step)
+    """(2) Fill in text, reward and the reward's named parts of every completion."""
+    config, limit = run.config, length_limit(run.config, step)
     options = json.loads(config.reward_options)
     if config.think != "no":
         options["think"] = config.think
@@ -186,8 +180,11 @@ def score_groups(run: Run, step: int, groups: list[Group]) -> None:
 
 
 def shaped_reward(config: Config, completion, reward: float, limit: int) -> float:
-    """The rule's reward, less what --overlong takes for a long answer; NaN if it is undecided."""
-    if completion.parts.get("undecided"):  # right or wrong could not be told: it joins no mean
+    """The rule's reward, as --overlong zero or soft changes it (mask acts in `rollout_weights`).
+
+    NaN if right or wrong could not be told: then it joins no mean.
+    """
+    if completion.parts.get("undecided"):
         return math.nan
     if config.overlong == "zero" and completion.truncated:
         return 0.0
@@ -221,7 +218,7 @@ def group_advantages(rewards_PG, *, scale="group", std="sample", baseline="mean"
             baseline_G = r_G.mean()
         else:  # b_i = 1/(G−1) · Σ_{j≠i} r_j  [RLOO]
             baseline_G = (r_G.sum() - r_G) / max(size - 1, 1)
-        # A_i = (r_i − b_i) / (std(r) + ε)  [DSM §4.1.2]; without the division [DRG §3.2]
+        # A_i = (r_i − b_i) / (std(r) + eps)  [DSM §4.1.2]; without the division [DRG §3.2]
         advantage_G = r_G - baseline_G
         std_r = batch_std if scale == "batch" else std_of(r_G, std)
         if scale != "none" and std_r is not None:
@@ -241,10 +238,10 @@ def std_of(rewards: torch.Tensor, kind: str) -> torch.Tensor | None:
 def token_weights(lengths_B, *, loss: str, max_tokens: int, norm: float | None = None):
     """(7) weight_B, float64: how much each token of rollout i counts. --loss chooses this alone.
 
-    lengths_B: trained tokens of each rollout. One that is masked or undecided has 0: its tokens
-    weigh nothing, and it counts in B (grpo, dr_grpo) but not in Σ|o| (dapo).
-    norm: all rollouts, or Σ|o|, of the global batch, so that micro-batches and ranks add up to one
-    gradient; without it the batch at hand counts.
+    lengths_B: how many tokens of each rollout are trained on. One that is masked or undecided has
+    0: its tokens weigh nothing, and it counts in B (grpo, dr_grpo) but not in Σ|o| (dapo).
+    norm: the number B of rollouts, for dapo that of tokens Σ|o|, on all ranks: so ranks and
+    micro-batches add up to one gradient. Without it those at hand are all.
     """
     lengths_B = lengths_B.double()
     trained_B = (lengths_B > 0).double()
@@ -265,8 +262,8 @@ def policy_loss(logp_S, old_logp_S, advantage_S, weight_S, *, row_S=None, ratio=
     loss = Σ weight·ℓ over tokens of weight above 0; the others may hold anything. stats: name →
     tensor [sum, count] over the same tokens. row_S: the rollout of a token, for ratio="sequence".
     On policy every ratio is 1 and no clip active: with `grpo` weights and β = 0 the loss −mean(A)
-    is about 0, but its gradient −mean(A·∇log π) is not. Slow twin: grpo_loss in naive_grpo.py, a
-    loop over rollouts, and a loop over tokens in tests/test_loss.py.
+    is about 0, but its gradient −mean(A·∇log π) is not, where rewards differ. Slow twin: grpo_loss
+    in naive_grpo.py, a loop over rollouts, and a loop over tokens in tests/test_loss.py.
     """
     check_loss_shapes(logp_S, old_logp_S, advantage_S, weight_S)
     if ratio not in ("token", "sequence"):
@@ -287,7 +284,7 @@ def policy_loss(logp_S, old_logp_S, advantage_S, weight_S, *, row_S=None, ratio=
     ratio_S = log_ratio_S.exp()
     clipped_S = ratio_S.clamp(1 - clip_low, 1 + clip_high)
     loss_S = -torch.minimum(ratio_S * advantage_S, clipped_S * advantage_S)
-    stats = {
+    per_token = {
         "ratio": ratio_S.detach(),
         "clip_low": (ratio_S < 1 - clip_low) & (advantage_S < 0),
         "clip_high": (ratio_S > 1 + clip_high) & (advantage_S > 0)}
@@ -300,11 +297,11 @@ def policy_loss(logp_S, old_logp_S, advantage_S, weight_S, *, row_S=None, ratio=
     if beta:  # (6) + β·KL(π ‖ π_ref)
         kl_S = kl_estimate(torch.where(trained_S, logp_S - ref_logp_S, 0.0), kl)
         loss_S = loss_S + beta * kl_S
-        stats["kl"] = kl_S.detach()
+        per_token["kl"] = kl_S.detach()
 
-    sums = {name: sum_and_count(value, trained_S) for name, value in stats.items()}
     loss = (weight_S * torch.where(trained_S, loss_S, 0.0)).sum()  # (7)
-    return loss, sums
+    stats = {name: sum_and_count(value_S, trained_S) for name, value_S in per_token.items()}
+    return loss, stats
 
 
 def check_loss_shapes(*tensors) -> None:
@@ -325,12 +322,12 @@ def mean_of_row(values_S, counted_S, row_S) -> torch.Tensor:
     return mean_B[row_S]
 
 
-def kl_estimate(log_ratio: torch.Tensor, kind: str) -> torch.Tensor:
+def kl_estimate(d: torch.Tensor, kind: str) -> torch.Tensor:
     """KL(π ‖ π_ref) estimated from d = log π − log π_ref at tokens drawn from π. Shape of d."""
     if kind == "k2":  # ½·d², whose gradient is that of the reverse KL
-        return 0.5 * log_ratio.square()
+        return 0.5 * d.square()
     if kind == "k3":  # e^(−d) + d − 1  [DSM Eq. 4]; past e^20 only overflow is left
-        return (-log_ratio).clamp(max=20).exp() + log_ratio - 1
+        return (-d).clamp(max=20).exp() + d - 1
     raise ValueError(f"kl={kind!r} in the loss: choose k2 or k3, k1's gradient has mean zero")
 
 
@@ -349,14 +346,15 @@ def train_step(run: Run, step: int) -> dict:
     rollouts = [completion for group in groups for completion in group.completions]
     clock.append(time.perf_counter())
 
-    # Pack them, the prompt once: [prompt | o_1 | … | o_G]. An o_i sees the prompt and itself alone
-    # (packing.py §2). pack.row_S[s] is token s's rollout. The lists below have a tensor [S] a pack.
+    # Lay them out in packs, the micro-batches: [prompt | o_1 | … | o_G], the prompt once (again
+    # where a long group is cut). An o_i sees the prompt and itself alone (packing.py §2).
+    # pack.row_S[s] is token s's rollout. The lists below have one tensor [S] per pack.
     packs = packing.pack_for_ranks(groups, config.micro_tokens, run.special, ranks)
     sampler_logp = packing.sampled_logps(rollouts, packs, ranks.device)
     sums = {}  # of the step's metrics: name → [sum, count]
 
-    # (6) log π_ref, if β > 0. KL is a part of the loss. Only the estimator k1 = log π − log π_ref,
-    # whose gradient there is 0 in the mean, is taken from the reward: r_i ← r_i − β·Σ_t k1_t.
+    # (6) log π_ref, if β > 0. k2 and k3 are added to the loss. k1 = log π − log π_ref, whose
+    # gradient would be 0 there in the mean, is taken from the reward: r_i ← r_i − β·Σ_t k1_t.
     ref_logp = reference_logps(run, packs)
     rewards_PG = as_PG(rewards_of, config.group)
     kl_PG = sequence_kl(run, groups, packs, sampler_logp, ref_logp, sums)  # 0.0 but for k1
@@ -365,8 +363,9 @@ def train_step(run: Run, step: int) -> dict:
     # (3) Advantages A_i from the rewards of all ranks; this rank's, in the order of `rollouts`.
     advantages_PG = group_advantages(
         penalised_PG, scale=config.scale, std=config.std, baseline=config.baseline)
-    own_P = [list(rewards_of).index(group.draw) for group in groups]
-    advantages_B = advantages_PG[own_P].flatten().to(ranks.device)
+    draws = list(rewards_of)
+    own = [draws.index(group.draw) for group in groups]
+    advantages_B = advantages_PG[own].flatten().to(ranks.device)
 
     # (7) What a token weighs in the mean over all ranks' rollouts (not over a micro-batch's).
     weight_B = rollout_weights(config, step, ranks, rollouts, rewards_PG.numel())
@@ -390,7 +389,8 @@ def train_step(run: Run, step: int) -> dict:
             (loss * ranks.world).backward()
             add_sums(sums, stats | {"entropy": sum_and_count(entropy_S)})
             total_loss += loss.detach()
-        grad_norm = optimizer_step(run, step)  # (8) clips the gradient's norm, (9) AdamW
+        # (8) Clip the gradient's norm; (9) AdamW, unless the gradient is not finite.
+        grad_norm = optimizer_step(run, step)
     clock.append(time.perf_counter())
 
     # (10) Copy the new weights to the sampler, but for frozen ones.
@@ -406,11 +406,6 @@ def train_step(run: Run, step: int) -> dict:
         metrics["reward_minus_kl"] = penalised_PG.nanmean().item()
     return {"step": step, "grad_norm": grad_norm, "lr": learning_rate(config, step),
             "cursor": run.cursor} | metrics
-
-
-def due(every: int, step: int) -> bool:
-    """Whether this is one of the steps that come `every` so many; of 0 none is."""
-    return every > 0 and step % every == 0
 
 
 def as_PG(values_of: dict[int, list[float]], group: int) -> torch.Tensor:
@@ -439,13 +434,12 @@ def sequence_kl(run: Run, groups: list[Group], packs, sampler_logp, ref_logp, su
         kl_B.index_add_(0, pack.row_S, logp_S - ref_S)
         add_sums(sums, {"kl": sum_and_count(logp_S - ref_S)})
     kl_PG = kl_B.view(-1, run.config.group).tolist()
-    kl_of = of_all_ranks(run.processes, {g.draw: kl_G for g, kl_G in zip(groups, kl_PG)})
+    kl_of = run.processes.merge({group.draw: kl_G for group, kl_G in zip(groups, kl_PG)})
     return as_PG(kl_of, run.config.group)
 
 
 def rollout_weights(config: Config, step: int, ranks, rollouts: list, sequences: int):
-    """token_weights of this rank's rollouts, [B], normalised over all ranks': by their number
-    `sequences`, with `dapo` by their tokens."""
+    """token_weights of this rank's rollouts, [B]. sequences: how many there are on all ranks."""
     lengths = []
     for completion in rollouts:
         masked = completion.truncated and config.overlong == "mask"
@@ -455,7 +449,7 @@ def rollout_weights(config: Config, step: int, ranks, rollouts: list, sequences:
     if config.loss == "dapo":
         norm = sum(ranks.gather(sum(lengths)))
     weight_B = token_weights(
-        torch.tensor(lengths), loss=config.loss, max_tokens=longest(config, step),
+        torch.tensor(lengths), loss=config.loss, max_tokens=length_limit(config, step),
         norm=max(norm, 1))
     return weight_B.float().to(ranks.device)
 
@@ -466,7 +460,7 @@ def train(run: Run, stopped=None) -> bool:
 
     stopped: as `training.watch_signals` returned it.
     """
-    progress = training.Progress(run, partial(longest, run.config), stopped=stopped)
+    progress = training.Progress(run, partial(length_limit, run.config), stopped=stopped)
     for step in progress.steps():
         try:
             metrics = train_step(run, step)
@@ -480,7 +474,7 @@ def train(run: Run, stopped=None) -> bool:
 def main(arguments: list[str] | None = None) -> None:
     config = parse_config(Config, arguments, PRESETS, __doc__, torch.cuda.is_available())
     if config.plan:
-        return plan.show(config, longest(config, config.steps))
+        return plan.show(config, length_limit(config, config.steps))
     if config.check:
         return check_data(config)
     if not run_folder.claim(config):

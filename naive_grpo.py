@@ -3,13 +3,14 @@
 The model sees a picture of a number, is asked to read it, and is never shown the truth. It answers
 G times, a rule grades each answer, and answers better than the mean of their group become more
 likely, worse ones less likely. `python naive_grpo.py` trains a small model, base/, and prints the
-mean reward and the accuracy (the share of numbers read whole). On a GPU it is Qwen2.5-VL-3B (not
-run), which needs 80 GB: 60 for its 3.75 billion fp32 weights, their gradients and AdamW.
+mean reward and the accuracy (the share of answers with every digit right) of ten steps at a time.
+On a GPU it is Qwen2.5-VL-3B (not run), which needs 80 GB: 60 for its 3.75 billion fp32 weights,
+their gradients and AdamW.
 
 (1) … (10) are the README's ten lines. grpo_vl.py does the same fast and on many GPUs; a test holds
 it to this file. [DSM] DeepSeekMath, arXiv 2402.03300; [PR1] Perception-R1, 2504.07954.
 A tensor's last letters are its shape: G answers to a prompt, L tokens of a row, T tokens of an
-answer (side by side: of the longest one), V vocabulary.
+answer (in a batch: of the longest one), V vocabulary.
 """
 import random
 import statistics
@@ -24,12 +25,12 @@ MODEL = "Qwen/Qwen2.5-VL-3B-Instruct" if GPU else "base"
 SIZE = 448 if GPU else 84  # side of a picture in pixels; the model reads 28×28 of them as one token
 LARGEST = 10**24 if GPU else 9999  # numbers are from 10 to this
 MAX_TOKENS = 32 if GPU else 8  # longer answers are cut
-PROMPTS = 8  # pictures a step
-GROUP = 8  # G, answers a picture [PR1 §4.3: 8]
+PROMPTS = 8  # pictures per step
+GROUP = 8  # G, answers per picture [PR1 §4.3: 8]
 STEPS = 100
 LR = 1e-6 if GPU else 1e-4  # AdamW's learning rate [PR1 §4.3: 1e-6]
 INNER_STEPS = 1  # µ, optimizer steps on the same answers [PR1: 1]
-CLIP = 0.2  # ε, how far the ratio π/π_old may move a token's probability
+CLIP = 0.2  # ε: a token whose π/π_old has moved further, the way it is rewarded, is left alone
 BETA = 0.0  # β, weight of the KL term; 0: no reference model is kept [PR1 §4.3: 0.04]
 TEMPERATURE = 1.0  # of π, in sampling and in scoring [PR1 §4.3: 1.0]
 
@@ -69,16 +70,17 @@ def load(folder):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = Qwen.from_pretrained(folder, dtype=torch.float32).to("cuda" if GPU else "cpu")
     # Two kinds of tokens are banned. A placeholder that the model wrote would be taken for an image
-    # when the answer is read again; and Qwen's vocabulary has rows for ids the tokenizer lacks.
+    # when the answer is read again (and <|vision_pad|> is our padding); and Qwen's vocabulary has
+    # rows for ids the tokenizer lacks.
     placeholders = ("image_pad", "video_pad", "vision_start", "vision_end", "vision_pad")
     banned = tokenizer.convert_tokens_to_ids([f"<|{name}|>" for name in placeholders])
     banned += range(len(tokenizer), model.config.text_config.vocab_size)
-    # A checkpoint's own generation_config may cut off the tail of π: every field is set here.
+    # A checkpoint's own generation_config may cut off the tail of π: it is replaced.
     model.generation_config = GenerationConfig(
         do_sample=True, temperature=TEMPERATURE, top_k=0, top_p=1.0, repetition_penalty=1.0,
         suppress_tokens=banned, max_new_tokens=MAX_TOKENS,
         eos_token_id=tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"]),
-        pad_token_id=tokenizer.convert_tokens_to_ids("<|vision_pad|>"))  # which π never says
+        pad_token_id=tokenizer.convert_tokens_to_ids("<|vision_pad|>"))
     return model, tokenizer, AutoImageProcessor.from_pretrained(folder)
 
 
@@ -97,7 +99,7 @@ def make_batch(model, prompt, answers):
 
 
 def sample(model, prompt):
-    """G answers o_1 … o_G ~ π(· | q) to a prompt q: lists of token ids, with the stop token."""
+    """G answers o_1 … o_G ~ π(· | q) to a prompt q: token ids, with the stop token unless cut."""
     no_answers_yet = [[]] * GROUP
     ids_GL = model.generate(**make_batch(model, prompt, no_answers_yet))
     padded_GT = ids_GL[:, len(prompt["ids"]) :].tolist()
@@ -107,9 +109,9 @@ def sample(model, prompt):
 
 
 def token_logprobs(model, prompt, answers):
-    """log π(o_t | q, o_<t) of each token o_t of each answer: a tensor [T] an answer."""
-    # Logits predict the next token. The prompt's last token has the first that count; those of an
-    # answer's last token and of padding predict nothing: range(len(tokens)) ends before them.
+    """log π(o_t | q, o_<t) of each token o_t of each answer: one tensor [T] per answer."""
+    # Logits predict the next token: those at the prompt's last token predict an answer's first.
+    # From there on they are kept, and the t-th score o_t; those at the last token score nothing.
     wanted = 1 + max(len(tokens) for tokens in answers)
     batch = make_batch(model, prompt, answers)
     logits_GTV = model(**batch, logits_to_keep=wanted, use_cache=False).logits
@@ -123,17 +125,17 @@ def token_logprobs(model, prompt, answers):
 def group_advantages(rewards):
     """How much better each answer is than its group's mean, in units of the group's spread. (3)"""
     mean, std = statistics.mean(rewards), statistics.stdev(rewards)
-    # A_i = (r_i − mean(r)) / (std(r) + 10⁻⁴)  [DSM §4.1.2]
+    # A_i = (r_i − mean(r)) / (std(r) + 10⁻⁴)  [DSM §4.1.2]; 10⁻⁴, as all rewards may be equal
     return [(reward - mean) / (std + 1e-4) for reward in rewards]
 
 
 def grpo_loss(model, prompt, answers, advantages, old_logps, ref_logps=None):
     """Minus the objective of the G answers to one prompt.
 
-    old_logps: log π_old of each answer's tokens, [T] an answer; π_old are the weights that wrote
-    it. ref_logps: log π_ref alike, if β > 0; π_ref are the weights before training.
+    old_logps: log π_old of its tokens, one [T] per answer; π_old are the weights that wrote it.
+    ref_logps: log π_ref alike, if β > 0; π_ref are the weights before training.
     In the first of the µ steps π is π_old: every ratio is 1, no clip acts, and the loss (without
-    KL) is 0, since advantages sum to 0. Its gradient, −mean(A·∇log π), is not 0.
+    KL) is 0, since advantages sum to 0. Its gradient, −mean(A·∇log π), is not, if rewards differ.
     """
     objective = 0.0
     logps = token_logprobs(model, prompt, answers)  # (4)
@@ -145,7 +147,7 @@ def grpo_loss(model, prompt, answers, advantages, old_logps, ref_logps=None):
         if BETA > 0:  # (6) − β·KL,  KL(π ‖ π_ref) ≈ π_ref/π − log(π_ref/π) − 1  [DSM Eq.4]
             log_ratio_T = ref_logps[i] - logps[i]
             objective_T = objective_T - BETA * (log_ratio_T.exp() - log_ratio_T - 1)
-        # (7) 1/G · Σ_i 1/|o_i| · Σ_t  [DSM Eq.3]
+        # (7) 1/G · Σ_i 1/|o_i| · Σ_t  [DSM Eq.3]: the mean over tokens, and over answers
         objective = objective + objective_T.mean() / len(answers)
     return -objective
 
@@ -162,7 +164,7 @@ def update(model, optimizer, groups):
 
 def train_step(model, reference, tokenizer, image_processor, optimizer, rng):
     """Ask, answer, grade, compare, learn [DSM Algorithm 1]. Returns the rewards of all answers."""
-    groups, all_rewards = [], []
+    groups, rewards_of_all = [], []
     for _ in range(PROMPTS):
         image, number = draw_number(rng)  # (1) a prompt
         prompt = encode(tokenizer, image_processor, image)
@@ -175,10 +177,10 @@ def train_step(model, reference, tokenizer, image_processor, optimizer, rng):
             if BETA > 0:
                 group["ref_logps"] = token_logprobs(reference, prompt, answers)  # (6) π_ref
         groups.append(group)
-        all_rewards += rewards
+        rewards_of_all += rewards
     for _ in range(INNER_STEPS):
         update(model, optimizer, groups)  # (4) … (9); the model is its own sampler: (10)
-    return all_rewards
+    return rewards_of_all
 
 
 def main():

@@ -311,6 +311,11 @@ def watch_signals():
     return lambda: bool(received)
 
 
+def due(every: int, step: int) -> bool:
+    """Whether this step is one of every `every`; with 0 none is."""
+    return every > 0 and step % every == 0
+
+
 ABANDONED = Interrupted, datasets.DataError  # what ends a step before it has touched the weights
 
 

@@ -307,9 +307,9 @@ def test_frozen_vision_stays_and_the_rest_moves(alone):
 
 def test_the_length_limit_by_step():
     config = grpo_vl.Config(max_tokens=24, max_tokens_at=("300:32", "700:48"))
-    assert [grpo_vl.longest(config, step) for step in (0, 299, 300, 699, 700, 900)] == [24, 24, 32, 32, 48, 48]
+    assert [grpo_vl.length_limit(config, step) for step in (0, 299, 300, 699, 700, 900)] == [24, 24, 32, 32, 48, 48]
     ovr = grpo_vl.Config(**grpo_vl.PRESETS["ovr-rl"])
-    assert [grpo_vl.longest(ovr, step) for step in (0, 300, 700)] == [24576, 32768, 49152]
+    assert [grpo_vl.length_limit(ovr, step) for step in (0, 300, 700)] == [24576, 32768, 49152]
 
 
 def test_overlong_rewards_by_hand(alone):

@@ -40,7 +40,7 @@ def test_a_presets_timeout_is_above_its_longest_rollout(preset):
     """On 8 GPUs, when every answer has the greatest length and a token of all rows takes 12 ms (7B's weights and 8 GiB
     of keys and values are 23 GB, 7 ms at an H100's 3.35 TB/s)."""
     config = grpo_vl.Config(**grpo_vl.PRESETS.get(preset, {}))
-    limit = grpo_vl.longest(config, config.steps)
+    limit = grpo_vl.length_limit(config, config.steps)
     rows = -(-config.prompts // 8) * config.group
     at_once = max(1, config.kv_gb * 2**30 // KV_BYTES[re.search("[37]B", config.model)[0]] // (limit + config.max_prompt / config.group))
     batches = -(-rows // min(at_once, rows))
