@@ -188,13 +188,13 @@ def verdict(found: Estimate | None) -> str:
 
 
 def points(found: Estimate | None, sign: str = "") -> str:
-    """In percent: mean ± one standard error. sign: "+" writes it before a gain too."""
+    """In percent: mean ± the error that decides. sign: "+" writes it before a gain too."""
     if found is None:
         return "–"
     mean = f"{100 * found.mean:{sign}.1f}"
-    if found.error is None:
+    if found.larger_error is None:
         return mean
-    return f"{mean} ± {100 * found.error:.1f}"
+    return f"{mean} ± {100 * found.larger_error:.1f}"
 
 
 def measured(results: dict, contrast: Contrast) -> tuple[str, str]:
@@ -221,25 +221,27 @@ METRICS = ("greedy", "sampled", "pass@8", "AP")
 
 def page(name: str, claim: Claim, results: dict) -> str:
     """NAME.md: what the claim's contrasts say, all arms, the commands of one seed."""
-    lines = [f"# {name}: {claim.title}", "", f"{command_of(name)}. Scores are in percent, on "
+    lines = [f"# {name}: {claim.title}", "", f"{command_of(name, results)}. Scores are in percent, on "
              "held-out scenes, by the answer alone; pass@8 is the best of eight sampled ones. ± is one "
-             "standard error over seeds, with one seed over scenes. Seen: in the claimed direction "
-             "by more than two of them, and of those over scenes; with three seeds chance alone "
-             "does it in up to 9 of 100 cases, with two in up to 15."]
+             "standard error, the larger of that over seeds and that over scenes. Seen: in the claimed "
+             "direction by more than two of them; with three seeds chance alone does it in up to 9 of "
+             "100 cases, with two in up to 15, and with one nobody knows what another seed would do."]
     if claim.note:
         lines += ["", claim.note]
     lines += ["", "| claim | the paper | here | verdict |", "|---|---|---|---|"]
     for contrast in claim.contrasts:
         here, decided = measured(results, contrast)
         lines.append(f"| {contrast.text} | {contrast.paper} | {here} | {decided} |")
-    lines += ["", f"![{claim.title}]({name}.png)", "", *arm_table(claim, results)]
+    lines += ["", f"![scores of the arms]({name}.png)", "", *arm_table(claim, results)]
     lines += ["", "The commands with one seed, the answers' of the first arm alone:", "", "```",
               *commands(claim, results), "```"]
     return "\n".join(lines) + "\n"
 
 
-def command_of(name: str) -> str:
-    return f"`python benchmarks/claims.py {name} --seeds 0 1 2`"
+def command_of(name: str, results: dict) -> str:
+    """The command that asks the seeds there are."""
+    seeds = sorted(set().union(*results.values())) or [0, 1, 2]
+    return f"`python benchmarks/claims.py {name} --seeds {' '.join(map(str, seeds))}`"
 
 
 def arm_table(claim: Claim, results: dict) -> list[str]:
@@ -303,7 +305,7 @@ def draw(claim: Claim, results: dict, path: Path) -> None:
             shift = 0.0
             if not claim.ordinal:
                 shift = 0.6 * ((number + 0.5) / len(kinds) - 0.5)  # side by side
-            draw_kind(axis, claim, results, metric, kind, places, shift)
+            draw_kind(axis, claim, results, metric, kind, places, shift, f"C{number}")
         axis.set_xticks(range(len(places)), places)
         axis.grid(axis="y", alpha=0.3)
     handles, labels = figure.axes[0].get_legend_handles_labels()
@@ -311,22 +313,25 @@ def draw(claim: Claim, results: dict, path: Path) -> None:
     figure.savefig(path, dpi=90)
 
 
-def draw_kind(axis, claim: Claim, results: dict, metric: str, kind: str, places: list, shift):
-    """One kind of arm, `shift` beside its places."""
+def draw_kind(axis, claim: Claim, results: dict, metric: str, kind: str, places: list, shift,
+              colour: str):
+    """One kind of arm, `shift` beside its places. Not all have all metrics: the colour is given."""
     xs, means, errors = [], [], []
     for arm in claim.arms:
         found = estimate(results, {arm.name: 1.0}, metric)
         if arm.what == kind and found is not None:
             xs.append(places.index(arm.where) + shift)
             means.append(100 * found.mean)
-            errors.append(100 * (found.error or 0.0))
+            errors.append(100 * (found.larger_error or 0.0))
     if xs:
         line = "-" if claim.ordinal else "none"
-        axis.errorbar(xs, means, errors, label=kind, marker="o", linestyle=line, capsize=2)
+        axis.errorbar(
+            xs, means, errors, label=kind, color=colour, marker="o", linestyle=line, capsize=2)
 
 
 # §5 ─────────────────────────────────────── the README ───────────────────────────────────────────
-FIGURE = "P2"  # the claim whose figure stands there
+FIGURE = "P2"  # the claim whose figure stands there, and what it shows
+SHOWN = "detection: scores of the base, SFT and GRPO over the number of objects"
 
 
 def readme_part(claims: dict[str, Claim], folder: Path) -> str:
@@ -341,19 +346,19 @@ def readme_part(claims: dict[str, Claim], folder: Path) -> str:
     if not measured_any:
         return NOTHING
     if (folder / f"{FIGURE}.png").exists():
-        title = claims[FIGURE].title
-        lines += ["", f"![{title}: scores over the number of objects](results/claims/{FIGURE}.png)"]
+        lines += ["", f"![{SHOWN}](results/claims/{FIGURE}.png)"]
     return "\n".join(lines)
 
 
 def headlines(name: str, claim: Claim, results: dict) -> list[str]:
     """A claim's lines of that table; the first also holds its title and its command."""
     lines = []
-    text, command = f"**[{name}](results/claims/{name}.md)** {claim.title}<br>", command_of(name)
+    text = f"**[{name}](results/claims/{name}.md)** {claim.title}<br>"
+    command = command_of(name, results)
     for contrast in claim.contrasts:
         if contrast.headline:
             here, decided = measured(results, contrast)
-            cells = [text + contrast.text, contrast.paper, here, decided, command]
+            cells = [text + contrast.text, contrast.paper, here, f"**{decided}**", command]
             lines.append(f"| {' | '.join(cells)} |")
             text, command = "", ""
     return lines

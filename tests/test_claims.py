@@ -302,14 +302,44 @@ def test_report_in_words(tmp_path):
         claims_report.write(tmp_path / "X" / f"boxes-{what}-0.jsonl.gz", about, [], rows, rows)
     claims_report.write_all(every, tmp_path, readme)
     here = "50.0 → 75.0: +25.0 ± 47.9 (one seed)"
-    assert (f"| **[X](results/claims/X.md)** boxes get better<br>base → GRPO | 1 → 2 | {here} | not seen | "
-            "`python benchmarks/claims.py X --seeds 0 1 2` |") in readme.read_text()
+    assert (f"| **[X](results/claims/X.md)** boxes get better<br>base → GRPO | 1 → 2 | {here} | **not seen** | "
+            "`python benchmarks/claims.py X --seeds 0` |") in readme.read_text()
     assert f"| base → GRPO | 1 → 2 | {here} | not seen |" in (tmp_path / "X.md").read_text()
     shown = [line for line in (tmp_path / "X.md").read_text().splitlines() if line.startswith("python ")]
     assert shown == ["python train.py base", "python eval.py run base", "python train.py grpo"]
     assert (tmp_path / "X.png").exists()
     with pytest.raises(SystemExit, match="has no <!-- claims -->"):
         claims_report.write_all(every, tmp_path, tmp_path / "X.md")
+
+
+def test_the_larger_error_is_the_one_that_is_shown():
+    """Two seeds that came out alike: s = 0 over seeds, 0.478714/√2 = 0.3385 over scenes (as above)."""
+    rows = {"boxes base": [[0.0], [1.0], [0.0], [1.0]], "boxes GRPO": [[1.0], [1.0], [1.0], [0.0]]}
+    results = {name: {seed: claims_report.Result({}, [], own, own) for seed in (0, 1)} for name, own in rows.items()}
+    gain = Contrast("base → GRPO", {"boxes GRPO": 1.0, "boxes base": -1.0})
+    assert claims_report.measured(results, gain) == ("50.0 → 75.0: +25.0 ± 33.9 (2 seeds)", "not seen")
+    assert claims_report.command_of("X", results) == "`python benchmarks/claims.py X --seeds 0 1`"
+
+
+def test_an_arm_has_one_colour_on_both_sides_of_a_figure(monkeypatch):
+    """Chance has no sampled answers: what comes after it keeps its colour there."""
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    kinds = ("chance", "base", "GRPO")
+    claim = Claim("x", [Arm("boxes", kind, WORLD) for kind in kinds], [])
+    results = {}
+    for kind in kinds:
+        sampled = [] if kind == "chance" else [[0.0], [1.0]]
+        results[f"boxes {kind}"] = {0: claims_report.Result({}, [], [[0.0], [1.0]], sampled)}
+    claims_report.draw(claim, results, None)
+    colours = []
+    for axis in drawn[0].axes:
+        handles, labels = axis.get_legend_handles_labels()
+        colours.append({label: handle.lines[0].get_color() for handle, label in zip(handles, labels)})
+    greedy, sampled = colours
+    assert set(greedy) == set(kinds) and sampled == {kind: greedy[kind] for kind in kinds[1:]}
 
 
 def test_readme_and_pages_are_the_raw_rows():
