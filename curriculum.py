@@ -3,15 +3,12 @@ import hashlib
 from pathlib import Path
 from statistics import fmean
 
-import rewards
-
 
 def pass_rates(answers: list[dict]) -> dict[str, float]:
-    """Of each sample by id: the mean of rewards.correct over its answers."""
+    """Of each sample by id: the mean of "correct" over its answers."""
     tries = {}
     for row in answers:
-        right = rewards.correct(row["task"], row["completion"], row["answer"], row["image_size"])
-        tries.setdefault(row["id"], []).append(right)
+        tries.setdefault(row["id"], []).append(row["correct"])
     return {name: fmean(right) for name, right in tries.items()}
 
 

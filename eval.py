@@ -168,10 +168,13 @@ def write_rows(file: Path, rows) -> None:
 
 
 def curriculum(model: str, data: Data, out: Out, low: float = 0.1, high: float = 0.9,
-               samples: Samples = 0, samples_per_question: Tries = 8, max_tokens: MaxTokens = 768):
+               samples: Samples = 0, samples_per_question: Tries = 8, max_tokens: MaxTokens = 768,
+               think: Think = "no", system_prompt: System = qwen_vl.SYSTEM):
     """[PR1 §4.3] Keeps what is right (rewards.correct) in `low` to `high` of the tries, easy first:
-    the images, resized, and curriculum.jsonl, to train with --data curriculum.jsonl?in_order=1."""
-    config = grpo_vl.Config(model=model, data=tuple(data))
+    the images, resized, and curriculum.jsonl, to train with --data curriculum.jsonl?in_order=1.
+    Ask as the run will: with its --think, --system-prompt and --max-tokens."""
+    config = grpo_vl.Config(
+        model=model, data=tuple(data), think=think, system_prompt=system_prompt)
     qwen_vl.check_model(model)
     processes = fsdp.start_processes(config.timeout)
     run = training.prepare(config, processes, model, frozen=True)
@@ -180,6 +183,8 @@ def curriculum(model: str, data: Data, out: Out, low: float = 0.1, high: float =
     answers = training.answer_heldout(
         run, samples, tries=samples_per_question, max_tokens=max_tokens, greedy=False)
     if processes.rank == 0:
+        for row in answers:
+            row["correct"] = training.right(config, row)
         rates = pass_rates(answers)
         drawn = [run.data.good(index) for index in islice(run.data.in_turn(), samples or None)]
         kept = [sample for sample in drawn if sample and low <= rates[sample.id] <= high]

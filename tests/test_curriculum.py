@@ -29,6 +29,27 @@ def test_curriculum_keeps_a_band_and_sorts_easy_to_hard(tmp_path, monkeypatch, a
     assert [mix[draw].question for draw in range(2)] == ["3+0", "1+0"]
 
 
+def test_a_curriculum_is_asked_for_as_the_run_will_ask(tmp_path, monkeypatch, alone):
+    """Its pass rates are of the run's prompts: with their thoughts and their system turn."""
+    (tmp_path / "data.jsonl").write_text('{"task": "math", "id": "s", "question": "4+0", "answer": "4"}\n')
+    asked = []
+
+    def answers(run, *_, **__):
+        prompt = training.make_prompt(run, run.data.at(0))
+        asked.append(run.tokenizer.decode(prompt.ids))
+        return [dict(id="s", task="math", completion="<answer>\\boxed{4}</answer><think>so</think>", answer="4",
+                     image_size=None)]
+
+    monkeypatch.setattr(training, "answer_heldout", answers)
+    in_this_process(monkeypatch, alone)
+    for options in ([], ["--think", "after", "--system-prompt", "Be short."]):
+        evaluation.main(["curriculum", "--model", "tiny", "--data", str(tmp_path / "data.jsonl"), "--out",
+                         str(tmp_path), "--low", "0", "--high", "1", *options])
+    plain, thinking = asked
+    assert "<think>" not in plain and "<think>" in thinking
+    assert "Be short." not in plain and "Be short." in thinking
+
+
 def test_curriculum_writes_the_images_that_it_keeps(tmp_path, monkeypatch, alone):
     in_this_process(monkeypatch, alone)
     evaluation.main(["curriculum", "--model", "tiny", "--data", "synthetic:grounding?size=56x56", "--out",
