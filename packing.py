@@ -10,7 +10,7 @@ Shapes, as suffixes: L packed tokens, S scored completion tokens, P groups in a 
 patches, I image tokens, B rollouts; of §2's batches B rows, T queries and K keys of each.
 """
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, is_dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,35 @@ from qwen_vl import MERGE, PATCH, Group, Prompt, SpecialIds, rope_positions
 
 
 # §1 ──────────────────────────────────────── packing ─────────────────────────────────────────
+@dataclass
+class PaddedBatch:
+    """Sequences side by side, one call of SDPA: `padded_batch`. Indices into L, 0 where padded."""
+
+    queries_BT: torch.Tensor
+    keys_BK: torch.Tensor
+    filled_BT: torch.Tensor  # not padded
+    mask_B1TK: torch.Tensor | None  # what is added to scores; None: causal, which SDPA knows itself
+
+
+@dataclass
+class PaddedLayout:
+    """Who sees whom on a CPU: several batches, and where in their outputs each token's lies."""
+
+    batches: list[PaddedBatch]
+    scatter_L: torch.Tensor  # outputs one after the other, padded ones among them
+
+
+@dataclass
+class VarlenLayout:
+    """Who sees whom on CUDA: sequences end to end, a call per layer. Queries stay in place."""
+
+    key_index: torch.Tensor  # each sequence's keys, indices into L: its prompt, then itself
+    cu_q: torch.Tensor  # where sequences of queries begin, and where the last one ends
+    cu_k: torch.Tensor  # of keys
+    max_q: int  # the longest sequence
+    max_k: int
+
+
 @dataclass
 class Pack:
     """One micro-batch: groups end to end in one row of L tokens, by `pack_groups`. Tensors only."""
@@ -36,19 +65,21 @@ class Pack:
     pixels_ND: torch.Tensor | None
     grids_I3: torch.Tensor | None
     features_ID: torch.Tensor | None = None  # in place of pixels, where they are known
-    attention: dict = field(default_factory=dict)  # §2's index tensors, from `prepare_attention`
+    attention: PaddedLayout | VarlenLayout | None = None  # of §2, from `prepare_attention`
     vision: dict | None = None  # policy.vision_layout of the grids, kept by the first pass
 
     def to(self, device) -> "Pack":
-        moved = on_device(vars(self), device)
-        images = {name: getattr(self, name) for name in ("pixels_ND", "grids_I3", "features_ID")}
-        return Pack(**moved | images)
+        images = ("pixels_ND", "grids_I3", "features_ID")
+        others = {name: value for name, value in vars(self).items() if name not in images}
+        return replace(self, **on_device(others, device))
 
 
 def on_device(values, device):
-    """The same with its tensors on the device, also those in its dicts and lists."""
+    """The same with its tensors on the device, also those in its dicts, lists and layouts."""
     if torch.is_tensor(values):
         return values.to(device)
+    if is_dataclass(values):
+        return type(values)(**on_device(vars(values), device))
     if isinstance(values, dict):
         return {name: on_device(value, device) for name, value in values.items()}
     if isinstance(values, list):
@@ -211,16 +242,16 @@ def prepare_attention(pack: Pack, device: torch.device) -> Pack:
     return pack.to(device)
 
 
-def mask_layout(pack: Pack) -> dict:
-    """One padded batch, see `padded_layout`: row p is all of group p."""
+def mask_layout(pack: Pack) -> PaddedLayout:
+    """One padded batch: row p is all of group p."""
     groups = torch.arange(len(pack.ids_L)).split(torch.bincount(pack.group_L).tolist())
     batch = padded_batch([(group[:0], group) for group in groups])
-    segment_PL = pack.segment_L[batch["queries_BT"]]
+    segment_PL = pack.segment_L[batch.queries_BT]
     key_P1L = segment_PL[:, None, :]
     query_PL1 = segment_PL[:, :, None]
     places = segment_PL.shape[1]
     causal_LL = torch.ones(places, places).tril().bool()
-    batch["mask_B1TK"] = as_mask(causal_LL & ((key_P1L == 0) | (key_P1L == query_PL1)))
+    batch.mask_B1TK = as_mask(causal_LL & ((key_P1L == 0) | (key_P1L == query_PL1)))
     return padded_layout([batch])
 
 
@@ -229,8 +260,8 @@ def as_mask(seen_BTK: torch.Tensor) -> torch.Tensor:
     return torch.zeros(seen_BTK.shape).masked_fill(~seen_BTK, -math.inf)[:, None]
 
 
-def two_part_layout(pack: Pack) -> dict:
-    """Several padded batches, see `padded_layout`: prompts, then completions by length.
+def two_part_layout(pack: Pack) -> PaddedLayout:
+    """Several padded batches: prompts, then completions by length.
 
     Those whose lengths have equally many binary digits go together: padding less than doubles one.
     Plain twin: `mask_layout`.
@@ -258,12 +289,9 @@ def sequences(pack: Pack) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return found
 
 
-def padded_batch(rows: list[tuple[torch.Tensor, torch.Tensor]]) -> dict:
-    """Indices into L of each row's queries [own] and keys [prompt | own], 0 where padded.
-
-    `filled_BT`: not padded. `mask_B1TK`: all of the prompt, causal among its own; None without
-    prompts, where SDPA knows it by itself and skips half.
-    """
+def padded_batch(rows: list[tuple[torch.Tensor, torch.Tensor]]) -> PaddedBatch:
+    """A row's queries are its own tokens, its keys [prompt | own]: it sees all of the prompt, and
+    its own causally. Without prompts there is no mask: SDPA skips half."""
     prompt_BP, has_prompt_BP = padded([prompt for prompt, _ in rows])
     own_BT, filled_BT = padded([own for _, own in rows])
     count, places = own_BT.shape
@@ -272,11 +300,8 @@ def padded_batch(rows: list[tuple[torch.Tensor, torch.Tensor]]) -> dict:
         all_BTP = has_prompt_BP[:, None].expand(-1, places, -1)
         causal_BTT = torch.ones(places, places).tril().bool().expand(count, -1, -1)
         mask_B1TK = as_mask(torch.cat([all_BTP, causal_BTT], dim=2))
-    return {
-        "queries_BT": own_BT,
-        "keys_BK": torch.cat([prompt_BP, own_BT], dim=1),
-        "filled_BT": filled_BT,
-        "mask_B1TK": mask_B1TK}
+    keys_BK = torch.cat([prompt_BP, own_BT], dim=1)
+    return PaddedBatch(own_BT, keys_BK, filled_BT, mask_B1TK)
 
 
 def padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -286,30 +311,25 @@ def padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     return padded_BT, torch.arange(padded_BT.shape[1]) < lengths_B[:, None]
 
 
-def padded_layout(batches: list[dict]) -> dict:
-    """The batches, each a call of SDPA; `scatter_L`: where in their outputs, one after the other,
-    each token's is."""
-    tokens = torch.cat([batch["queries_BT"].flatten() for batch in batches])
-    filled = torch.cat([batch.pop("filled_BT").flatten() for batch in batches])
+def padded_layout(batches: list[PaddedBatch]) -> PaddedLayout:
+    tokens = torch.cat([batch.queries_BT.flatten() for batch in batches])
+    filled = torch.cat([batch.filled_BT.flatten() for batch in batches])
     places = torch.nonzero(filled).squeeze(1)
-    return {"batches": batches, "scatter_L": places[tokens[places].argsort()]}
+    return PaddedLayout(batches, scatter_L=places[tokens[places].argsort()])
 
 
-def varlen_layout(pack: Pack) -> dict:
-    """Queries stay in place; `key_index` lists each sequence's keys: own prompt, then itself.
-
-    Plain twin: `mask_layout`.
-    """
+def varlen_layout(pack: Pack) -> VarlenLayout:
+    """Prompts and completions are sequences, in the order of the row. Plain twin: `mask_layout`."""
     found = sequences(pack)
     keys = [torch.cat([prompt, own]) for prompt, own in found]
     lengths = torch.tensor([len(own) for _, own in found])
     key_lengths = torch.tensor([len(index) for index in keys])
-    return {
-        "key_index": torch.cat(keys),
-        "cu_q": borders(lengths),
-        "cu_k": borders(key_lengths),
-        "max_q": int(lengths.max()),
-        "max_k": int(key_lengths.max())}
+    return VarlenLayout(
+        key_index=torch.cat(keys),
+        cu_q=borders(lengths),
+        cu_k=borders(key_lengths),
+        max_q=int(lengths.max()),
+        max_k=int(key_lengths.max()))
 
 
 def borders(lengths: torch.Tensor) -> torch.Tensor:

@@ -30,7 +30,7 @@ from torch import nn
 from torch.nn.attention.varlen import varlen_attn
 from torch.utils.checkpoint import checkpoint
 
-from packing import Pack, borders, on_device
+from packing import Pack, PaddedBatch, VarlenLayout, borders, on_device
 
 try:  # the GPU extra; PyTorch's own variable-length attention stands in
     from flash_attn import flash_attn_varlen_func
@@ -77,30 +77,29 @@ def varlen_attention(q_LHd, k_LKd, v_LKd, cu_q, cu_k, max_q: int, max_k: int, *,
     return varlen_attn(q_LHd, k_LKd, v_LKd, cu_q, cu_k, max_q, max_k, **options)
 
 
-def shared_prefix_attention(q_LHd, k_LKd, v_LKd, layout: dict) -> torch.Tensor:
-    """softmax(q·kᵀ/√d + mask)·v over a packed row. Returns [L, H, d]."""
-    if "key_index" in layout:
-        index = layout["key_index"]
-        cu_q, cu_k = layout["cu_q"], layout["cu_k"]
-        max_q, max_k = layout["max_q"], layout["max_k"]
+def shared_prefix_attention(q_LHd, k_LKd, v_LKd, layout) -> torch.Tensor:
+    """softmax(q·kᵀ/√d + mask)·v over a packed row. layout: `Pack.attention`. Returns [L, H, d]."""
+    if isinstance(layout, VarlenLayout):
+        k_LKd, v_LKd = k_LKd[layout.key_index], v_LKd[layout.key_index]
         return varlen_attention(
-            q_LHd, k_LKd[index], v_LKd[index], cu_q, cu_k, max_q, max_k, causal=True)
-    outs = [padded_attention(q_LHd, k_LKd, v_LKd, **batch) for batch in layout["batches"]]
-    return torch.cat(outs)[layout["scatter_L"]]
+            q_LHd, k_LKd, v_LKd, layout.cu_q, layout.cu_k, layout.max_q, layout.max_k, causal=True)
+    outs = [padded_attention(q_LHd, k_LKd, v_LKd, batch) for batch in layout.batches]
+    return torch.cat(outs)[layout.scatter_L]
 
 
-def padded_attention(q_LHd, k_LKd, v_LKd, queries_BT, keys_BK, mask_B1TK) -> torch.Tensor:
-    """One of the batches of `packing.padded_layout`. Returns [B·T, H, d]."""
-    batch = []
-    for x_LHd, index in (q_LHd, queries_BT), (k_LKd, keys_BK), (v_LKd, keys_BK):
+def padded_attention(q_LHd, k_LKd, v_LKd, batch: PaddedBatch) -> torch.Tensor:
+    """Of one batch of sequences. Returns [B·T, H, d]."""
+    taken = []
+    for x_LHd, index in (q_LHd, batch.queries_BT), (k_LKd, batch.keys_BK), (v_LKd, batch.keys_BK):
         # A prompt's keys are taken many times: x[index] would add up their gradients in any order.
         x = x_LHd.index_select(0, index.flatten()).unflatten(0, index.shape)
-        batch.append(x.transpose(1, 2))
+        taken.append(x.transpose(1, 2))
+    mask_B1TK = batch.mask_B1TK
     causal = mask_B1TK is None
     if not causal:
         mask_B1TK = mask_B1TK.to(q_LHd.dtype)
     out_BHTd = F.scaled_dot_product_attention(
-        *batch, attn_mask=mask_B1TK, is_causal=causal, enable_gqa=True)
+        *taken, attn_mask=mask_B1TK, is_causal=causal, enable_gqa=True)
     return out_BHTd.transpose(1, 2).flatten(0, 1)
 
 
@@ -150,7 +149,7 @@ def decoder_mlp(self, gated, x):
     return self.down_proj(gated(self.gate_proj(x), self.up_proj(x)))
 
 
-def decoder_attention(self, rotate, hidden_states, position_embeddings, layout: dict):
+def decoder_attention(self, rotate, hidden_states, position_embeddings, layout):
     """Replaces `Qwen2_5_VLAttention.forward` for packed rows; hidden_states [1, L, D]."""
     hidden_LD = hidden_states[0]
     heads = (-1, self.head_dim)

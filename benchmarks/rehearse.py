@@ -27,6 +27,7 @@ import sys
 import tempfile
 import weakref
 from collections import Counter
+from dataclasses import is_dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -314,15 +315,16 @@ def fake_pack(groups: list[Group], mode: FakeTensorMode) -> Pack:
     pack = packing.pack_groups(groups)
     pack.attention = packing.varlen_layout(pack)
 
-    def move(value):
-        return mode.from_tensor(value).to(CUDA) if torch.is_tensor(value) else value
+    def fake(value):
+        if torch.is_tensor(value):
+            return mode.from_tensor(value)
+        if is_dataclass(value):
+            return type(value)(**{name: fake(part) for name, part in vars(value).items()})
+        return value
 
-    moved = {name: move(value) for name, value in vars(pack).items()}
-    moved["attention"] = {name: move(value) for name, value in pack.attention.items()}
-    for name in ("pixels_ND", "features_ID"):  # on the host
-        if getattr(pack, name) is not None:
-            moved[name] = mode.from_tensor(getattr(pack, name))
-    return Pack(**moved | {"grids_I3": pack.grids_I3})
+    on_host = fake(pack)
+    on_host.grids_I3 = pack.grids_I3  # read for their values
+    return on_host.to(CUDA)
 
 
 def rehearse_decoding(config, banned_V, memory: Memory) -> dict:

@@ -106,17 +106,17 @@ def text_group(length, *lengths):
 def test_two_parts_batch_completions_by_length():
     layout = packing.two_part_layout(pack_groups([text_group(2, 3, 1, 2), text_group(1, 2)]))
     # row: 0 1 | 2 3 4 | 5 | 6 7 || 8 | 9 10; lengths 2 and 3 have two binary digits, 1 has one
-    assert [batch["queries_BT"].tolist() for batch in layout["batches"]] == [
+    assert [batch.queries_BT.tolist() for batch in layout.batches] == [
         [[0, 1], [8, 0]], [[2, 3, 4], [6, 7, 0], [9, 10, 0]], [[5]]]
-    assert [batch["keys_BK"].tolist() for batch in layout["batches"]] == [
+    assert [batch.keys_BK.tolist() for batch in layout.batches] == [
         [[0, 1], [8, 0]], [[0, 1, 2, 3, 4], [0, 1, 6, 7, 0], [8, 0, 9, 10, 0]], [[0, 1, 5]]]
-    first, second, third = [batch["mask_B1TK"] for batch in layout["batches"]]
+    first, second, third = [batch.mask_B1TK for batch in layout.batches]
     assert first is None and third.tolist() == [[[[0, 0, 0]]]]
     no = float("-inf")  # the last row's prompt is one token
     assert second[0, 0].tolist() == [[0, 0, 0, no, no], [0, 0, 0, 0, no], [0, 0, 0, 0, 0]]
     assert second[2, 0].tolist() == [[0, no, 0, no, no], [0, no, 0, 0, no], [0, no, 0, 0, 0]]
     # outputs: 0 1 8 – | 2 3 4 6 7 – 9 10 – | 5
-    assert layout["scatter_L"].tolist() == [0, 1, 4, 5, 6, 13, 7, 8, 2, 10, 11]
+    assert layout.scatter_L.tolist() == [0, 1, 4, 5, 6, 13, 7, 8, 2, 10, 11]
 
 
 def test_two_parts_compare_less_than_half_of_the_masks_pairs():
@@ -124,7 +124,7 @@ def test_two_parts_compare_less_than_half_of_the_masks_pairs():
     pack = pack_groups([text_group(320, *[64] * 8)] * 2)
     pairs = []
     for layout in (packing.mask_layout(pack), packing.two_part_layout(pack)):
-        sizes = [batch["queries_BT"].numel() * batch["keys_BK"].shape[1] for batch in layout["batches"]]
+        sizes = [batch.queries_BT.numel() * batch.keys_BK.shape[1] for batch in layout.batches]
         pairs.append(sum(sizes))
     # 2·(320 + 512)², and 2·(320² + 512·(320 + 64)), of which SDPA skips half of the first
     assert pairs == [1_384_448, 598_016]
@@ -135,10 +135,10 @@ def test_varlen_layout_lists_the_keys_of_each_sequence():
     pack = pack_groups([Group(short, [Completion([1, 2, 3]), Completion([4])]), Group(short, [Completion([5])], 2)])
     layout = packing.varlen_layout(pack)
     # row: 7 8 | 1 2 3 | 4 || 7 8 | 5 → sequences of queries [0 1] [2 3 4] [5] [6 7] [8]
-    assert layout["cu_q"].tolist() == [0, 2, 5, 6, 8, 9]
-    assert layout["key_index"].tolist() == [0, 1, 0, 1, 2, 3, 4, 0, 1, 5, 6, 7, 6, 7, 8]
-    assert layout["cu_k"].tolist() == [0, 2, 7, 10, 12, 15]
-    assert (layout["max_q"], layout["max_k"]) == (3, 5)
+    assert layout.cu_q.tolist() == [0, 2, 5, 6, 8, 9]
+    assert layout.key_index.tolist() == [0, 1, 0, 1, 2, 3, 4, 0, 1, 5, 6, 7, 6, 7, 8]
+    assert layout.cu_k.tolist() == [0, 2, 7, 10, 12, 15]
+    assert (layout.max_q, layout.max_k) == (3, 5)
 
 
 def test_varlen_layout_computes_the_same_attention(world, monkeypatch):
@@ -174,9 +174,10 @@ def test_images_wait_on_the_host_until_their_pass(world, frozen_tower):
     *_, prompts = world
     features_ID = torch.ones(len(prompts[0].image_slots), 4) if frozen_tower else None
     group = Group(replace(prompts[0], features_ID=features_ID), [Completion([7])])
-    pack = pack_groups([group]).to(torch.device("meta"))
-    image = pack.features_ID if frozen_tower else pack.pixels_ND
-    assert pack.ids_L.is_meta and not image.is_meta
+    pack = pack_groups([group])
+    moved = pack.to(torch.device("meta"))
+    assert moved.ids_L.is_meta and not pack.ids_L.is_meta
+    assert moved.pixels_ND is pack.pixels_ND and moved.features_ID is pack.features_ID  # not once there and back
 
 
 def test_dummy_image_and_filler_add_nothing(world):
