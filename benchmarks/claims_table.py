@@ -177,7 +177,7 @@ def p1() -> Claim:
         where_matched("best step"),
         of_all_tasks("base → GRPO", "GRPO", "base"),
         of_all_tasks("SFT, same prompts → GRPO", "GRPO", "SFT, same prompts", headline=True),
-        of_all_tasks("SFT, its best step → GRPO", "GRPO", "SFT, best step"),
+        of_all_tasks("SFT, its best step → GRPO", "GRPO", "SFT, best step", headline=True),
         of_all_tasks("random reward → GRPO", "GRPO", "random reward"),
     ]
     return Claim("RL lifts each perception task over its base", arms, contrasts, note=BOXES_ALONE,
