@@ -143,7 +143,9 @@ def shard(policy: Policy, processes: Processes, *, offload: bool = False) -> Non
         options["offload_policy"] = CPUOffloadPolicy(pin_memory=pinned)
     dtype = compute_dtype(processes.device)
     if dtype != torch.float32:
-        options["mp_policy"] = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32)
+        # Inputs are cast where they are used: pixels on the GPU, and a Pack stays the one it was.
+        options["mp_policy"] = MixedPrecisionPolicy(
+            dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in units_of(policy):
         fully_shard(module, **options)
 

@@ -22,20 +22,20 @@ from qwen_vl import MERGE, PATCH, Group, Prompt, SpecialIds, rope_positions
 # §1 ──────────────────────────────────────── packing ─────────────────────────────────────────
 @dataclass
 class PaddedBatch:
-    """Sequences side by side, one call of SDPA: `padded_batch`. Indices into L, 0 where padded."""
+    """Sequences side by side, one call of SDPA: `padded_batch`."""
 
-    queries_BT: torch.Tensor
-    keys_BK: torch.Tensor
-    filled_BT: torch.Tensor  # not padded
+    queries_BT: torch.Tensor  # indices into L, 0 where padded
+    keys_BK: torch.Tensor  # alike
+    filled_BT: torch.Tensor  # where queries are not padded
     mask_B1TK: torch.Tensor | None  # what is added to scores; None: causal, which SDPA knows itself
 
 
 @dataclass
 class PaddedLayout:
-    """Who sees whom on a CPU: several batches, and where in their outputs each token's lies."""
+    """Who sees whom, in batches: the CPU's two parts, or the one of `mask_layout`."""
 
     batches: list[PaddedBatch]
-    scatter_L: torch.Tensor  # outputs one after the other, padded ones among them
+    scatter_L: torch.Tensor  # where each token's output lies, batches one after the other
 
 
 @dataclass
@@ -51,7 +51,7 @@ class VarlenLayout:
 
 @dataclass
 class Pack:
-    """One micro-batch: groups end to end in one row of L tokens, by `pack_groups`. Tensors only."""
+    """One micro-batch: groups end to end in one row of L tokens, by `pack_groups`."""
 
     ids_L: torch.Tensor
     positions_3L: torch.Tensor
@@ -61,15 +61,15 @@ class Pack:
     target_S: torch.Tensor  # the scored token
     row_S: torch.Tensor  # the rollout that it belongs to, an index into B
     image_slots: torch.Tensor  # indices into L, in the order of the image features
-    # Images stay on the host: a pass takes its own to the device, and lets them go.
-    pixels_ND: torch.Tensor | None
+    # The prompts' own tensors, [N, D] each, and still on the host: a pass takes them to the device.
+    pixels: list[torch.Tensor]
     grids_I3: torch.Tensor | None
-    features_ID: torch.Tensor | None = None  # in place of pixels, where they are known
+    features: list[torch.Tensor]  # in place of pixels, where the sampler kept them
     attention: PaddedLayout | VarlenLayout | None = None  # of §2, from `prepare_attention`
     vision: dict | None = None  # policy.vision_layout of the grids, kept by the first pass
 
     def to(self, device) -> "Pack":
-        images = ("pixels_ND", "grids_I3", "features_ID")
+        images = ("pixels", "grids_I3", "features")
         others = {name: value for name, value in vars(self).items() if name not in images}
         return replace(self, **on_device(others, device))
 
@@ -167,21 +167,19 @@ def pack_groups(groups: list[Group]) -> Pack:
 
 def image_inputs(prompts: list[Prompt]) -> dict:
     """The images of a row: as features where the sampler kept them, else as pixels and grids."""
-    known = [prompt.features_ID for prompt in prompts if prompt.features_ID is not None]
-    if known:
-        return {"pixels_ND": None, "grids_I3": None, "features_ID": torch.cat(known)}
+    features = [prompt.features_ID for prompt in prompts if prompt.features_ID is not None]
     seeing = [prompt for prompt in prompts if prompt.grids]
-    if not seeing:
-        return {"pixels_ND": None, "grids_I3": None}
+    if features or not seeing:
+        return {"pixels": [], "grids_I3": None, "features": features}
+    pixels = [prompt.pixels_ND for prompt in seeing]
     grids = [grid for prompt in seeing for grid in prompt.grids]
-    pixels_ND = torch.cat([prompt.pixels_ND for prompt in seeing])
-    return {"pixels_ND": pixels_ND, "grids_I3": torch.tensor(grids)}
+    return {"pixels": pixels, "grids_I3": torch.tensor(grids), "features": []}
 
 
 def ensure_image(pack: Pack) -> None:
     """Give a text-only row a 28×28 blank that touches no token, as other ranks see images."""
-    if pack.pixels_ND is None:
-        pack.pixels_ND = torch.zeros(MERGE * MERGE, 3 * 2 * PATCH * PATCH)
+    if not pack.pixels:
+        pack.pixels = [torch.zeros(MERGE * MERGE, 3 * 2 * PATCH * PATCH)]
         pack.grids_I3 = torch.tensor([[1, MERGE, MERGE]])
 
 
@@ -197,7 +195,7 @@ def pack_for_ranks(groups: list[Group], budget: int, special: SpecialIds, ranks)
         row += len(group.completions)
     packs = [pack_groups(part) for part in split_groups(groups, budget)]
     # [rank][turn]: does that rank's micro-batch of this turn hold images?
-    image_flags = ranks.gather([pack.pixels_ND is not None for pack in packs])
+    image_flags = ranks.gather([bool(pack.pixels) for pack in packs])
     turns = max(len(flags) for flags in image_flags)
     while len(packs) < turns:
         packs.append(filler(special))

@@ -131,7 +131,8 @@ def kept_by_a_rank(config, sizes: Sizes, gpus: int) -> dict[str, float]:
 
 
 def held_at_moments(config, model, sizes: Sizes, gpus: int, max_tokens: int):
-    """{moment of a step: {what: bytes}} on a GPU, beside what `kept_by_a_rank` counts."""
+    """{moment of a step: {what: bytes}} on a GPU, beside what `kept_by_a_rank` counts. (Images of
+    the other micro-batches wait on the host, which is not counted.)"""
     text, vision = model.config.text_config, model.config.vision_config
     prompts = math.ceil(config.prompts / gpus)
     image_tokens = prompts * min(config.max_pixels // 28**2, config.max_prompt)  # an image a prompt
@@ -150,7 +151,7 @@ def held_at_moments(config, model, sizes: Sizes, gpus: int, max_tokens: int):
         "sampling copy, bf16": 2 * sizes.model,
         "keys and values, bf16": cache(config, text, prompts, max_tokens)}
     in_a_pass = always | {
-        "pixels, fp32": 4 * patches * patch,
+        "pixels, bf16": 2 * patches * patch,  # kept for the backward of the patch embedding
         "image features, bf16": 2 * features,
         "whole root, bf16": 2 * sizes.root,
         "root of the reference": 2 * sizes.root if has_second_model(config) else 0}

@@ -88,7 +88,7 @@ def shared_prefix_attention(q_LHd, k_LKd, v_LKd, layout) -> torch.Tensor:
 
 
 def padded_attention(q_LHd, k_LKd, v_LKd, batch: PaddedBatch) -> torch.Tensor:
-    """Of one batch of sequences. Returns [B·T, H, d]."""
+    """Attention over one batch of sequences. Returns [B·T, H, d]."""
     taken = []
     for x_LHd, index in (q_LHd, batch.queries_BT), (k_LKd, batch.keys_BK), (v_LKd, batch.keys_BK):
         # A prompt's keys are taken many times: x[index] would add up their gradients in any order.
@@ -376,6 +376,13 @@ def token_logprobs(hidden_SD, weight_VD, target_S, banned_V, temperature: float,
         logits_gradient)
 
 
+def joined(parts: list[torch.Tensor], device) -> torch.Tensor | None:
+    """The tensors end to end on the device; None of none."""
+    if not parts:
+        return None
+    return torch.cat([part.to(device) for part in parts])
+
+
 class Policy(nn.Module):
     """Wraps the Hugging Face model so that one `forward` does all that touches weights.
 
@@ -422,9 +429,9 @@ class Policy(nn.Module):
         """
         decoder = self.decoder
         hidden_LD = decoder.embed_tokens(pack.ids_L)
-        features_ID = pack.features_ID
-        if pack.pixels_ND is not None:
-            pixels_ND = pack.pixels_ND.to(hidden_LD.device)
+        features_ID = joined(pack.features, hidden_LD.device)
+        if pack.pixels:
+            pixels_ND = joined(pack.pixels, hidden_LD.device)
             if pack.vision is None:  # the first of the passes over this pack
                 layout = vision_layout(self.vision, pack.grids_I3)
                 pack.vision = on_device(layout, pixels_ND.device)
@@ -432,7 +439,7 @@ class Policy(nn.Module):
             hidden_LD = hidden_LD + 0.0 * features_ID.sum()  # a dummy's gradient exists: FSDP waits
         if features_ID is not None:
             features_ID = features_ID[: len(pack.image_slots)]  # a dummy image has no slot
-            features_ID = features_ID.to(hidden_LD)
+            features_ID = features_ID.to(hidden_LD.dtype)
             hidden_LD = hidden_LD.index_copy(0, pack.image_slots, features_ID)
         hidden_1LD = hidden_LD[None]
         cos, sin = decoder.rotary_emb(hidden_1LD, pack.positions_3L[:, None])

@@ -318,6 +318,8 @@ def fake_pack(groups: list[Group], mode: FakeTensorMode) -> Pack:
     def fake(value):
         if torch.is_tensor(value):
             return mode.from_tensor(value)
+        if isinstance(value, list):
+            return [fake(part) for part in value]
         if is_dataclass(value):
             return type(value)(**{name: fake(part) for name, part in vars(value).items()})
         return value

@@ -48,7 +48,7 @@ ALWAYS = {
 }
 # 1,000,000 pixels are 1,275 tokens, two prompts 10,200 patches of 3·2·14² numbers
 IN_A_PASS = ALWAYS | {
-    "pixels, fp32": 47_980_800, "image features, bf16": 0, "whole root, bf16": 2_179_996_672, "root of the reference": 0}
+    "pixels, bf16": 23_990_400, "image features, bf16": 0, "whole root, bf16": 2_179_996_672, "root of the reference": 0}
 LM_HEAD = IN_A_PASS | {
     "whole layers, bf16": 466_115_584,  # the last one
     "a layer from the host": 0,
@@ -115,7 +115,7 @@ def test_a_frozen_tower_in_the_plan():
         "trained weights, fp32": 3_807_808_256, "frozen weights, bf16": 169_137_536,
         "gradients, fp32": 3_807_808_256, "AdamW, fp32": 7_615_616_512}
     assert decoder == DECODER | {
-        "pixels, fp32": 0, "image features, bf16": 18_278_400,  # 2·1,275·3584 numbers
+        "pixels, bf16": 0, "image features, bf16": 18_278_400,  # 2·1,275·3584 numbers
         "next unit, bf16": 466_115_584, "vision activations": 0}
     for moment in (tower, end):
         assert all(moment[name] == 0 for name in moment if "tower" in name or "vision" in name)
@@ -130,7 +130,7 @@ def test_adapters_in_the_plan():
         "gradients, fp32": 322_961_408, "AdamW, fp32": 645_922_816, "reference, bf16": 0}
     assert decoder == DECODER | {
         "keys and values, bf16": 16 * 469_762_048,
-        "pixels, fp32": 0, "image features, bf16": 117_440_512,  # of 16,384 tokens: 16 prompts have 20,400
+        "pixels, bf16": 0, "image features, bf16": 117_440_512,  # of 16,384 tokens: 16 prompts have 20,400
         "whole layers, bf16": 471_882_752, "next unit, bf16": 471_882_752,  # 2·(233,057,792 + 2,883,584)
         "a layer from the host": 949_532_672,  # frozen 2 + 2 bytes, adapters 4 + 2
         "gradient of a layer": 28_835_840,  # of adapters, 2 + 4 + 4 bytes
@@ -174,7 +174,7 @@ def test_patches_of_a_micro_batch(options, patches):
 
 def test_pixels_or_features_of_one_micro_batch_are_there():
     """100 prompts a GPU of 1,275 image tokens: a micro-batch has 16,384, of four patches."""
-    assert held(prompts=800)[1]["pixels, fp32"] == 4 * 65_536 * 1176
+    assert held(prompts=800)[1]["pixels, bf16"] == 2 * 65_536 * 1176
     assert held(prompts=800, freeze_vision=True)[1]["image features, bf16"] == 2 * 16_384 * 3584
 
 
@@ -256,7 +256,7 @@ def test_the_plan_prints_its_terms_and_the_peak(capsys):
     # 16,584,333,312 bytes kept and DECODER's 34,758,550,528
     assert lines[1] == "on each GPU at the fullest moment, the decoder's backward"
     assert "sampling copy, bf16          15.45 GiB" in lines and lines[-1] == "fits"
-    assert lines[-2] == "peak, of 80 GiB              47.82 GiB"
+    assert lines[-2] == "peak, of 80 GiB              47.79 GiB"
     plan.show(grpo_vl.Config(model="Qwen/Qwen2.5-VL-7B-Instruct", plan="8x50"), 768)
     assert capsys.readouterr().out.splitlines()[-1].startswith("does not fit: lower --micro-tokens")
 

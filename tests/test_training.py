@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 import fsdp
 import grpo_vl
+import packing
 import qwen_vl
 import run_folder
 import sft_coldstart
@@ -160,7 +161,7 @@ def test_compiled_steps_are_the_same(alone, changes):
 @pytest.mark.parametrize("changes", [dict(), dict(sharding="by-hand", save_every=9)])
 def test_compiled_steps_are_the_same_on_two_ranks(pair, changes):
     """The compiled functions lie inside the sharded units: gathered weights go in, hooks stay outside."""
-    changes |= dict(count=2, checkpointing=True)
+    changes = dict(count=2, checkpointing=True) | changes
     (want, weights), _ = pair.run("ranks.steps", **changes)
     (found, found_weights, graphs), other = pair.run("ranks.compiled_steps", **changes)
     assert graphs >= 7 and other[2] >= 7
@@ -175,6 +176,18 @@ def assert_same_metrics(found, want):
 
 # ── dtypes, as on a GPU ──
 VISION = "model.model.visual."
+
+
+def test_a_pack_stays_itself_in_a_sharded_pass(alone):
+    """FSDP2 would cast it by a copy: pixels on the host, once a pass, and what the first pass kept would be lost."""
+    with ranks.computing_in_bf16():
+        run = ranks.make_run(alone)
+    groups = training.draw_groups(run, 1)
+    groups[0].completions = [qwen_vl.Completion([7, 8])]
+    (pack,) = packing.pack_for_ranks(groups, 10**6, run.special, alone)
+    logp_S, _ = run.policy(pack)
+    assert logp_S.dtype == torch.float32 and logp_S.shape == (2,)
+    assert pack.vision is not None and pack.pixels[0] is groups[0].prompt.pixels_ND
 
 
 @pytest.mark.parametrize("options, read, small", [
