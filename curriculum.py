@@ -26,5 +26,7 @@ def rows_of(samples, rates: dict, folder: Path) -> list[dict]:
         row = {
             "id": sample.id, "task": sample.task, "question": sample.question, "images": names,
             "answer": sample.answer, "pass_rate": rates[sample.id]}
+        if sample.system:
+            row["system"] = sample.system
         rows.append(row)
     return sorted(rows, key=lambda row: -row["pass_rate"])

@@ -364,8 +364,8 @@ def train_step(run: Run, step: int) -> dict:
     advantages_PG = group_advantages(
         penalised_PG, scale=config.scale, std=config.std, baseline=config.baseline)
     draws = list(rewards_of)
-    own = [draws.index(group.draw) for group in groups]
-    advantages_B = advantages_PG[own].flatten().to(ranks.device)
+    own_places = [draws.index(group.draw) for group in groups]
+    advantages_B = advantages_PG[own_places].flatten().to(ranks.device)
 
     # (7) What a token weighs in the mean over all ranks' rollouts (not over a micro-batch's).
     weight_B = rollout_weights(config, step, ranks, rollouts, rewards_PG.numel())
@@ -439,7 +439,7 @@ def sequence_kl(run: Run, groups: list[Group], packs, sampler_logp, ref_logp, su
 
 
 def rollout_weights(config: Config, step: int, ranks, rollouts: list, sequences: int):
-    """token_weights of this rank's rollouts, [B]. sequences: how many there are on all ranks."""
+    """token_weights of this rank's rollouts, [B]. sequences: how many rollouts all ranks have."""
     lengths = []
     for completion in rollouts:
         masked = completion.truncated and config.overlong == "mask"

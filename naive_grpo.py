@@ -30,7 +30,7 @@ GROUP = 8  # G, answers per picture [PR1 §4.3: 8]
 STEPS = 100
 LR = 1e-6 if GPU else 1e-4  # AdamW's learning rate [PR1 §4.3: 1e-6]
 INNER_STEPS = 1  # µ, optimizer steps on the same answers [PR1: 1]
-CLIP = 0.2  # ε: a token whose π/π_old has moved further, the way it is rewarded, is left alone
+CLIP = 0.2  # ε: a token whose π/π_old has moved further the way it is rewarded has no gradient
 BETA = 0.0  # β, weight of the KL term; 0: no reference model is kept [PR1 §4.3: 0.04]
 TEMPERATURE = 1.0  # of π, in sampling and in scoring [PR1 §4.3: 1.0]
 

@@ -61,7 +61,7 @@ class Pack:
     target_S: torch.Tensor  # the scored token
     row_S: torch.Tensor  # the rollout that it belongs to, an index into B
     image_slots: torch.Tensor  # indices into L, in the order of the image features
-    # The prompts' own tensors, [N, D] each, and still on the host: a pass takes them to the device.
+    # The prompts' own tensors, [N, D] each, still on the host: each pass takes them to the device.
     pixels: list[torch.Tensor]
     grids_I3: torch.Tensor | None
     features: list[torch.Tensor]  # in place of pixels, where the sampler kept them

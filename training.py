@@ -312,7 +312,7 @@ def watch_signals():
 
 
 def due(every: int, step: int) -> bool:
-    """Whether this step is one of every `every`; with 0 none is."""
+    """Whether something is done at this step that is done every so many; 0: never."""
     return every > 0 and step % every == 0
 
 

@@ -239,8 +239,8 @@ def page(name: str, claim: Claim, results: dict) -> str:
 
 
 def command_of(name: str, results: dict) -> str:
-    """The command that asks the seeds there are."""
-    seeds = sorted(set().union(*results.values())) or [0, 1, 2]
+    """The command, with the seeds that all of the arms have that any has been run of."""
+    seeds = common_seeds(results, [arm for arm in results if results[arm]] or results) or [0, 1, 2]
     return f"`python benchmarks/claims.py {name} --seeds {' '.join(map(str, seeds))}`"
 
 
@@ -292,7 +292,7 @@ def write_claim(name: str, claim: Claim, folder: Path) -> Path:
 
 # §4 ─────────────────────────────────────── its figure ───────────────────────────────────────────
 def draw(claim: Claim, results: dict, path: Path) -> None:
-    """Greedy and sampled scores ± one standard error: a place on the x-axis, a colour an arm."""
+    """Greedy and sampled scores ± one standard error: a place on the x-axis, a colour per kind of arm."""
     from matplotlib.figure import Figure
 
     places = [*dict.fromkeys(arm.where for arm in claim.arms)]
@@ -330,8 +330,8 @@ def draw_kind(axis, claim: Claim, results: dict, metric: str, kind: str, places:
 
 
 # §5 ─────────────────────────────────────── the README ───────────────────────────────────────────
-FIGURE = "P2"  # the claim whose figure stands there, and what it shows
-SHOWN = "detection: scores of the base, SFT and GRPO over the number of objects"
+FIGURE = "P2"  # the claim whose figure stands there
+FIGURE_TEXT = "detection: scores of the base, SFT and GRPO over the number of objects"
 
 
 def readme_part(claims: dict[str, Claim], folder: Path) -> str:
@@ -346,7 +346,7 @@ def readme_part(claims: dict[str, Claim], folder: Path) -> str:
     if not measured_any:
         return NOTHING
     if (folder / f"{FIGURE}.png").exists():
-        lines += ["", f"![{SHOWN}](results/claims/{FIGURE}.png)"]
+        lines += ["", f"![{FIGURE_TEXT}](results/claims/{FIGURE}.png)"]
     return "\n".join(lines)
 
 

@@ -144,9 +144,9 @@ def p1() -> Claim:
         task = world.task
         base, grpo, sft = f"{task} base", f"{task} GRPO", f"{task} SFT"
         best, fair, noise = f"{sft}, best step", f"{sft}, same prompts", f"{task} random reward"
-        shown, paper = task, LIFT[task]
-        if task == "detection":  # the paper's is AP, see below
-            shown, paper = "detection, F1 of boxes", ""
+        shown, lift, over_sft = task, LIFT[task], OVER_SFT[task]
+        if task == "detection":  # the paper's are of AP, see below
+            shown, lift, over_sft = "detection, F1 of boxes", "", ""
         arms += [
             Arm(task, "base", world),
             Arm(task, "GRPO", world, GRPO),
@@ -156,10 +156,10 @@ def p1() -> Claim:
             Arm(task, "SFT, same prompts", world, start=sft, at="prompts", like=grpo),
         ]
         contrasts += [
-            Contrast(f"{shown}: base → GRPO", over(grpo, base), paper, headline=True),
+            Contrast(f"{shown}: base → GRPO", over(grpo, base), lift, headline=True),
             Contrast(f"{task}: base → GRPO, sampled", over(grpo, base), metric="sampled"),
             Contrast(f"{task}: base → GRPO, pass@8", over(grpo, base), metric="pass@8"),
-            Contrast(f"{task}: SFT, same prompts → GRPO", over(grpo, fair), OVER_SFT[task]),
+            Contrast(f"{shown}: SFT, same prompts → GRPO", over(grpo, fair), over_sft),
             Contrast(f"{task}: SFT, as long → GRPO", over(grpo, sft)),
             Contrast(f"{task}: SFT, its best step → GRPO", over(grpo, best)),
             Contrast(f"{task}: random reward → GRPO", over(grpo, noise)),
@@ -256,7 +256,7 @@ def more_with_objects(rl: str, sft: str, paper="", *, headline=False) -> Contras
         f"{one} {rl}": -1.0,
         f"{one} {sft}": 1.0,
     }
-    text = f"{rl} over {sft}: the lead with {many}, less that with {one}"
+    text = f"from {sft} to {rl}: the gain with {many}, less that with {one}"
     return Contrast(text, weights, paper, headline=headline)
 
 
@@ -281,7 +281,7 @@ def p3() -> Claim:
                 Arm(task, what, thought, GRPO),
                 Arm(task, f"{what}, same tokens", thought, start=long, at="tokens", like=plain),
             ]
-            paper = NO_THINKING[task] if form == "before" else ""
+            paper = NO_THINKING[task] if form == "before" and task != "detection" else ""  # is AP
             contrasts += [
                 Contrast(f"{task}: {what} → plain", over(plain, long), paper),
                 Contrast(f"{task}: {what} → plain, same tokens", over(plain, same)),

@@ -334,7 +334,8 @@ def rehearse_decoding(config, banned_V, memory: Memory) -> dict:
     with torch.device("meta"):
         model = Qwen2_5_VLForConditionalGeneration(config)
     special = SimpleNamespace(banned_V=banned_V, stops=(1, 2), pad=0)
-    sampler = Sampler(model, special, device=CUDA, dtype=torch.bfloat16, graphs=True)
+    sampler = Sampler(
+        model, special, device=CUDA, dtype=torch.bfloat16, graphs=True, keep_features=True)
     prompts = [group.prompt for group in make_groups(8, 8, 1)]
     shape = sampler.cache.first_shape([len(prompt.ids) for prompt in prompts], 8, 2048)
     report = {}
@@ -344,6 +345,7 @@ def rehearse_decoding(config, banned_V, memory: Memory) -> dict:
         with Count() as count:
             hidden_PGD = sampler.decode(batch, shape[3])
         report["step"] = count.report(memory)
+        report["features"] = str(prompts[0].features_ID.device)
         layers, sampler.copy.layers = sampler.copy.layers, []
         with Count() as around:
             sampler.decode(batch, shape[3])

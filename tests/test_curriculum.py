@@ -31,14 +31,16 @@ def test_curriculum_keeps_a_band_and_sorts_easy_to_hard(tmp_path, monkeypatch, a
 
 def test_a_curriculum_is_asked_for_as_the_run_will_ask(tmp_path, monkeypatch, alone):
     """Its pass rates are of the run's prompts: with their thoughts and their system turn."""
-    (tmp_path / "data.jsonl").write_text('{"task": "math", "id": "s", "question": "4+0", "answer": "4"}\n')
+    rows = ['{"task": "math", "id": "s", "question": "4+0", "answer": "4"}',
+            '{"task": "math", "id": "own", "question": "4+0", "answer": "4", "system": "Own turn."}']
+    (tmp_path / "data.jsonl").write_text("\n".join(rows))
     asked = []
 
     def answers(run, *_, **__):
         prompt = training.make_prompt(run, run.data.at(0))
         asked.append(run.tokenizer.decode(prompt.ids))
-        return [dict(id="s", task="math", completion="<answer>\\boxed{4}</answer><think>so</think>", answer="4",
-                     image_size=None)]
+        text = "<answer>\\boxed{4}</answer><think>so</think>"
+        return [dict(id=name, task="math", completion=text, answer="4", image_size=None) for name in ("s", "own")]
 
     monkeypatch.setattr(training, "answer_heldout", answers)
     in_this_process(monkeypatch, alone)
@@ -48,6 +50,8 @@ def test_a_curriculum_is_asked_for_as_the_run_will_ask(tmp_path, monkeypatch, al
     plain, thinking = asked
     assert "<think>" not in plain and "<think>" in thinking
     assert "Be short." not in plain and "Be short." in thinking
+    kept = [json.loads(line) for line in (tmp_path / "curriculum.jsonl").read_text().splitlines()]
+    assert {row["id"]: (row.get("system"), row["pass_rate"]) for row in kept} == {"s": (None, 1.0), "own": ("Own turn.", 1.0)}
 
 
 def test_curriculum_writes_the_images_that_it_keeps(tmp_path, monkeypatch, alone):

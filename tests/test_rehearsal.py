@@ -55,6 +55,7 @@ def test_a_decoding_step_neither_waits_nor_copies(report):
     decoding = report["decoding"]
     assert (decoding["step"]["waits"], decoding["step"]["copies"]) == (0, 0)
     assert decoding["hidden"] == "torch.bfloat16"
+    assert decoding["features"] == "cpu"  # which training passes of a frozen tower will ask for
 
 
 def test_a_layer_of_a_decoding_step_takes_22_kernels(report):
