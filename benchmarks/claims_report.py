@@ -324,7 +324,8 @@ def draw_kind(axis, claim: Claim, results: dict, metric: str, kind: str, places:
             means.append(100 * found.mean)
             errors.append(100 * (found.larger_error or 0.0))
     if xs:
-        line = "-" if claim.ordinal else "none"
+        neighbours = xs[-1] - xs[0] == len(xs) - 1  # nothing lies between that was not run
+        line = "-" if claim.ordinal and neighbours else "none"
         axis.errorbar(
             xs, means, errors, label=kind, color=colour, marker="o", linestyle=line, capsize=2)
 

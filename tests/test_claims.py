@@ -334,12 +334,26 @@ def test_an_arm_has_one_colour_on_both_sides_of_a_figure(monkeypatch):
         sampled = [] if kind == "chance" else [[0.0], [1.0]]
         results[f"boxes {kind}"] = {0: claims_report.Result({}, [], [[0.0], [1.0]], sampled)}
     claims_report.draw(claim, results, None)
+    assert {line.get_linestyle() for line in drawn[0].axes[0].lines} == {"None"}
     colours = []
     for axis in drawn[0].axes:
         handles, labels = axis.get_legend_handles_labels()
         colours.append({label: handle.lines[0].get_color() for handle, label in zip(handles, labels)})
     greedy, sampled = colours
     assert set(greedy) == set(kinds) and sampled == {kind: greedy[kind] for kind in kinds[1:]}
+
+
+def test_marks_are_joined_where_nothing_lies_between_that_was_not_run(monkeypatch):
+    from matplotlib.figure import Figure
+
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    arms = [Arm(where, what, WORLD) for what, wheres in (("all", "123"), ("ends", "13")) for where in wheres]
+    result = {0: claims_report.Result({}, [], [[0.0], [1.0]], [[0.0], [1.0]])}
+    claims_report.draw(Claim("x", arms, [], ordinal=True), {arm.name: result for arm in arms}, None)
+    handles, labels = drawn[0].axes[0].get_legend_handles_labels()
+    joined = {label: handle.lines[0].get_linestyle() for handle, label in zip(handles, labels)}
+    assert joined == {"all": "-", "ends": "None"}
 
 
 def test_readme_and_pages_are_the_raw_rows():
