@@ -63,7 +63,7 @@ TEMPLATE = (  # Qwen's chat format, as qwen_vl.encode_chat writes it
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for part in m.content %}{% if part.text %}"
     "{{ part.text }}{% else %}<|vision_start|><|image_pad|><|vision_end|>{% endif %}{% endfor %}"
     "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-QUESTION = "How many circles? 77777777777777777777"  # makes 63 tokens of text: 1024 − 961
+QUESTION = "How many circles? 77777777777777777777"  # with a 961-token image a prompt of 1,025
 NUMBERS = {  # options: default, help
     "image-tokens": (256, "of each prompt, a square number; 256 is 448×448 pixels"),
     "prompts": (8, "P of a step"), "group": (8, "G, completions of a prompt"),
