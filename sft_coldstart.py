@@ -81,14 +81,14 @@ def sft_step(run: Run, step: int) -> dict:
     config, ranks = run.config, run.processes
     groups = training.together(run, lambda: labelled_groups(run))
     targets = sum(ranks.gather(sum(len(group.completions[0].tokens) for group in groups)))
-    total = 0.0
+    total = torch.zeros((), device=ranks.device)
     for pack in packing.pack_for_ranks(groups, config.micro_tokens, run.special, ranks):
         logp_S, _ = run.policy(pack, entropy=False)
         loss = -logp_S.sum() / targets
         (loss * ranks.world).backward()  # FSDP averages over ranks; targets counts them all
-        total += loss.item()
+        total += loss.detach()
     grad_norm = training.optimizer_step(run, step)
-    return {"step": step, "loss": sum(ranks.gather(total)), "tokens": targets,
+    return {"step": step, "loss": sum(ranks.gather(total.item())), "tokens": targets,
             "grad_norm": grad_norm, "lr": training.learning_rate(config, step),
             "cursor": run.cursor}
 

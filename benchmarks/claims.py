@@ -44,7 +44,7 @@ import training
 from sources import Sample
 
 ROOT = Path(__file__).resolve().parents[1]
-TRAIN_SECONDS = 1800  # the most for training; with twice ANSWER_SECONDS, 40 minutes an arm
+TRAIN_SECONDS = 1200  # the most for training; with four times ANSWER_SECONDS, 40 minutes an arm
 ANSWER_SECONDS = 300  # the most for answering, greedily and again at T = 1
 TRIES = 8  # sampled answers to a scene, for pass@8
 TRYING = 10  # the first seed that is for choosing alone
@@ -271,8 +271,9 @@ def choose_step(job: Job, trained: Job) -> dict:
 
 
 # §4 ──────────────────────────────────────── answers ─────────────────────────────────────────────
-def answer(job: Job, mode: str) -> tuple[list[list[float]], dict, list[str]]:
-    """Held-out scenes: (the scores of each one's answers, eval.py's own metrics, the command)."""
+def answer(job: Job, mode: str) -> tuple[dict[str, list], dict, list[str]]:
+    """Held-out scenes: ({"scores": those of each one's answers, "texts": the answers themselves},
+    eval.py's own metrics, the command)."""
     world, out = job.arm.world, job.folder / mode
     tries = 1 if mode == "greedy" else TRIES
     command = [
@@ -284,13 +285,14 @@ def answer(job: Job, mode: str) -> tuple[list[list[float]], dict, list[str]]:
         command.append("--blind")
     printed, _ = call(job, command, ANSWER_SECONDS)
     scores: dict[str, list[float]] = {}
+    texts: dict[str, list[str]] = {}
     for row in claims_report.read_rows(out / "predictions.jsonl"):
-        score = training.right(world, row)
-        scores.setdefault(row["id"], []).append(score)
+        scores.setdefault(row["id"], []).append(training.right(world, row))
+        texts.setdefault(row["id"], []).append(row["completion"])
     metrics = {}
     if mode == "greedy":
         metrics = json.loads(printed)
-    return list(scores.values()), metrics, command
+    return {"scores": [*scores.values()], "texts": [*texts.values()]}, metrics, command
 
 
 # §5 ───────────────────────────────────────── chance ─────────────────────────────────────────────
@@ -358,7 +360,8 @@ def run_arm(job: Job) -> None:
     about["commands"].append(command)
     sampled, _, command = answer(job, "sampled")
     about["commands"].append(command)
-    claims_report.write(job.file, about, steps, greedy, sampled)
+    said = [texts[0] for texts in greedy["texts"]]
+    claims_report.write(job.file, about, steps, greedy["scores"], sampled["scores"], said)
 
 
 def run_arms(bench: Bench, claim: str, seeds: list[int], only: str) -> list[str]:

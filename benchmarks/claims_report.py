@@ -4,14 +4,14 @@
 
 A raw file is an arm with a seed, results/claims/NAME/ARM-SEED.jsonl.gz, in lines of three kinds:
 the first is about the arm (commands, what its training took, eval.py's metrics); a line a training
-step, thinned; a line a held-out scene, {"greedy": [score], "sampled": [8 scores]}, in their order.
-A score is rewards.correct: the answer alone, no points for form. Worked examples are the tests.
+step, thinned; a line a held-out scene, {"greedy": [score], "sampled": [8 scores], "said": greedy
+answer}, in their order. A score is rewards.correct: the answer alone, no points for form. Worked examples are the tests.
 """
 import gzip
 import json
 import math
 import shlex
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, stdev
 
@@ -34,6 +34,7 @@ class Result:
     steps: list[dict]
     greedy: list[list[float]]
     sampled: list[list[float]]
+    said: list[str] = field(default_factory=list)  # the greedy answers; [] in older files
 
 
 def read_rows(path: Path) -> list[dict]:
@@ -41,7 +42,7 @@ def read_rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def write(path: Path, about: dict, steps: list[dict], greedy: list, sampled: list) -> None:
+def write(path: Path, about: dict, steps: list[dict], greedy: list, sampled: list, said=()) -> None:
     """One rename makes the file appear: it is whole or not there. The same rows, the same bytes."""
     lines = [about]
     every = max(1, len(steps) // STEP_LINES)
@@ -52,6 +53,8 @@ def write(path: Path, about: dict, steps: list[dict], greedy: list, sampled: lis
         scene = {"greedy": [short(score) for score in scores]}
         if sampled:
             scene["sampled"] = [short(score) for score in sampled[number]]
+        if said:
+            scene["said"] = said[number]
         lines.append(scene)
     text = "".join(json.dumps(line) + "\n" for line in lines)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -73,7 +76,8 @@ def read(path: Path) -> Result:
     scenes = [row for row in rows if "greedy" in row]
     greedy = [scene["greedy"] for scene in scenes]
     sampled = [scene["sampled"] for scene in scenes if "sampled" in scene]
-    return Result(about, steps, greedy, sampled)
+    said = [scene["said"] for scene in scenes if "said" in scene]
+    return Result(about, steps, greedy, sampled, said)
 
 
 def read_claim(claim: Claim, folder: Path) -> dict[str, dict[int, Result]]:

@@ -87,7 +87,8 @@ def change(results: dict, arm: Arm, mode: str) -> Change:
         own[name] = {seed: results[name][seed] for seed in both}
     before = estimate(own, {BASE.name: 1.0}, mode)
     after = estimate(own, {arm.name: 1.0}, mode)
-    fell = estimate(own, {arm.name: 1.0, BASE.name: -1.0}, mode)  # scores rise as errors fall
+    rose = estimate(own, {arm.name: 1.0, BASE.name: -1.0}, mode)  # by as much as errors fall
+    fell = Estimate(rose.mean, rose.error, rose.seeds)  # the page's errors are of seeds alone
     return Change(error_of(before), error_of(after), fell)
 
 

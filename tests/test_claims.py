@@ -234,6 +234,7 @@ def test_finished_arms_are_not_run_again(tmp_path, monkeypatch):
     assert started == [("GRPO", GRPO), ("GRPO", "eval.py"), ("GRPO", "eval.py")]
     result = claims_report.read(tmp_path / "results/X/boxes-grpo-0.jsonl.gz")
     assert (result.greedy, result.sampled) == ([[1.0], [0.0]], [[1.0] * 8, [0.0] * 8])
+    assert result.said == [rewards.reference("grounding", box) for box in (HERE, THERE)]  # the greedy answers
     assert result.about["tokens"] == 256 and result.steps[0]["reward"] == 0.5
 
     started.clear()
