@@ -273,7 +273,10 @@ def vision_attention(self, hidden_states, cu_seqlens, position_embeddings, max_s
 
 
 def window_attention(q_NHd, k_NHd, v_NHd, cu_seqlens) -> torch.Tensor:
-    """Full attention within each window; windows of one size make one batch. [N, H, d]."""
+    """Full attention within each window; windows of one size make one batch. [N, H, d].
+
+    Plain twin: Hugging Face's tower, which loops over the windows.
+    """
     out_NHd = torch.empty_like(q_NHd)
     lengths = cu_seqlens.diff()
     for length in lengths.unique().tolist():

@@ -5,7 +5,7 @@ all rows of a group read the same prompt keys · §4 sample
 
 Decoding issues no collectives: ranks finish at different lengths, and a collective would hang.
 Plain twins (tests/test_sampler.py): tokens ↔ Hugging Face's `generate`, log-probabilities ↔ the
-policy's, padded shapes ↔ exact ones, a small budget ↔ a large one.
+policy's, padded shapes ↔ exact ones; and in tests/test_kv_cache.py a small budget ↔ a large one.
 
 Words: a *row* is one completion being sampled; a *batch* is what decodes together, P prompts with G
 rows each. Where its keys and values lie is kv_cache.py's business, the weights', weight_copy.py's.
@@ -248,7 +248,10 @@ class Sampler:
         return out_PGKRd.flatten(2, 3)
 
     def next_hidden(self, batch: Batch, t: int) -> torch.Tensor:
-        """`decode` at place t; on CUDA a graph captured once a shape: one launch, not hundreds."""
+        """`decode` at place t; on CUDA a graph captured once a shape: one launch, not hundreds.
+
+        Plain twin: `decode` itself.
+        """
         batch.place_1.fill_(t)
         if not self.graphs:
             return self.decode(batch, t + 1)

@@ -58,7 +58,10 @@ def empty_tower(vision, dtype: torch.dtype):
 
 
 def normed_qkv(x_BD, cos_B1d, sin_B1d, norm, qkv, bias, rotated_heads: int, eps: float):
-    """Queries, keys and values [B, H + 2K, d] of the normed x; `policy.rotate` in place."""
+    """Queries, keys and values [B, H + 2K, d] of the normed x, by one product and rotated in place.
+
+    Plain twin: three products and `policy.rotate`, in the policy's layers (tests/test_sampler.py).
+    """
     normed_BD = rms_norm(x_BD, norm, eps)
     qkv = F.linear(normed_BD, qkv, bias).unflatten(-1, (-1, cos_B1d.shape[-1]))
     rotated = qkv[:, :rotated_heads]
@@ -68,7 +71,10 @@ def normed_qkv(x_BD, cos_B1d, sin_B1d, norm, qkv, bias, rotated_heads: int, eps:
 
 
 def normed_mlp(x_BD, norm, gate_up, eps: float) -> torch.Tensor:
-    """The MLP's width [B, F] of the normed x: all but its last product."""
+    """The MLP's width [B, F] of the normed x: all but its last product, gate and up in one.
+
+    Plain twin: `policy.decoder_mlp`'s two products (tests/test_sampler.py).
+    """
     normed_BD = rms_norm(x_BD, norm, eps)
     gate, up = F.linear(normed_BD, gate_up).chunk(2, dim=-1)
     return gated(gate, up)

@@ -73,12 +73,6 @@ def steps(ranks, count=3, **changes):
     return metrics, weights if ranks.rank == 0 else None
 
 
-def compiled_steps(ranks, **changes):
-    """`steps` with --compile, and how many graphs were made."""
-    with compiling() as graphs:
-        return *steps(ranks, compile=True, **changes), len(graphs)
-
-
 def export(ranks, folder, model):
     """A trained step's weights in Hugging Face format, and the policy's own log-probs to compare with."""
     run = make_run(ranks, model=model, lr=0.1)

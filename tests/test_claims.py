@@ -1,5 +1,6 @@
 """The papers' claims in miniature: verdicts, chance, which step is answered, what is run again."""
 import json
+import re
 import sys
 from types import SimpleNamespace
 
@@ -269,6 +270,23 @@ def test_sft_trains_for_as_many_steps_as_take_grpos_time():
     for world, row in zip(worlds, rows):
         seconds = world.steps * row["GRPO's seconds a step"]
         assert abs(seconds / row["SFT's"] - world.sft_steps) <= 5, row
+
+
+def test_the_papers_numbers_are_those_of_the_papers_rows():
+    """results/papers.json has all that evaluation prints; of OCR it has edit distances, 100 − x is what is raised."""
+    papers = json.loads((ROOT / "results" / "papers.json").read_text())
+    numbers = {}
+    for task, row in (("grounding", "RefCOCO+ val "), ("counting", "PixMo"), ("ocr", "PageOCR en"), ("detection", "COCO")):
+        (line,) = [line for line in papers[task] if line.startswith(row)]
+        numbers[task] = re.findall(r"(?<= )\d+\.\d", line)
+    mean_before, mean_after = numbers["grounding"][3], numbers["grounding"][7]
+    edits_before, edits_after = (100 - float(numbers["ocr"][place]) for place in (0, 4))
+    found = {
+        "grounding": f"RefCOCO+ val, mean, {mean_before} → {mean_after}",
+        "counting": f"PixMo-Count val {numbers['counting'][0]} → {numbers['counting'][2]}",
+        "ocr": f"PageOCR en, 1 − edit distance, {edits_before:.1f} → {edits_after:.1f}",
+        "detection": f"COCO AP {numbers['detection'][0]} → {numbers['detection'][3]}"}
+    assert found == claims_table.LIFT
 
 
 def test_seeds_for_results_take_no_settings():

@@ -147,12 +147,18 @@ def test_two_ranks_load_a_checkpoint_that_only_rank_0_reads(alone, pair, tmp_pat
 
 
 # ── --compile ──
+def compiled_steps(processes, **changes):
+    """`ranks.steps` with --compile, and how many graphs were made."""
+    with ranks.compiling() as graphs:
+        return *ranks.steps(processes, compile=True, **changes), len(graphs)
+
+
 @pytest.mark.parametrize("changes", [
     dict(checkpointing=True, beta=0.1, kl="k2"), dict(lora=4, checkpointing=True),
     dict(sharding="by-hand", save_every=9, checkpointing=True)])
 def test_compiled_steps_are_the_same(alone, changes):
     want, weights = ranks.steps(alone, count=2, **changes)
-    found, found_weights, graphs = ranks.compiled_steps(alone, count=2, **changes)
+    found, found_weights, graphs = compiled_steps(alone, count=2, **changes)
     assert 7 <= graphs <= 20
     assert_same_metrics(found, want)
     assert close(found_weights, weights, 1e-5)
@@ -163,7 +169,7 @@ def test_compiled_steps_are_the_same_on_two_ranks(pair, changes):
     """The compiled functions lie inside the sharded units: gathered weights go in, hooks stay outside."""
     changes = dict(count=2, checkpointing=True) | changes
     (want, weights), _ = pair.run("ranks.steps", **changes)
-    (found, found_weights, graphs), other = pair.run("ranks.compiled_steps", **changes)
+    (found, found_weights, graphs), other = pair.run("test_training.compiled_steps", **changes)
     assert graphs >= 7 and other[2] >= 7
     assert_same_metrics(found, want)
     assert close(found_weights, weights, 1e-5)
