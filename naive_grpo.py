@@ -5,8 +5,8 @@ G times, a rule grades each answer, and answers better than the mean of their gr
 likely, worse ones less likely. `python naive_grpo.py` trains a small model, base/, and prints the
 mean reward and the accuracy (the share of answers with every digit right) of ten steps at a time.
 On a GPU it is Qwen2.5-VL-3B (not run). It needs 60 GB for 3.75 billion fp32 weights, gradients and
-AdamW, and by estimate as many again for what the backward of eight answers keeps: a GPU of 141 GB,
-or, with SIZE = 224 and LARGEST = 10**12, perhaps one of 80.
+AdamW, and by estimate 75 more for what the backward of eight answers keeps: a GPU of 141 GB, or,
+with SIZE = 224 and LARGEST = 10**12, perhaps one of 80.
 
 (1) … (10) are the README's ten lines. grpo_vl.py does the same fast and on many GPUs; a test holds
 it to this file. [DSM] DeepSeekMath, arXiv 2402.03300; [PR1] Perception-R1, 2504.07954.

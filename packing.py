@@ -75,15 +75,20 @@ class Pack:
 
 
 def on_device(values, device):
-    """The same with its tensors on the device, also those in its dicts, lists and layouts."""
+    """The same with its tensors on the device."""
+    return map_tensors(values, lambda tensor: tensor.to(device))
+
+
+def map_tensors(values, function):
+    """The same with the function's value for each tensor, also in dicts, lists and layouts."""
     if torch.is_tensor(values):
-        return values.to(device)
+        return function(values)
     if is_dataclass(values):
-        return type(values)(**on_device(vars(values), device))
+        return type(values)(**map_tensors(vars(values), function))
     if isinstance(values, dict):
-        return {name: on_device(value, device) for name, value in values.items()}
+        return {name: map_tensors(value, function) for name, value in values.items()}
     if isinstance(values, list):
-        return [on_device(value, device) for value in values]
+        return [map_tensors(value, function) for value in values]
     return values
 
 

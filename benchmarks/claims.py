@@ -271,9 +271,8 @@ def choose_step(job: Job, trained: Job) -> dict:
 
 
 # §4 ──────────────────────────────────────── answers ─────────────────────────────────────────────
-def answer(job: Job, mode: str) -> tuple[dict[str, list], dict, list[str]]:
-    """Held-out scenes: ({"scores": those of each one's answers, "texts": the answers themselves},
-    eval.py's own metrics, the command)."""
+def answer(job: Job, mode: str) -> tuple[list[list[float]], dict, list[str]]:
+    """Held-out scenes: (the scores of each one's answers, eval.py's own metrics, the command)."""
     world, out = job.arm.world, job.folder / mode
     tries = 1 if mode == "greedy" else TRIES
     command = [
@@ -285,14 +284,12 @@ def answer(job: Job, mode: str) -> tuple[dict[str, list], dict, list[str]]:
         command.append("--blind")
     printed, _ = call(job, command, ANSWER_SECONDS)
     scores: dict[str, list[float]] = {}
-    texts: dict[str, list[str]] = {}
     for row in claims_report.read_rows(out / "predictions.jsonl"):
         scores.setdefault(row["id"], []).append(training.right(world, row))
-        texts.setdefault(row["id"], []).append(row["completion"])
     metrics = {}
     if mode == "greedy":
         metrics = json.loads(printed)
-    return {"scores": [*scores.values()], "texts": [*texts.values()]}, metrics, command
+    return list(scores.values()), metrics, command
 
 
 # §5 ───────────────────────────────────────── chance ─────────────────────────────────────────────
@@ -360,8 +357,9 @@ def run_arm(job: Job) -> None:
     about["commands"].append(command)
     sampled, _, command = answer(job, "sampled")
     about["commands"].append(command)
-    said = [texts[0] for texts in greedy["texts"]]
-    claims_report.write(job.file, about, steps, greedy["scores"], sampled["scores"], said)
+    answers = claims_report.read_rows(job.folder / "greedy" / "predictions.jsonl")
+    said = [row["completion"] for row in answers]  # one a scene
+    claims_report.write(job.file, about, steps, greedy, sampled, said)
 
 
 def run_arms(bench: Bench, claim: str, seeds: list[int], only: str) -> list[str]:

@@ -5,7 +5,8 @@
 A raw file is an arm with a seed, results/claims/NAME/ARM-SEED.jsonl.gz, in lines of three kinds:
 the first is about the arm (commands, what its training took, eval.py's metrics); a line a training
 step, thinned; a line a held-out scene, {"greedy": [score], "sampled": [8 scores], "said": greedy
-answer}, in their order. A score is rewards.correct: the answer alone, no points for form. Worked examples are the tests.
+answer}, in their order. A score is rewards.correct: the answer alone, no points for form. Worked
+examples are the tests.
 """
 import gzip
 import json
@@ -243,8 +244,9 @@ def page(name: str, claim: Claim, results: dict) -> str:
 
 
 def command_of(name: str, results: dict) -> str:
-    """The command, with the seeds that all of the arms have that any has been run of."""
-    seeds = common_seeds(results, [arm for arm in results if results[arm]] or results) or [0, 1, 2]
+    """The command, with the seeds that were run: those that all arms with results have."""
+    measured_arms = [name for name, seeds in results.items() if seeds]
+    seeds = common_seeds(results, measured_arms) if measured_arms else [0, 1, 2]
     return f"`python benchmarks/claims.py {name} --seeds {' '.join(map(str, seeds))}`"
 
 
@@ -296,7 +298,7 @@ def write_claim(name: str, claim: Claim, folder: Path) -> Path:
 
 # §4 ─────────────────────────────────────── its figure ───────────────────────────────────────────
 def draw(claim: Claim, results: dict, path: Path) -> None:
-    """Greedy and sampled scores ± one standard error: a place on the x-axis, a colour per kind of arm."""
+    """Greedy and sampled scores ± one standard error: a colour for each kind of arm."""
     from matplotlib.figure import Figure
 
     places = [*dict.fromkeys(arm.where for arm in claim.arms)]

@@ -27,7 +27,6 @@ import sys
 import tempfile
 import weakref
 from collections import Counter
-from dataclasses import is_dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -315,16 +314,7 @@ def fake_pack(groups: list[Group], mode: FakeTensorMode) -> Pack:
     pack = packing.pack_groups(groups)
     pack.attention = packing.varlen_layout(pack)
 
-    def fake(value):
-        if torch.is_tensor(value):
-            return mode.from_tensor(value)
-        if isinstance(value, list):
-            return [fake(part) for part in value]
-        if is_dataclass(value):
-            return type(value)(**{name: fake(part) for name, part in vars(value).items()})
-        return value
-
-    on_host = fake(pack)
+    on_host = packing.map_tensors(pack, mode.from_tensor)
     on_host.grids_I3 = pack.grids_I3  # read for their values
     return on_host.to(CUDA)
 

@@ -125,6 +125,8 @@ def test_speed_is_the_kept_bench():
     shown = [float(number) for number in re.findall(r"\*\*([\d.]+)×?\*\*", table)]
     kept = [row[name] for row in against for name in ("ratio", "memory_ratio")]
     assert shown == pytest.approx([*kept, groups["ours"]["g_scaling"]["ratio"]], abs=0.006)
+    for line in (ROOT / "results" / "bench_again.jsonl").read_text().splitlines():
+        assert "{:.2f} and {:.2f}".format(*json.loads(line)["ratios"]) in table
     small, large, *_ = against
     said = " ".join(README.split())
     assert f"{small['ratio']:.1f} times as fast at 256 image tokens, {large['ratio']:.1f} times at 1,024" in said
