@@ -170,7 +170,8 @@ def load_policy(source: str, processes: Processes, config, *, freeze_vision=Fals
     special = SpecialIds.read(tokenizer, model.config)
     policy = Policy(
         model, special.banned_V, checkpointing=config.checkpointing,
-        checkpoint_every=config.checkpoint_every, compile=config.compile)
+        checkpoint_every=config.checkpoint_every, keep_attention=config.keep_attention,
+        compile=config.compile)
     policy.vision.requires_grad_(not freeze_vision)
     if frozen:
         policy.requires_grad_(False)

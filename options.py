@@ -48,6 +48,7 @@ class Options:
     micro_tokens: int = 16384  # tokens of a packed micro-batch
     checkpointing: bool = True  # recompute activations in the backward pass [PR1 code: on]
     checkpoint_every: int = 1  # with --checkpointing: of every n-th layer; 2: faster, more memory
+    keep_attention: bool = False  # checkpointing computes attention once: faster, more memory
     offload: bool = False  # sharded weights and optimizer in host memory
     lora: int = 0  # rank of adapters to train, not the model: raise --lr tenfold yourself; 0: none
     lora_alpha: float | None = None  # an adapter counts α/rank times; default: 2·rank
@@ -154,8 +155,8 @@ HEADINGS = {  # of --help, in the order in which a user comes to need them
     "the optimizer": "lr schedule warmup beta2 max_norm max_bad_steps",
     "evaluation and logging": "eval_every eval_data eval_samples eval_tokens blind log "
                               "entropy_every pictures_every",
-    "memory, speed, many GPUs": "plan micro_tokens kv_gb checkpointing checkpoint_every offload "
-                                "sharding graphs compile deterministic timeout"}
+    "memory, speed, many GPUs": "plan micro_tokens kv_gb checkpointing checkpoint_every "
+                                "keep_attention offload sharding graphs compile deterministic timeout"}
 
 
 def parse_config(config_class, arguments, presets: dict, text: str, gpu: bool):

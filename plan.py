@@ -251,7 +251,7 @@ def saved(config, tokens: int, shape, layers: int) -> tuple[int, int]:
     """Bytes in bf16 that the backward needs: (from forward, and of the layer computed again).
 
     Each layer's input is kept, and what is inside of those that are not checkpointed: counted, 14
-    tensors of the layer's width, 6 of its MLP's.
+    tensors of the layer's width, 6 of its MLP's. --keep-attention: one of the layer's width more.
     """
     inside = 14 * shape.hidden_size + 6 * shape.intermediate_size
     if config.checkpointing:
@@ -259,4 +259,6 @@ def saved(config, tokens: int, shape, layers: int) -> tuple[int, int]:
     else:
         again, not_checkpointed = 0, layers
     kept = layers * shape.hidden_size + not_checkpointed * inside
+    if config.checkpointing and config.keep_attention:
+        kept += (layers - not_checkpointed) * shape.hidden_size
     return 2 * tokens * kept, 2 * tokens * again

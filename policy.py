@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.varlen import varlen_attn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from packing import Pack, PaddedBatch, VarlenLayout, borders, on_device
 
@@ -101,6 +101,17 @@ def padded_attention(q_LHd, k_LKd, v_LKd, batch: PaddedBatch) -> torch.Tensor:
     out_BHTd = F.scaled_dot_product_attention(
         *taken, attn_mask=mask_B1TK, is_causal=causal, enable_gqa=True)
     return out_BHTd.transpose(1, 2).flatten(0, 1)
+
+
+def attention_kernels() -> list:
+    """The operations behind the functions above, each with what it does on a CPU or on CUDA. Their
+    time grows with the square of a sequence's length; what they give is as small as their input."""
+    kernels = [
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+        torch.ops.torch_attn._varlen_attn.default]
+    if flash_attn_varlen_func is not None:
+        kernels.append(torch.ops.flash_attn._flash_attn_varlen_forward.default)
+    return kernels
 
 
 def half_negated(sin: torch.Tensor) -> torch.Tensor:
@@ -391,13 +402,14 @@ class Policy(nn.Module):
 
     That makes it the FSDP root: vision tower, decoder and chunked lm_head run inside,
     log-probabilities come out, and the loss is computed outside in fp32. checkpointing: of every
-    n-th layer what lies between its input and output is computed again in the backward pass.
+    n-th layer what lies between its input and output is computed again in the backward pass;
+    keep_attention: but for what `attention_kernels` gave, which is kept.
     compile: by `compiled` functions, in the decoder's layers and of log-probabilities.
     Plain twin: Hugging Face's forward on one completion at a time.
     """
 
     def __init__(self, model, banned_V: torch.Tensor, *, checkpointing=False, checkpoint_every=1,
-                 compile=False):
+                 keep_attention=False, compile=False):
         super().__init__()
         self.model = model
         self.register_buffer("banned_V", banned_V, persistent=False)
@@ -414,8 +426,12 @@ class Policy(nn.Module):
         if checkpointing:  # inside the modules' forward, so inside FSDP's hooks: no extra gathers
             layers = self.decoder.layers[::checkpoint_every]
             blocks = self.vision.blocks[::checkpoint_every]
+            options = {"use_reentrant": False}
+            if keep_attention:
+                options["context_fn"] = partial(
+                    create_selective_checkpoint_contexts, attention_kernels())
             for layer in [*layers, *blocks]:
-                layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+                layer.forward = partial(checkpoint, layer.forward, **options)
 
     @property
     def vision(self):

@@ -37,7 +37,8 @@ FREE = {
     "steps", "seconds", "out", "resume", "log", "keep", "save_every", "max_bad_steps", "skip_bad",
     "eval_every", "eval_data", "eval_samples", "eval_tokens", "blind", "pictures_every",
     "entropy_every", "timeout", "kv_gb", "max_prompt", "micro_tokens", "checkpointing",
-    "checkpoint_every", "offload", "graphs", "compile", "deterministic", "check", "plan", "export"}
+    "checkpoint_every", "keep_attention", "offload", "graphs", "compile", "deterministic", "check",
+    "plan", "export"}
 
 
 def say(sentence: str) -> None:

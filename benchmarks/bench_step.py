@@ -84,6 +84,7 @@ def options():
         add(f"--{name}", type=type(default), default=default, help=f"{text} [{default}]")
     add("--shape", choices=("tiny", *TEXT), default="tiny")
     add("--checkpointing", action=argparse.BooleanOptionalAction, default=True)
+    add("--keep-attention", action="store_true", help="ours: with --checkpointing, not again")
     add("--against", choices=("trl",))
     add("--trl-python", default=sys.executable, help="has TRL installed")
     add("--g-scaling", action="store_true")
@@ -201,7 +202,8 @@ def ours(a) -> dict:
     config = grpo_vl.Config(
         model=a.folder, prompts=a.prompts, group=a.group, max_tokens=a.length, max_prompt=10**6,
         overlong="keep", beta=a.beta, micro_tokens=a.micro_tokens, checkpointing=a.checkpointing,
-        checkpoint_every=a.checkpoint_every, entropy_every=a.entropy_every, seed=a.seed,
+        checkpoint_every=a.checkpoint_every, keep_attention=a.keep_attention,
+        entropy_every=a.entropy_every, seed=a.seed,
         lr=1e-6, pictures_every=0)
     run = training.prepare(config, ranks, a.folder, beta=a.beta)
     run.data = [Sample(str(i), "math", QUESTION, "7", (image,))

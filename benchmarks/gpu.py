@@ -15,7 +15,8 @@ graphs_are_eager    tokens and log-probabilities of captured graphs and of the s
                     over batches that make the cache grow: equal
 compiled_is_eager   log-probabilities and gradients with --compile and without, both in bf16 beside
                     fp32: errors of like size; and the next check's gap with --compile
-sampler_is_trainer  mean |Δ log π| of the sampler's tokens under the policy, in the dtype of the run
+sampler_is_trainer  log-probabilities of the sampler's tokens by the sampler and by the policy, in the
+                    dtype of the run, beside fp32: errors of like size; and mean |Δ log π|
 deterministic       --deterministic: a gradient twice, bit for bit
 tiny_steps          ten steps of `grpo_vl.py` on the stand-in, with evaluation and checkpoint
 bench_3b            bench_step.py's step: share of a copy's bandwidth in decoding (decode.share, wanted
@@ -23,7 +24,7 @@ bench_3b            bench_step.py's step: share of a copy's bandwidth in decodin
 steps_3b            two steps at 3B, prompts of mixed length, --eval-every 1
 lora_3b             a step at 3B with --lora 32
 offload_3b          a step at 3B with --offload
-lean_3b             bench_3b with --checkpoint-every 2 --entropy-every 0
+lean_3b             bench_3b with --checkpoint-every 2 --keep-attention --entropy-every 0
 """
 import argparse
 import json
@@ -185,16 +186,22 @@ def graphs_are_eager(device, folder) -> dict:
 
 
 def gap(policy, special, prompts, **options) -> dict:
-    """|Δ log π| of sampled tokens, by the sampler and by the policy. options: the sampler's."""
-    device = next(policy.parameters()).device
-    done = rollouts(policy, special, prompts, 100, graphs=device.type == "cuda", **options)
-    pack = packing.prepare_attention(packed(prompts, done), device)
+    """|Δ log π| of sampled tokens, by the sampler and by the policy, and each one's mean distance
+    from the same weights in fp32. options: the sampler's."""
+    weight = next(policy.parameters())
+    done = rollouts(policy, special, prompts, 100, graphs=weight.is_cuda, **options)
+    exact = small_world(torch.device("cpu"), weight.dtype)[0].float()
+    pack = packed(prompts, done)
     with torch.no_grad():
-        logp_S = policy(pack)[0].cpu()
+        exact_S = exact(on("cpu", pack, packing.mask_layout))[0]
+        logp_S = policy(packing.prepare_attention(pack, weight.device))[0].cpu()
     sampled_S = torch.tensor([logp for group in done for c in group for logp in c.logps])
     gap_S = (logp_S - sampled_S).abs()
-    assert gap_S.mean() < (0.05 if device.type == "cuda" else 1e-5), gap_S.mean()
-    return {"mean": gap_S.mean().item(), "largest": gap_S.max().item()}
+    found = {"mean": gap_S.mean().item(), "largest": gap_S.max().item()}
+    found["sampler"] = (sampled_S - exact_S).abs().mean().item()
+    found["trainer"] = (logp_S - exact_S).abs().mean().item()
+    assert found["sampler"] < 2 * found["trainer"] + 1e-5, found
+    return found
 
 
 def sampler_is_trainer(device, folder) -> dict:
@@ -259,22 +266,23 @@ def offload_3b(device, folder) -> dict:
     return take_steps(build_3b(folder, device), device, 1, offload=True)
 
 
-def bench_3b(device, folder, *, checkpoint_every=1, entropy_every=1) -> dict:
+def bench_3b(device, folder, **lean) -> dict:
+    """lean: options of bench_step.py in place of those below."""
     peak = [tflops for name, tflops in PEAK_TFLOPS.items() if name in card(device)]
     size = dict(prompts=8, group=8, length=256, image_tokens=400, steps=2)
     if device.type != "cuda":
         size = dict(prompts=2, group=2, length=4, image_tokens=4, steps=1)
     asked = dict(
         folder=build_3b(folder, device), beta=0.0, micro_tokens=16384, checkpointing=True, seed=0,
-        checkpoint_every=checkpoint_every, entropy_every=entropy_every,
+        checkpoint_every=1, keep_attention=False, entropy_every=1,
         peak_tflops=peak[0] if peak else 0.0, g_scaling=False)
-    found = bench_step.ours(SimpleNamespace(**asked, **size))
+    found = bench_step.ours(SimpleNamespace(**asked | size | lean))
     seconds = found["seconds"]
     return found | {"refresh_share": seconds["refresh"] / seconds["step"]}
 
 
 def lean_3b(device, folder) -> dict:
-    return bench_3b(device, folder, checkpoint_every=2, entropy_every=0)
+    return bench_3b(device, folder, checkpoint_every=2, keep_attention=True, entropy_every=0)
 
 
 def card(device) -> str:

@@ -356,13 +356,14 @@ def rehearse_decoding(config, banned_V, memory: Memory) -> dict:
     return report
 
 
-def rehearse_training(config, banned_V, pack: Pack, memory: Memory) -> dict:
+def rehearse_training(
+        config, banned_V, pack: Pack, memory: Memory, keep_attention: bool = False) -> dict:
     """A packed row of 6 groups of 8 completions, forward and backward, sharded over 8 ranks; a step
     of the optimizer, and a refresh. Neither the first micro-batch nor the first step: gradients and
     AdamW's state are there."""
     with CUDA:
         model = Qwen2_5_VLForConditionalGeneration(config)
-    trained = Policy(model, banned_V, checkpointing=True)
+    trained = Policy(model, banned_V, checkpointing=True, keep_attention=keep_attention)
     fsdp.shard(trained, fsdp.Processes(0, 8, CUDA))
     attention = trained.decoder.layers[0].self_attn
     inputs, attend = [], attention.forward
@@ -404,7 +405,8 @@ def rehearse_training(config, banned_V, pack: Pack, memory: Memory) -> dict:
         copy.refresh(fsdp.gathered_parameters(trained))
     report["refresh"] = count.report(memory)
 
-    options = grpo_vl.Config(prompts=48, **LENGTHS, micro_tokens=len(pack.ids_L))
+    options = grpo_vl.Config(
+        prompts=48, **LENGTHS, micro_tokens=len(pack.ids_L), keep_attention=keep_attention)
     moments = planned(model, options, 8, 200)
     report["refresh"]["planned"] = moments["the sampler's refresh"] - moments["keys and values"]
     fullest = max(moments[moment] for moment in BACKWARD)
@@ -526,12 +528,16 @@ def main() -> None:
             trained = rehearse_training(config, banned_V, pack, memory)
         with Memory() as memory:
             shorter = rehearse_training(true_config(1), banned_V, pack, memory)
+        with Memory() as memory:
+            kept = rehearse_training(true_config(1), banned_V, pack, memory, keep_attention=True)
         per_layer(trained, shorter, layers)
         with Memory() as memory:
             adapters = rehearse_adapters(config, banned_V, seen, memory, offload=False)
         with Memory() as memory:
             offloaded = rehearse_adapters(config, banned_V, seen, memory, offload=True)
-    report = {"decoding": decoding, "training": trained, "adapters": adapters, "offloaded": offloaded}
+    report = {
+        "decoding": decoding, "training": trained, "a layer of training": shorter,
+        "attention kept": kept, "adapters": adapters, "offloaded": offloaded}
     print(table(report))
     if arguments.json:
         arguments.json.write_text(json.dumps(report, indent=1))

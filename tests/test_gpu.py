@@ -59,10 +59,33 @@ def test_time_that_is_over_is_said():
     assert (row["result"], row["why"]) == ("not run", "1 s are over")
 
 
-def test_a_check_that_fails_or_hangs_is_a_line(tmp_path, monkeypatch):
+@pytest.fixture
+def gpu():
     spec = importlib.util.spec_from_file_location("gpu_benchmark", SCRIPT)
-    gpu = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(gpu)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_sampler_as_exact_as_the_trainer_passes_in_bf16_and_one_that_is_off_does_not(gpu, monkeypatch):
+    """Rounding alone puts both about 0.005 off; 0.03 more is an error, though bf16 has gaps of that size elsewhere."""
+    policy, special, prompts = gpu.small_world(torch.device("cpu"), torch.bfloat16)
+    found = gpu.gap(policy, special, prompts)
+    assert 0.001 < found["trainer"] < 0.02
+    rollouts = gpu.rollouts
+
+    def off(*given, **options):
+        groups = rollouts(*given, **options)
+        for completion in (completion for group in groups for completion in group):
+            completion.logps = [logp + 0.03 for logp in completion.logps]
+        return groups
+
+    monkeypatch.setattr(gpu, "rollouts", off)
+    with pytest.raises(AssertionError):
+        gpu.gap(policy, special, prompts)
+
+
+def test_a_check_that_fails_or_hangs_is_a_line(tmp_path, gpu):
     arguments = SimpleNamespace(folder=str(tmp_path), cpu=True)
     failed = gpu.outcome("no_such_check", 60, arguments)
     assert failed["result"] == "failed" and failed["why"] == "exit status 2" and "no_such_check" in failed["said"]

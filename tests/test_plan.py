@@ -156,6 +156,9 @@ def test_offload_in_the_plan():
     (dict(checkpoint_every=2), {  # 14 layers and 16 blocks are not, and one layer is computed again
         "activations": 2 * 16_384 * (28 * 3584 + 15 * 163_840),
         "vision activations": 2 * 10_200 * (32 * 1280 + 16 * 38_440)}),
+    (dict(checkpoint_every=2, keep_attention=True), {  # of 14 layers and 16 blocks, a row of their width each
+        "activations": 2 * 16_384 * (28 * 3584 + 15 * 163_840 + 14 * 3584),
+        "vision activations": 2 * 10_200 * (32 * 1280 + 16 * 38_440 + 16 * 1280)}),
     (dict(checkpoint_every=2, checkpointing=False), {
         "activations": 2 * 16_384 * (28 * 3584 + 28 * 163_840),
         "vision activations": 2 * 10_200 * (32 * 1280 + 32 * 38_440)}),

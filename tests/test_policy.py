@@ -41,13 +41,50 @@ def test_checkpointing_changes_nothing(world, every, again):
     assert len(ran) == 4 + 3 + again
 
 
-def test_compiled_log_probabilities_and_gradients_are_the_same_and_a_new_length_compiles_nothing(world, monkeypatch):
+class Operations(TorchDispatchMode):
+    """Which operations run, in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.ran = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.ran.append(function)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options, times", [
+    (dict(), 1), (dict(checkpointing=True), 2), (dict(checkpointing=True, keep_attention=True), 1)])
+def test_attention_that_is_kept_is_not_computed_again_and_gradients_are_the_same(world, options, times):
+    policy, _, _, _, prompts = world
+    groups = ragged_groups(prompts)
+    policy.zero_grad()
+    packed_logps(policy, groups)[0].sum().backward()
+    want = gradients(policy)
+    model, _ = qwen_vl.load("tiny" if policy.model.config.tie_word_embeddings else "tiny-untied")
+    twin = Policy(model, policy.banned_V, **options).train()
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    with Operations() as forward:
+        logp_S = packed_logps(twin, groups)[0]
+    with Operations() as backward:
+        logp_S.sum().backward()
+    once = forward.ran.count(kernel)
+    assert once >= 4 + 3  # one a layer and a block, or more
+    assert once + backward.ran.count(kernel) == times * once
+    for name, got in gradients(twin).items():
+        assert torch.equal(got, want[name])
+
+
+@pytest.mark.parametrize("keep_attention", [False, True])
+def test_compiled_log_probabilities_and_gradients_are_the_same_and_a_new_length_compiles_nothing(
+        world, monkeypatch, keep_attention):
     policy, _, _, _, prompts = world
     monkeypatch.setattr(policy_module, "KEPT_BYTES", 0)
     groups, made = ragged_groups(prompts), []
     with ranks.compiling() as graphs:
         model, _ = qwen_vl.load("tiny" if policy.model.config.tie_word_embeddings else "tiny-untied")
-        twin = Policy(model, policy.banned_V, checkpointing=True, compile=True).train()
+        twin = Policy(
+            model, policy.banned_V, checkpointing=True, keep_attention=keep_attention, compile=True).train()
         for part in (groups[:1], groups[1:3], groups[2:]):
             for module in (policy, twin):
                 module.zero_grad()

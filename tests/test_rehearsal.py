@@ -106,6 +106,18 @@ def test_a_training_pass_asks_the_device_for_nothing(report):
     assert asked == {"forward": (0, 10), "backward": (0, 0), "step": (0, 0), "refresh": (0, 0)}
 
 
+def test_attention_that_is_kept_is_not_computed_again(report):
+    """One layer, two blocks: three kernels fewer in backward. What stays from forward is their output, and in fp32 a
+    number a head for each query: of 6·(437 + 8·200) tokens 16 heads of 128, of 6·1564 patches 16 heads of 80."""
+    again, kept = report["a layer of training"], report["attention kept"]
+    assert again["forward"]["kernels"] == kept["forward"]["kernels"]
+    assert again["backward"]["kernels"] - kept["backward"]["kernels"] == 1 + 2
+    outputs = 2 * 12_222 * 2048 + 2 * 2 * 9_384 * 1280
+    stays = outputs + 4 * 16 * (12_222 + 2 * 9_384)
+    assert kept["forward"]["peak"] - again["forward"]["peak"] == pytest.approx(stays, abs=1000)  # borders come and go
+    assert kept["backward"]["planned"] - again["backward"]["planned"] == outputs
+
+
 def test_bytes_that_are_kept_and_that_a_refresh_adds(report):
     training = report["training"]
     # fp32 on 8 ranks, and a copy in bf16; angles are a few thousand numbers. Later the pack is there, without its

@@ -42,7 +42,8 @@ def test_other_options_are_refused_and_named_with_both_values(alone, tmp_path):
 @pytest.mark.parametrize("changes", [
     dict(steps=9), dict(log="wandb"), dict(keep=7), dict(save_every=3), dict(eval_every=5), dict(eval_samples=50),
     dict(eval_data=("synthetic:math?text=1",)), dict(pictures_every=9), dict(timeout=60), dict(kv_gb=1.0),
-    dict(micro_tokens=300), dict(checkpointing=True), dict(checkpoint_every=2), dict(entropy_every=0), dict(offload=True), dict(graphs=False), dict(compile=True),
+    dict(micro_tokens=300), dict(checkpointing=True), dict(checkpoint_every=2), dict(keep_attention=True),
+    dict(entropy_every=0), dict(offload=True), dict(graphs=False), dict(compile=True),
 ])
 def test_options_that_teach_nothing_else_may_change(tmp_path, changes):
     config = grpo_vl.Config(**ranks.SMALL | dict(out=str(tmp_path / "run")))
