@@ -156,7 +156,8 @@ HEADINGS = {  # of --help, in the order in which a user comes to need them
     "evaluation and logging": "eval_every eval_data eval_samples eval_tokens blind log "
                               "entropy_every pictures_every",
     "memory, speed, many GPUs": "plan micro_tokens kv_gb checkpointing checkpoint_every "
-                                "keep_attention offload sharding graphs compile deterministic timeout"}
+                                "keep_attention offload sharding graphs compile deterministic "
+                                "timeout"}
 
 
 def parse_config(config_class, arguments, presets: dict, text: str, gpu: bool):
