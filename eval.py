@@ -153,8 +153,8 @@ def run(model: str, task: Task, data: Data, out: Out, samples: Samples = 0, thin
     if processes.rank == 0:
         file = Path(out) / "predictions.jsonl"
         write_rows(file, rows)
-        if task == "detection" and tries > 1:
-            print(f"in {file}, unscored: AP is of one answer an image", file=sys.stderr)
+        if protocol.why_one and tries > 1:
+            print(f"in {file}, unscored: {protocol.why_one}", file=sys.stderr)
         else:
             metrics(task, file, annotations)
     fsdp.leave()

@@ -277,6 +277,7 @@ class Protocol:
     max_tokens: int  # of the longest answer
     rows: str  # key in results/papers.json: metrics and source, then a row a benchmark
     samples: int = 1  # answers to a question; 1: greedy, more: T = 1
+    why_one: str = ""  # why only one answer to a question can be scored, if so
     penalty: float = 1.0  # on repetition
     prompt: str = ""  # where it is not that of training
     package: tuple[str, ...] = ()  # module that scoring needs, and its name to install
@@ -292,6 +293,7 @@ PROTOCOLS = {
     ),
     "detection": Protocol(
         score=average_precision, rows="detection", max_tokens=4096,
+        why_one="AP is of one answer an image",
         prompt="Locate every item from the category list in the image and output the coordinates "
                "in JSON format. The category set includes {}.",
         package=("pycocotools", "pycocotools"),

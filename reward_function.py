@@ -14,7 +14,7 @@ from collections.abc import Callable
 import readers
 from needs import check
 from readers import think_order
-from rewards import TABLE, Score, fits, score
+from rewards import TABLE, Score, fits, score, values_of
 
 
 def load(spec: str) -> Callable:
@@ -91,7 +91,7 @@ def call_reward(
     fitting = {}
     for name, value in (options or {}).items():
         tasks = [task for task, row in TABLE.items() if name in row.options]
-        own = sample.task in tasks and fits(name, value, TABLE[sample.task].options[name])
+        own = sample.task in tasks and fits(TABLE[sample.task], name, value)
         if own or not tasks:
             fitting[name] = value
     about = sample.task, completion, sample.answer, sample.image_size
@@ -126,6 +126,7 @@ def check_reward_options(options: dict, reward: Callable = score) -> None:
             check(number, f"format_weight must be a number, not {value!r}")
         else:
             check(name in names, f"no task has an option {name!r}; there are {sorted(names)}")
-            ranges = [row.options[name] for row in TABLE.values() if name in row.options]
-            possible = any(fits(name, value, allowed) for allowed in ranges)
-            check(possible, f"{name} can be {', '.join(map(str, ranges))}, not {value!r}")
+            rows = [row for row in TABLE.values() if name in row.options]
+            possible = any(fits(row, name, value) for row in rows)
+            listed = ", ".join(values_of(row, name) for row in rows)
+            check(possible, f"{name} can be {listed}, not {value!r}")

@@ -69,6 +69,7 @@ class Task:
     needs_image: bool = False
     format_weight: float = 1.0
     options: dict = field(default_factory=dict)  # name: its values, default first
+    others: dict = field(default_factory=dict)  # name: other values in words, value -> is it one?
 
 
 # ---- §1 prompts and references -------------------------------------------------------------------
@@ -337,6 +338,14 @@ def see_question(true, question):
     return "a question"
 
 
+def from_zero(value):
+    return readers.plain_numbers([value], 1) is not None and value >= 0
+
+
+def are_components(value):
+    return isinstance(value, (list, tuple)) and all(name in COMPONENTS for name in value)
+
+
 TABLE = {
     "grounding": Task(
         prompt="Output the bounding box of the {} in the image.",  # [PR1 T8]
@@ -357,9 +366,12 @@ TABLE = {
         right=lambda parts: parts["f1"], metric="F1", placed=True, needs_image=True,
         options={
             "matching": ("iou", "detr", "order"),  # [PR1 §4.2], [PR1 code], [PR1 T5]
-            "penalty": (0.5, 0.0),  # any number from 0; 0.5 [PR1 T6], 0 [PR1 code]
-            "components": (COMPONENTS,),  # any of them [PR1 T6]
+            "penalty": (0.5, 0.0),  # [PR1 T6], [PR1 code]
+            "components": (COMPONENTS,),  # [PR1 T6]
         },
+        others={
+            "penalty": ("any number from 0", from_zero),
+            "components": ("a list of some", are_components)},
     ),
     "ocr": Task(
         prompt="{}", question="OCR this image.",  # [PR1 T8]
@@ -406,8 +418,8 @@ def score(
     true = read_truth(task, answer)
     for name, value in options.items():
         check(name in row.options, f"{task} has no option {name!r}; its own are {[*row.options]}")
-        allowed = row.options[name]
-        check(fits(name, value, allowed), f"{name} in {task} can be {allowed}, not {value!r}")
+        can_be = values_of(row, name)
+        check(fits(row, name, value), f"{name} in {task} can be {can_be}, not {value!r}")
     check(isinstance(completion, str), f"a completion must be text, not {type(completion)}")
     sized = image_size is None or (readers.plain_numbers(image_size, 2) and min(image_size) > 0)
     check(sized, f"image_size must be [W, H] in pixels, not {image_size!r:.200}")
@@ -421,13 +433,21 @@ def score(
     return Score(float(total), parts)
 
 
-def fits(name, value, allowed):
-    """Whether an option can have this value."""
-    if name == "penalty":
-        return readers.plain_numbers([value], 1) is not None and value >= 0
-    if name == "components":
-        return isinstance(value, (list, tuple)) and set(value) <= set(COMPONENTS)
-    return value in allowed
+def fits(row: Task, name: str, value: object) -> bool:
+    """Whether an option of the task can have this value."""
+    if name in row.others:
+        _, is_one = row.others[name]
+        return is_one(value)
+    return value in row.options[name]
+
+
+def values_of(row: Task, name: str) -> str:
+    """What an option of the task can be."""
+    listed = str(row.options[name])
+    if name in row.others:
+        in_words, _ = row.others[name]
+        return f"{listed} or {in_words}"
+    return listed
 
 
 def correct(

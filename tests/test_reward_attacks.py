@@ -7,7 +7,7 @@ import time
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_rewards import boxes, points, tokens
+from spelled import boxes, points, tokens
 
 import formulas
 from readers import parse_boxes, parse_points
