@@ -84,7 +84,8 @@ def prepare(config, processes: Processes, source: str, *, freeze_vision=False, f
     if beta and config.lora:
         reference = partial(lora.run_base, policy)
     elif beta:
-        reference, _, _ = fsdp.load_policy(source, processes, config, frozen=True)
+        reference, _, _ = fsdp.load_policy(
+            source, processes, config, frozen=True, sharding=config.sharding)
     sampler = Sampler(
         policy.model, special, device=processes.device, dtype=fsdp.compute_dtype(processes.device),
         kv_gb=config.kv_gb, graphs=config.graphs and on_gpu, compile=config.compile,

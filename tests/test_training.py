@@ -180,6 +180,22 @@ def assert_same_metrics(found, want):
         assert [row[name] for row in found] == pytest.approx([row[name] for row in want], rel=1e-4, abs=1e-6)
 
 
+# ── the reference ──
+def test_by_hand_the_reference_is_cut_by_hand_too(alone):
+    run = ranks.make_run(alone, sharding="by-hand", save_every=9, beta=0.1)
+    assert len(run.reference.units) == len(run.policy.units) == 1 + 4 + 1  # tower, layers, root
+    assert not any(unit.shard.requires_grad for unit in run.reference.units)
+
+
+def test_steps_beside_a_reference_are_the_same_by_hand(pair):
+    """lr 1: from the second step on the policy is far from it, and the KL term counts."""
+    (want, weights), _ = pair.run("ranks.steps", count=2, beta=0.1)
+    (found, found_weights), _ = pair.run("ranks.steps", count=2, beta=0.1, sharding="by-hand", save_every=9)
+    assert found[1]["kl"] == pytest.approx(want[1]["kl"], rel=1e-4) and want[1]["kl"] > 0.01
+    assert_same_metrics(found, want)
+    assert close(found_weights, weights, 1e-5)
+
+
 # ── dtypes, as on a GPU ──
 VISION = "model.model.visual."
 
