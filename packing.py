@@ -26,7 +26,6 @@ class PaddedBatch:
 
     queries_BT: torch.Tensor  # indices into L, 0 where padded
     keys_BK: torch.Tensor  # alike
-    filled_BT: torch.Tensor  # where queries are not padded
     mask_B1TK: torch.Tensor | None  # what is added to scores; None: causal, which SDPA knows itself
 
 
@@ -248,14 +247,15 @@ def prepare_attention(pack: Pack, device: torch.device) -> Pack:
 def mask_layout(pack: Pack) -> PaddedLayout:
     """One padded batch: row p is all of group p."""
     groups = torch.arange(len(pack.ids_L)).split(torch.bincount(pack.group_L).tolist())
-    batch = padded_batch([(group[:0], group) for group in groups])
+    layout = padded_layout([[(group[:0], group) for group in groups]])
+    (batch,) = layout.batches
     segment_PL = pack.segment_L[batch.queries_BT]
     key_P1L = segment_PL[:, None, :]
     query_PL1 = segment_PL[:, :, None]
     places = segment_PL.shape[1]
     causal_LL = torch.ones(places, places).tril().bool()
     batch.mask_B1TK = as_mask(causal_LL & ((key_P1L == 0) | (key_P1L == query_PL1)))
-    return padded_layout([batch])
+    return layout
 
 
 def as_mask(seen_BTK: torch.Tensor) -> torch.Tensor:
@@ -269,11 +269,11 @@ def two_part_layout(pack: Pack) -> PaddedLayout:
     Those whose lengths have equally many binary digits go together: padding less than doubles one.
     Plain twin: `mask_layout`.
     """
-    batches = {}
+    rows_of = {}  # a size: the rows of a batch
     for prompt, own in sequences(pack):
         size = len(own).bit_length() if len(prompt) else 0
-        batches.setdefault(size, []).append((prompt, own))
-    return padded_layout([padded_batch(rows) for rows in batches.values()])
+        rows_of.setdefault(size, []).append((prompt, own))
+    return padded_layout(list(rows_of.values()))
 
 
 def sequences(pack: Pack) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -296,7 +296,7 @@ def padded_batch(rows: list[tuple[torch.Tensor, torch.Tensor]]) -> PaddedBatch:
     """A row's queries are its own tokens, its keys [prompt | own]: it sees all of the prompt, and
     its own causally. Without prompts there is no mask: SDPA skips half."""
     prompt_BP, has_prompt_BP = padded([prompt for prompt, _ in rows])
-    own_BT, filled_BT = padded([own for _, own in rows])
+    own_BT, _ = padded([own for _, own in rows])
     count, places = own_BT.shape
     mask_B1TK = None
     if prompt_BP.shape[1]:
@@ -304,7 +304,7 @@ def padded_batch(rows: list[tuple[torch.Tensor, torch.Tensor]]) -> PaddedBatch:
         causal_BTT = torch.ones(places, places).tril().bool().expand(count, -1, -1)
         mask_B1TK = as_mask(torch.cat([all_BTP, causal_BTT], dim=2))
     keys_BK = torch.cat([prompt_BP, own_BT], dim=1)
-    return PaddedBatch(own_BT, keys_BK, filled_BT, mask_B1TK)
+    return PaddedBatch(own_BT, keys_BK, mask_B1TK)
 
 
 def padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
@@ -314,11 +314,19 @@ def padded(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     return padded_BT, torch.arange(padded_BT.shape[1]) < lengths_B[:, None]
 
 
-def padded_layout(batches: list[PaddedBatch]) -> PaddedLayout:
-    tokens = torch.cat([batch.queries_BT.flatten() for batch in batches])
-    filled = torch.cat([batch.filled_BT.flatten() for batch in batches])
-    places = torch.nonzero(filled).squeeze(1)
-    return PaddedLayout(batches, scatter_L=places[tokens[places].argsort()])
+def padded_layout(rows_of_batches: list[list[tuple]]) -> PaddedLayout:
+    """A `padded_batch` of each list of rows, and where each token's output lies behind them all."""
+    batches, places, tokens = [], [], []
+    begin = 0  # of a row's output
+    for rows in rows_of_batches:
+        batch = padded_batch(rows)
+        batches.append(batch)
+        for _, own in rows:
+            tokens.append(own)
+            places.append(begin + torch.arange(len(own)))
+            begin += batch.queries_BT.shape[1]
+    order = torch.cat(tokens).argsort()
+    return PaddedLayout(batches, scatter_L=torch.cat(places)[order])
 
 
 def varlen_layout(pack: Pack) -> VarlenLayout:

@@ -21,7 +21,7 @@ B rollouts; of a padded batch B rows, T queries and K keys of each.
 """
 import inspect
 import math
-from functools import partial
+from functools import lru_cache, partial
 from types import MethodType
 
 import torch
@@ -104,8 +104,9 @@ def padded_attention(q_LHd, k_LKd, v_LKd, batch: PaddedBatch) -> torch.Tensor:
 
 
 def attention_kernels() -> list:
-    """The operations behind the functions above, each with what it does on a CPU or on CUDA. Their
-    time grows with the square of a sequence's length; what they give is as small as their input."""
+    """The operations behind the functions above, on a CPU and on CUDA: what --keep-attention keeps.
+    Their time grows with the square of a sequence's length, what they give with the length alone.
+    """
     kernels = [
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
         torch.ops.torch_attn._varlen_attn.default]
@@ -225,17 +226,16 @@ def vision_features(vision, pixels_ND, grids_I3, layout: dict | None = None) -> 
 
 
 def vision_layout(vision, grids_I3: torch.Tensor) -> dict:
-    """Windows and positions follow from the grids alone: on the host, once for equal grids.
+    """Windows and positions follow from the grids alone: on the host, for equal grids once a run.
 
     Hugging Face's forward takes them as keyword arguments; it would otherwise ask the device for
     them, and each block for its longest window. Plain twin: what that forward computes itself.
     """
-    known, order, windows, frames, positions = {}, [], [], [], []
+    order, windows, frames, positions = [], [], [], []
     tokens = 0  # of the images so far
-    for grid in map(tuple, grids_I3.tolist()):
-        if grid not in known:
-            known[grid] = image_layout(vision, grid)
-        order_I, window_lengths, frame_lengths, positions_N2 = known[grid]
+    sizes = vision.spatial_merge_size, vision.window_size, vision.patch_size
+    for grid in grids_I3.tolist():
+        order_I, window_lengths, frame_lengths, positions_N2 = image_layout(tuple(grid), *sizes)
         order.append(tokens + order_I)
         windows.append(window_lengths)
         frames.append(frame_lengths)
@@ -251,14 +251,14 @@ def vision_layout(vision, grids_I3: torch.Tensor) -> dict:
         "max_seqlen": int(frames.max())}
 
 
-def image_layout(vision, grid: tuple[int, int, int]) -> tuple[torch.Tensor, ...]:
+@lru_cache(maxsize=1024)
+def image_layout(grid: tuple[int, int, int], merge: int, window: int, patch: int) -> tuple:
     """One image alone: its tokens in the order of windows, patches of each window and of each
-    frame, and each patch's row and column."""
+    frame, and each patch's row and column. Nobody may write to them: later images share them."""
     from transformers import vision_utils
 
-    grid_13, merge = torch.tensor([grid]), vision.spatial_merge_size
-    order_I, cu_windows = vision_utils.get_vision_window_index(
-        grid_13, merge, vision.window_size, vision.patch_size)
+    grid_13 = torch.tensor([grid])
+    order_I, cu_windows = vision_utils.get_vision_window_index(grid_13, merge, window, patch)
     cu_frames = vision_utils.get_vision_cu_seqlens(grid_13)
     positions_N2 = vision_utils.get_vision_position_ids(grid_13, merge)
     return order_I, cu_windows.diff(), cu_frames.diff(), positions_N2

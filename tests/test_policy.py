@@ -11,6 +11,7 @@ from references import (
     relative_error,
 )
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import vision_utils
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import (
     Qwen2_5_VLRMSNorm,
     apply_rotary_pos_emb,
@@ -222,17 +223,22 @@ def test_no_norm_of_huggingfaces_is_left(world, monkeypatch):
 
 
 def test_what_follows_from_a_grid_is_computed_once(world, monkeypatch):
-    """Three equal images and another; then the same pack again, as of a reference model or a later inner step."""
+    """Three equal images and another; then the same pack again, as of a reference model or a later inner step; then
+    another of the same sizes, as of a later step."""
     policy, _, tokenizer, special, _ = world
-    seen, image_layout = [], policy_module.image_layout
-    monkeypatch.setattr(policy_module, "image_layout", lambda vision, grid: seen.append(grid) or image_layout(vision, grid))
+    policy_module.image_layout.cache_clear()
+    seen, window_index = [], vision_utils.get_vision_window_index
+    monkeypatch.setattr(
+        vision_utils, "get_vision_window_index", lambda grid, *sizes: seen.append(grid.tolist()) or window_index(grid, *sizes))
     images = [noise_image(*size, seed) for seed, size in enumerate(((84, 84), (84, 84), (56, 140), (84, 84)))]
-    pack = prepared(pack_groups([Group(encode_chat(tokenizer, special, "four", images), [Completion([1, 2])])]))
+    groups = [Group(encode_chat(tokenizer, special, "four", images), [Completion([1, 2])])]
+    pack = prepared(pack_groups(groups))
     with torch.no_grad():
         first = policy(pack)[0]
         again = policy(pack)[0]
-    assert seen == [(1, 6, 6), (1, 10, 4)]  # height and width in patches of 14 pixels
-    assert torch.equal(first, again)
+        later = policy(prepared(pack_groups(groups)))[0]
+    assert seen == [[[1, 6, 6]], [[1, 10, 4]]]  # height and width in patches of 14 pixels
+    assert torch.equal(first, again) and torch.equal(first, later)
 
 
 class RefuseWaits(TorchDispatchMode):
