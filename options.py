@@ -116,7 +116,23 @@ def given(config, *names: str) -> list[str]:
 
 
 def without_effect(config) -> list[str]:
-    """Sentences about options that were given but act only together with others."""
+    """Sentences about options of both stages that were given but act only together with others."""
+    found = []
+    if not config.checkpointing:
+        asked = given(config, "checkpoint_every", "keep_attention")
+        found += [f"{flag}: no effect with --no-checkpointing" for flag in asked]
+    if not config.lora:
+        found += [f"{flag}: no effect without --lora" for flag in given(config, "lora_alpha")]
+    if config.eval_every == 0:
+        asked = given(config, "eval_data", "eval_samples", "blind")
+        found += [f"{flag}: no effect at --eval-every 0" for flag in asked]
+    if config.schedule == "constant" and config.warmup >= config.steps:
+        found.append(f"--warmup {config.warmup}: --lr is not reached in {config.steps} steps")
+    return found
+
+
+def without_effect_in_rl(config) -> list[str]:
+    """Alike, about those that grpo_vl.py has alone."""
     found = []
     asked = given(config, "ratio", "clip_low", "clip_high")
     if asked and config.inner_steps == 1:  # ∇ of a sequence's ratio is then the tokens' mean ∇ too
@@ -128,11 +144,9 @@ def without_effect(config) -> list[str]:
         found += [f"{flag}: acts with --overlong soft only" for flag in asked]
     if config.scale == "none":
         found += [f"{flag}: no effect at --scale none" for flag in given(config, "std")]
-    if config.eval_every == 0:
-        asked = given(config, "eval_data", "eval_samples", "blind")
-        found += [f"{flag}: no effect at --eval-every 0" for flag in asked]
-    if config.schedule == "constant" and config.warmup >= config.steps:
-        found.append(f"--warmup {config.warmup}: --lr is not reached in {config.steps} steps")
+    if config.lora:
+        asked = given(config, "freeze_vision")
+        found += [f"{flag}: no effect beside --lora, which freezes all weights" for flag in asked]
     return found
 
 

@@ -8,7 +8,7 @@
 also tunes vision tower and merger, which a model with random weights needs: --preset base.
 
 A sample is a packed group with one completion: the prompt is masked from the loss, positions
-restart with each sample, and no sample sees another (qwen_vl.py §3). Texts and images mix freely.
+restart with each sample, and no sample sees another (packing.py §2). Texts and images mix freely.
 """
 import gc
 import math
@@ -25,7 +25,7 @@ import rewards
 import run_folder
 import tiny
 import training
-from options import Options, check_data, parse_config
+from options import Options, check_data, parse_config, without_effect
 from presets import COLD_START as PRESETS
 from prompts import think_of
 from qwen_vl import Completion
@@ -186,6 +186,8 @@ def main(arguments: list[str] | None = None) -> None:
         return check_data(config)
     if not run_folder.claim(config):
         return None
+    for sentence in without_effect(config):
+        run_folder.say(f"note: {sentence}")
     stopped = training.watch_signals()
     with training.one_run():
         ranks = fsdp.start_processes(config.timeout, deterministic=config.deterministic)

@@ -7,7 +7,7 @@ import pytest
 
 import grpo_vl
 import sft_coldstart
-from options import HEADINGS, parse_config, without_effect
+from options import HEADINGS, parse_config, without_effect, without_effect_in_rl
 
 
 def test_presets_and_command_line(tmp_path):
@@ -80,18 +80,34 @@ def test_check_prints_what_the_data_holds_and_the_first_prompt(tmp_path, capsys)
     (dict(scale="none", std="population"), "--std: no effect at --scale none"),
     (dict(eval_samples=9), "--eval-samples: no effect at --eval-every 0"),
     (dict(blind=True), "--blind: no effect at --eval-every 0"),
+    (dict(keep_attention=True, checkpointing=False), "--keep-attention: no effect with --no-checkpointing"),
+    (dict(checkpoint_every=2, checkpointing=False), "--checkpoint-every: no effect with --no-checkpointing"),
+    (dict(lora_alpha=8.0), "--lora-alpha: no effect without --lora"),
+    (dict(freeze_vision=True, lora=4), "--freeze-vision: no effect beside --lora"),
+    (dict(warmup=500), "--warmup 500: --lr is not reached in 500 steps"),
 ])
 def test_options_that_act_only_with_others_say_so(changes, said):
-    (sentence,) = without_effect(grpo_vl.Config(**changes))
+    config = grpo_vl.Config(**changes)
+    (sentence,) = without_effect(config) + without_effect_in_rl(config)
     assert said in sentence
+
+
+def test_the_cold_start_says_so_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sft_coldstart.training, "one_run", lambda: pytest.exit("said before the run begins"))
+    config = ["--model", "tiny", "--data", "synthetic:math?text=1", "--eval-samples", "9", "--out", str(tmp_path / "run")]
+    with pytest.raises(pytest.exit.Exception):
+        sft_coldstart.main(config)
+    assert "note: --eval-samples: no effect at --eval-every 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("changes", [
     {}, dict(clip_high=0.28, ratio="sequence", inner_steps=4), dict(kl="k2", beta=0.1), dict(std="population"),
     dict(overlong="soft", overlong_buffer=64), dict(eval_every=5, eval_samples=9, blind=True),
+    dict(keep_attention=True, checkpoint_every=2), dict(lora=4, lora_alpha=8.0), dict(freeze_vision=True),
 ])
 def test_options_that_act_are_not_complained_of(changes):
-    assert without_effect(grpo_vl.Config(**changes)) == []
+    config = grpo_vl.Config(**changes)
+    assert without_effect(config) + without_effect_in_rl(config) == []
 
 
 # ── --help ──
