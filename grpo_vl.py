@@ -9,9 +9,9 @@ Its slow twin, one file and no flags, is naive_grpo.py: a test holds the two tog
 [PR1] Perception-R1, arXiv 2504.07954 · [OVR] Open-Vision-Reasoner, 2507.05255 · [DSM] DeepSeekMath,
 2402.03300 · [DAPO] 2503.14476 · [DRG] Dr. GRPO, 2503.20783 · [GSPO] 2507.18071 · [RLOO] 2402.14740
 A tensor's last letters are its shape: P prompts of all ranks, G completions per prompt, B rollouts
-of this rank (on one rank P·G), S all completion tokens of one micro-batch. A rollout is a
-completion. A draw numbers the samples of a run as they are asked: 0, 1, 2, … A group is a prompt
-and, once they are sampled, its G completions (qwen_vl.Group).
+of this rank, S all completion tokens of one micro-batch. A rollout is a completion; all ranks have
+N = P·G. Prompts are numbered through a run, 0, 1, 2, …: a prompt's number is its draw. A group
+is a prompt and, once they are sampled, its G completions (qwen_vl.Group).
 
 DEVIATION D1: OVR trains with PPO and a critic (γ = λ = 1, so A_t = R − V(s_t)). Here the mean of
 the group stands in V's place, as in GRPO, and no critic is trained.
@@ -38,7 +38,7 @@ import sft_coldstart
 import training
 from measures import add_sums, sampler_gap, spread, step_metrics, sum_and_count
 from noise import keyed_uniforms, repeats
-from options import Options, check_data, parse_config, without_effect
+from options import Options, check_data, parse_config, without_effect, without_effect_in_rl
 from presets import PRESETS
 from qwen_vl import Group
 from run_folder import say
@@ -48,13 +48,14 @@ from training import Run, draw_groups, due, learning_rate, optimizer_step
 # §1 ───────────────────────────────────────── config ─────────────────────────────────────────
 @dataclass(frozen=True)
 class Config(Options):
-    """Every option of a run. The run folder's config.json replays it: --config FILE."""
+    """What is set of GRPO; what the cold start has too is in options.Options. The run folder's
+    config.json replays it: --config FILE."""
 
     cold_start: str = ""  # run folder (or model) of the cold start to begin from; run if missing
     prompts: int = 16  # prompts per step, all ranks [PR1 code: 14; OVR §4.1: 512]
     group: int = 8  # G, completions per prompt [PR1 §4.3: 8; OVR §4.1: 16]
     max_tokens_at: tuple[str, ...] = ()  # later limits [OVR §4.1: 300:32768 700:49152]
-    temperature: float = 1.0  # of sampling and of the scored π [PR1 §4.3, OVR §4.1: 1.0]
+    temperature: float = 1.0  # of π, sampled from and trained [PR1 §4.3, OVR §4.1: 1.0]
     reward: str = ""  # path.py:function in place of rewards.score, same arguments
     reward_options: str = "{}"  # JSON for the reward, e.g. {"iou_power": 2}
     overlong: Literal["zero", "keep", "mask", "soft"] = "zero"  # truncated ones [OVR: zero]
@@ -64,7 +65,7 @@ class Config(Options):
     std: Literal["sample", "population"] = "sample"  # over G−1 or G [PR1 code: sample]
     baseline: Literal["mean", "leave_one_out"] = "mean"  # of all or of the others [RLOO]
     dynamic_sampling: int = 0  # rounds to replace groups of equal rewards [DAPO §3.2]
-    loss: Literal["grpo", "dapo", "dr_grpo"] = "grpo"  # average over tokens [DSM: grpo]
+    loss: Literal["grpo", "dapo", "dr_grpo"] = "grpo"  # how tokens are averaged [DSM: grpo]
     ratio: Literal["token", "sequence"] = "token"  # importance ratio [GSPO: sequence]
     clip_low: float | None = None  # ε below 1: 0.2 [OVR §3.2], of sequences 3e-4 [GSPO §5.1]
     clip_high: float | None = None  # ε above 1: 0.2 [DAPO: 0.28], of sequences 4e-4 [GSPO §5.1]
@@ -120,7 +121,7 @@ def collect_groups(run: Run, step: int) -> tuple[list[Group], dict[int, list[flo
     for attempt in range(config.dynamic_sampling + 1):
         # `together`: a signal or a bad sample on one rank stops all of them, and none hangs.
         new = training.together(run, partial(draw_groups, run, config.prompts))  # (1) prompts
-        # {draw: 0 where a sample comes up first in this batch, 1 where it comes up again, …}
+        # {draw: how many earlier draws of this batch have the same sample}
         repeat_of = repeats(ranks.merge({group.draw: group.sample.id for group in new}))
         sampling = partial(sample_groups, run, step, new, repeat_of, attempt)
         training.together(run, sampling)  # (1) their completions
@@ -143,9 +144,9 @@ def collect_groups(run: Run, step: int) -> tuple[list[Group], dict[int, list[flo
 def sample_groups(run: Run, step: int, groups: list[Group], repeat_of: dict, attempt: int) -> None:
     """(1) Sample G completions of each group's prompt.
 
-    Sampling is by uniform numbers drawn beforehand, keyed by seed, step, sample, attempt and which
-    time in the batch the sample is asked: so an answer is the same on any rank, among whatever
-    other samples and after a resume.
+    Sampling is by uniform numbers drawn beforehand, keyed by seed, step, sample, attempt and how
+    often the batch has asked the sample before: so an answer is the same on any rank, among
+    whatever other samples and after a resume.
     """
     config, limit = run.config, length_limit(run.config, step)
     noise = []
@@ -236,20 +237,20 @@ def std_of(rewards: torch.Tensor, kind: str) -> torch.Tensor | None:
 
 # §4 ─────────────────────────────────────────── loss ─────────────────────────────────────────
 def token_weights(lengths_B, *, loss: str, max_tokens: int, norm: float | None = None):
-    """(7) weight_B, float64: how much each token of rollout i counts. --loss chooses this alone.
+    """(7) weight_B, float64: how much each token of rollout i counts. All that --loss changes.
 
     lengths_B: how many tokens of each rollout are trained on. One that is masked or undecided has
-    0: its tokens weigh nothing, and it counts in B (grpo, dr_grpo) but not in Σ|o| (dapo).
-    norm: the number B of rollouts, for dapo that of tokens Σ|o|, on all ranks: so ranks and
-    micro-batches add up to one gradient. Without it those at hand are all.
+    0: its tokens weigh nothing, and it counts in N (grpo, dr_grpo) but not in Σ|o| (dapo).
+    norm: what is divided by, of all ranks, so that ranks and micro-batches add up to one gradient:
+    N, the number of rollouts, or for dapo Σ|o|, that of tokens. Default: counted in lengths_B.
     """
     lengths_B = lengths_B.double()
     trained_B = (lengths_B > 0).double()
-    if loss == "grpo":  # 1/B · Σ_i 1/|o_i| · Σ_t ℓ_t  [DSM Eq. 3]
+    if loss == "grpo":  # 1/N · Σ_i 1/|o_i| · Σ_t ℓ_t  [DSM Eq. 3]
         return trained_B / lengths_B.clamp(min=1) / (norm or len(lengths_B))
     if loss == "dapo":  # 1/Σ|o_i| · Σ_i Σ_t ℓ_t  [DAPO Eq. 8]
         return trained_B / (norm or lengths_B.sum().clamp(min=1))
-    if loss == "dr_grpo":  # 1/(B·T_max) · Σ_i Σ_t ℓ_t  [DRG §3.2]
+    if loss == "dr_grpo":  # 1/(N·T_max) · Σ_i Σ_t ℓ_t  [DRG §3.2]
         return trained_B / (norm or len(lengths_B)) / max_tokens
     raise ValueError(f"loss={loss!r}: choose grpo, dapo or dr_grpo")
 
@@ -292,8 +293,8 @@ def policy_loss(logp_S, old_logp_S, advantage_S, weight_S, *, row_S=None, ratio=
     # Sampling computes π_old with other kernels (bf16, cached keys): π_sampler ≈ π_old. Truncated
     # importance sampling makes up for the difference: · min(π_old/π_sampler, C), a constant.
     if tis_cap:
-        log_weight_S = torch.where(trained_S, old_logp_S - sampler_logp_S, 0.0).detach()
-        loss_S = loss_S * log_weight_S.exp().clamp(max=tis_cap)
+        log_tis_S = torch.where(trained_S, old_logp_S - sampler_logp_S, 0.0).detach()
+        loss_S = loss_S * log_tis_S.exp().clamp(max=tis_cap)
     if beta:  # (6) + β·KL(π ‖ π_ref)
         kl_S = kl_estimate(torch.where(trained_S, logp_S - ref_logp_S, 0.0), kl)
         loss_S = loss_S + beta * kl_S
@@ -326,8 +327,9 @@ def kl_estimate(d: torch.Tensor, kind: str) -> torch.Tensor:
     """KL(π ‖ π_ref) estimated from d = log π − log π_ref at tokens drawn from π. Shape of d."""
     if kind == "k2":  # ½·d², whose gradient is that of the reverse KL
         return 0.5 * d.square()
-    if kind == "k3":  # e^(−d) + d − 1  [DSM Eq. 4]; past e^20 only overflow is left
-        return (-d).clamp(max=20).exp() + d - 1
+    if kind == "k3":  # e^(−d) + d − 1  [DSM Eq. 4]; d below −20 counts as −20, before e^(−d) is ∞
+        d = d.clamp(min=-20)
+        return (-d).exp() + d - 1
     raise ValueError(f"kl={kind!r} in the loss: choose k2 or k3, k1's gradient has mean zero")
 
 
@@ -346,26 +348,26 @@ def train_step(run: Run, step: int) -> dict:
     rollouts = [completion for group in groups for completion in group.completions]
     clock.append(time.perf_counter())
 
-    # Lay them out in packs, the micro-batches: [prompt | o_1 | … | o_G], the prompt once (again
-    # where a long group is cut). An o_i sees the prompt and itself alone (packing.py §2).
+    # Lay them out in packs, the micro-batches: [prompt | o_1 | … | o_G], the prompt once. (A group
+    # too long for a pack is split, its prompt repeated.) An o_i sees the prompt and itself alone.
     # pack.row_S[s] is token s's rollout. The lists below have one tensor [S] per pack.
     packs = packing.pack_for_ranks(groups, config.micro_tokens, run.special, ranks)
     sampler_logp = packing.sampled_logps(rollouts, packs, ranks.device)
     sums = {}  # of the step's metrics: name → [sum, count]
 
-    # (6) log π_ref, if β > 0. k2 and k3 are added to the loss. k1 = log π − log π_ref, whose
-    # gradient would be 0 there in the mean, is taken from the reward: r_i ← r_i − β·Σ_t k1_t.
+    # (6) log π_ref, if β > 0. k2 and k3 join the loss, below. k1 = log π − log π_ref would have no
+    # gradient there in the mean. It lowers the reward, π being the sampler's: r_i −= β·Σ_t k1_t.
     ref_logp = reference_logps(run, packs)
     rewards_PG = as_PG(rewards_of, config.group)
     kl_PG = sequence_kl(run, groups, packs, sampler_logp, ref_logp, sums)  # 0.0 but for k1
     penalised_PG = rewards_PG - config.beta * kl_PG
 
-    # (3) Advantages A_i from the rewards of all ranks; this rank's, in the order of `rollouts`.
+    # (3) Advantages A_i from the rewards of all ranks; then the rows of [P, G] that are ours.
     advantages_PG = group_advantages(
         penalised_PG, scale=config.scale, std=config.std, baseline=config.baseline)
     draws = list(rewards_of)
-    own_places = [draws.index(group.draw) for group in groups]
-    advantages_B = advantages_PG[own_places].flatten().to(ranks.device)
+    own_rows = [draws.index(group.draw) for group in groups]
+    advantages_B = advantages_PG[own_rows].flatten().to(ranks.device)
 
     # (7) What a token weighs in the mean over all ranks' rollouts (not over a micro-batch's).
     weight_B = rollout_weights(config, step, ranks, rollouts, rewards_PG.numel())
@@ -385,11 +387,11 @@ def train_step(run: Run, step: int) -> dict:
                 row_S=pack.row_S, ratio=config.ratio, clip_low=clip_low, clip_high=clip_high,
                 beta=0.0 if config.kl == "k1" else config.beta, kl=config.kl,
                 ref_logp_S=ref_logp[k], sampler_logp_S=sampler_logp[k], tis_cap=config.tis)
-            # (8) The weights count all ranks' rollouts: undo FSDP's mean over ranks.
+            # (8) weight_B divides by all ranks' rollouts. FSDP takes the mean over ranks: undo it.
             (loss * ranks.world).backward()
             add_sums(sums, stats | {"entropy": sum_and_count(entropy_S)})
             total_loss += loss.detach()
-        # (8) Clip the gradient's norm; (9) AdamW, unless the gradient is not finite.
+        # (8) Clip the gradient's norm; (9) AdamW, unless the gradient is not finite (training.py).
         grad_norm = optimizer_step(run, step)
     clock.append(time.perf_counter())
 
@@ -417,9 +419,9 @@ def reference_logps(run: Run, packs: list[packing.Pack]) -> list[torch.Tensor | 
     """log π_ref of each scored token, [S] a pack; None without a reference model (β = 0)."""
     if run.reference is None:
         return [None] * len(packs)
-    entropy = False
+    temperature = run.config.temperature
     with torch.no_grad():
-        return [run.reference(pack, run.config.temperature, entropy)[0] for pack in packs]
+        return [run.reference(pack, temperature, entropy=False)[0] for pack in packs]
 
 
 def sequence_kl(run: Run, groups: list[Group], packs, sampler_logp, ref_logp, sums: dict):
@@ -480,7 +482,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not run_folder.claim(config):
         return None
     reward = reward_function.chosen(config.reward, config.reward_options)
-    for sentence in without_effect(config):
+    for sentence in without_effect(config) + without_effect_in_rl(config):
         say(f"note: {sentence}")
     stopped = training.watch_signals()
     with training.one_run():

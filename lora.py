@@ -58,14 +58,15 @@ def adapted_linears(policy) -> dict[str, nn.Linear]:
             if hasattr(part, "lora_A")}
 
 
-def run_base(policy, *inputs):
-    """policy(*inputs) without its adapters: the reference model, of which no copy is held."""
+def run_base(policy, *inputs, **options):
+    """policy(*inputs, **options) without its adapters: the reference model, of which there is no
+    copy."""
     linears = adapted_linears(policy).values()
     scales = [linear.lora_scale for linear in linears]
     for linear in linears:
         linear.lora_scale = 0.0
     try:
-        return policy(*inputs)
+        return policy(*inputs, **options)
     finally:
         for linear, scale in zip(linears, scales):
             linear.lora_scale = scale

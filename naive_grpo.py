@@ -4,14 +4,13 @@ The model sees a picture of a number, is asked to read it, and is never shown th
 G times, a rule grades each answer, and answers better than the mean of their group become more
 likely, worse ones less likely. `python naive_grpo.py` trains a small model, base/, and prints the
 mean reward and the accuracy (the share of answers with every digit right) of ten steps at a time.
-On a GPU it is Qwen2.5-VL-3B (not run). It needs 60 GB for 3.75 billion fp32 weights, gradients and
-AdamW, and by estimate 75 more for what the backward of eight answers keeps: a GPU of 141 GB, or,
-with SIZE = 224 and LARGEST = 10**12, perhaps one of 80.
+On a GPU it is Qwen2.5-VL-3B (not run): 60 GB of fp32 weights, gradients and AdamW, and an estimated
+75 for the backward of eight answers; with SIZE = 224 and LARGEST = 10**12 it may fit in 80.
 
 (1) … (10) are the README's ten lines. grpo_vl.py does the same fast and on many GPUs; a test holds
 it to this file. [DSM] DeepSeekMath, arXiv 2402.03300; [PR1] Perception-R1, 2504.07954.
 A tensor's last letters are its shape: G answers to a prompt, L tokens of a row, T tokens of an
-answer (in a batch: of the longest one), V vocabulary.
+answer (in a batch: of the longest one), V vocabulary. π is what the model says, token by token.
 """
 import random
 import statistics
@@ -24,16 +23,16 @@ from transformers import Qwen2_5_VLForConditionalGeneration as Qwen
 GPU = torch.cuda.is_available()
 MODEL = "Qwen/Qwen2.5-VL-3B-Instruct" if GPU else "base"
 SIZE = 448 if GPU else 84  # side of a picture in pixels; the model reads 28×28 of them as one token
-LARGEST = 10**24 if GPU else 9999  # numbers are from 10 to this
+LARGEST = 10**24 if GPU else 9999  # numbers are from 10 to this, so most have as many digits
 MAX_TOKENS = 32 if GPU else 8  # longer answers are cut
 PROMPTS = 8  # pictures per step
 GROUP = 8  # G, answers per picture [PR1 §4.3: 8]
 STEPS = 100
 LR = 1e-6 if GPU else 1e-4  # AdamW's learning rate [PR1 §4.3: 1e-6]
 INNER_STEPS = 1  # µ, optimizer steps on the same answers [PR1: 1]
-CLIP = 0.2  # ε: a token whose π/π_old has moved further the way it is rewarded has no gradient
+CLIP = 0.2  # ε: a token has no gradient once π/π_old is past 1 ± ε the way its advantage asks
 BETA = 0.0  # β, weight of the KL term; 0: no reference model is kept [PR1 §4.3: 0.04]
-TEMPERATURE = 1.0  # of π, in sampling and in scoring [PR1 §4.3: 1.0]
+TEMPERATURE = 1.0  # of π, sampled from and trained [PR1 §4.3: 1.0]
 
 
 def draw_number(rng):
@@ -86,7 +85,8 @@ def load(folder):
 
 
 def make_batch(model, prompt, answers):
-    """Rows [prompt | answer | padding], each with the image. Causal: no answer sees padding."""
+    """Rows [prompt | answer | padding], each with the image. Attention is causal: padding comes
+    last, so that no answer sees it, and the mask can be all ones."""
     rows = [torch.tensor(prompt["ids"] + tokens) for tokens in answers]
     ids_GL = torch.nn.utils.rnn.pad_sequence(
         rows, batch_first=True, padding_value=model.generation_config.pad_token_id)
@@ -111,11 +111,11 @@ def sample(model, prompt):
 
 def token_logprobs(model, prompt, answers):
     """log π(o_t | q, o_<t) of each token o_t of each answer: one tensor [T] per answer."""
-    # Logits predict the next token: those at the prompt's last token predict an answer's first.
-    # From there on they are kept, and the t-th score o_t; those at the last token score nothing.
-    wanted = 1 + max(len(tokens) for tokens in answers)
+    # A place's logits predict the next token: the prompt's last place predicts an answer's first
+    # one. They are kept from there on, but for the last place, which predicts nothing of ours.
+    places = 1 + max(len(tokens) for tokens in answers)
     batch = make_batch(model, prompt, answers)
-    logits_GTV = model(**batch, logits_to_keep=wanted, use_cache=False).logits
+    logits_GTV = model(**batch, logits_to_keep=places, use_cache=False).logits[:, :-1]
     # The same π as in sampling: its temperature, and nothing for what is banned.
     logits_GTV = logits_GTV / model.generation_config.temperature
     logits_GTV[..., model.generation_config.suppress_tokens] = -torch.inf
@@ -133,8 +133,8 @@ def group_advantages(rewards):
 def grpo_loss(model, prompt, answers, advantages, old_logps, ref_logps=None):
     """Minus the objective of the G answers to one prompt.
 
-    old_logps: log π_old of its tokens, one [T] per answer; π_old are the weights that wrote it.
-    ref_logps: log π_ref alike, if β > 0; π_ref are the weights before training.
+    old_logps: log π_old of the answers' tokens, one [T] per answer; π_old: π when it wrote them.
+    ref_logps: log π_ref alike, if β > 0; π_ref: π before training.
     In the first of the µ steps π is π_old: every ratio is 1, no clip acts, and the loss (without
     KL) is 0, since advantages sum to 0. Its gradient, −mean(A·∇log π), is not, if rewards differ.
     """

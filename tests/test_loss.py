@@ -127,6 +127,15 @@ def test_kl_at_log_two(kind, value):
     assert stats["kl"].tolist() == pytest.approx([4 * value, 4], abs=1e-5)
 
 
+def test_k3_far_below_the_reference_is_finite_and_never_pushes_further_down():
+    """∂/∂d (e^−d + d − 1) = 1 − e^−d: below 0 where d is, so that descent raises log π. At −100 e^100 is no fp32."""
+    d = torch.tensor([-1.0, -19.0, -21.0, -100.0], requires_grad=True)
+    kl = kl_estimate(d, "k3")
+    kl.sum().backward()
+    assert kl.isfinite().all() and kl[0].item() == pytest.approx(math.e - 2, rel=1e-6)
+    assert d.grad.tolist() == pytest.approx([1 - math.e, 1 - math.exp(19), 0.0, 0.0], rel=1e-5)
+
+
 def test_k1_in_the_loss_is_refused():
     logp, mask = rows([0.1])
     with pytest.raises(ValueError, match="k2 or k3"):
