@@ -144,8 +144,7 @@ def run(model: str, task: Task, data: Data, out: Out, samples: Samples = 0, thin
     check_task_of_data(config, task)
     qwen_vl.check_model(model)
     processes = fsdp.start_processes(config.timeout)
-    run = training.prepare(config, processes, model, frozen=True)
-    run.sampler.refresh(fsdp.gathered_parameters(run.policy))
+    run = ready_to_answer(config, processes, model)
     rows = training.answer_heldout(
         run, samples, tries=tries, max_tokens=max_tokens or protocol.max_tokens, greedy=tries == 1,
         penalty=penalty, prompt_of=prompt_of)
@@ -158,6 +157,13 @@ def run(model: str, task: Task, data: Data, out: Out, samples: Samples = 0, thin
         else:
             metrics(task, file, annotations)
     fsdp.leave()
+
+
+def ready_to_answer(config, processes, model: str) -> training.Run:
+    """A run whose sampler has the model's weights, of which nothing is trained."""
+    run = training.prepare(config, processes, model, frozen=True)
+    run.sampler.refresh(fsdp.gathered_parameters(run.policy))
+    return run
 
 
 def write_rows(file: Path, rows) -> None:
@@ -177,8 +183,7 @@ def curriculum(model: str, data: Data, out: Out, low: float = 0.1, high: float =
         model=model, data=tuple(data), think=think, system_prompt=system_prompt)
     qwen_vl.check_model(model)
     processes = fsdp.start_processes(config.timeout)
-    run = training.prepare(config, processes, model, frozen=True)
-    run.sampler.refresh(fsdp.gathered_parameters(run.policy))
+    run = ready_to_answer(config, processes, model)
     run.eval_data = run.data
     answers = training.answer_heldout(
         run, samples, tries=samples_per_question, max_tokens=max_tokens, greedy=False)
@@ -211,8 +216,7 @@ def demo(before: Path, grpo: Path, /, out: Out = "", data: Data = (), samples: S
     processes = fsdp.start_processes(config.timeout)
     table, answers = {}, []
     for name, model in models.items():
-        run = training.prepare(config, processes, str(model), frozen=True)
-        run.sampler.refresh(fsdp.gathered_parameters(run.policy))
+        run = ready_to_answer(config, processes, str(model))
         table[name], rows = ask(run)
         answers += [{"model": name} | row for row in rows]
     table["samples"] = len({row["id"] for row in answers})

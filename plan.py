@@ -62,6 +62,8 @@ def show(config, max_tokens: int) -> None:
     if config.lora:
         said += f" and {sizes.trained:,} of adapters"
     print(f"{said} on {gpus} GPUs")
+    if config.sharding == "by-hand":
+        print("counted as PyTorch shards; by hand no unit is gathered ahead of its turn")
 
     kept = kept_by_a_rank(config, sizes, gpus)
     moments = held_at_moments(config, model, sizes, gpus, max_tokens)

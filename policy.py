@@ -36,8 +36,9 @@ try:  # the GPU extra; PyTorch's own variable-length attention stands in
     from flash_attn import flash_attn_varlen_func
 except ImportError:
     flash_attn_varlen_func = None
-# Which keywords this PyTorch's varlen_attn knows: they changed from release to release.
+# Which keywords this PyTorch's functions know: they changed from release to release.
 VARLEN_KEYWORDS = inspect.signature(varlen_attn).parameters
+COMPILE_KEYWORDS = inspect.signature(torch.compile).parameters
 
 KEPT_BYTES = 2**26  # of π over all ids, of a pack: what is more is computed again in backward
 
@@ -51,7 +52,10 @@ def compiled(function, on: bool):
     """
     if not on:
         return function
-    return torch.compile(function, fullgraph=True, dynamic=True, recompile_limit=64)
+    options = {"recompile_limit": 64}
+    if "recompile_limit" not in COMPILE_KEYWORDS:  # torch 2.11: one for all
+        torch._dynamo.config.recompile_limit = options.pop("recompile_limit")
+    return torch.compile(function, fullgraph=True, dynamic=True, **options)
 
 
 # §1 ─────────────────────────────────────── attention ────────────────────────────────────────
@@ -78,7 +82,10 @@ def varlen_attention(q_LHd, k_LKd, v_LKd, cu_q, cu_k, max_q: int, max_k: int, *,
 
 
 def shared_prefix_attention(q_LHd, k_LKd, v_LKd, layout) -> torch.Tensor:
-    """softmax(q·kᵀ/√d + mask)·v over a packed row. layout: `Pack.attention`. Returns [L, H, d]."""
+    """softmax(q·kᵀ/√d + mask)·v over a packed row. layout: `Pack.attention`. Returns [L, H, d].
+
+    Plain twin: `mask_layout`'s one batch and mask, by `padded_attention` too.
+    """
     if isinstance(layout, VarlenLayout):
         k_LKd, v_LKd = k_LKd[layout.key_index], v_LKd[layout.key_index]
         return varlen_attention(
@@ -137,12 +144,13 @@ def halves_swapped(x: torch.Tensor) -> torch.Tensor:
 
 
 def add_and_norm(x, y, weight, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """x + y, and its norm."""
+    """x + y, and its norm: together, so that --compile makes one kernel of them."""
     total = x + y
     return total, rms_norm(total, weight, eps)
 
 
 def gated(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate)·up, an MLP's middle: what --compile makes one kernel of."""
     return F.silu(gate) * up
 
 
@@ -162,7 +170,10 @@ def decoder_mlp(self, gated, x):
 
 
 def decoder_attention(self, rotate, hidden_states, position_embeddings, layout):
-    """Replaces `Qwen2_5_VLAttention.forward` for packed rows; hidden_states [1, L, D]."""
+    """Replaces `Qwen2_5_VLAttention.forward` for packed rows; hidden_states [1, L, D].
+
+    Plain twin: that forward, on one completion at a time.
+    """
     hidden_LD = hidden_states[0]
     heads = (-1, self.head_dim)
     q_LHd = self.q_proj(hidden_LD).unflatten(-1, heads)
@@ -176,7 +187,10 @@ def decoder_attention(self, rotate, hidden_states, position_embeddings, layout):
 
 
 def rms_norm(x, weight, eps: float) -> torch.Tensor:
-    """x · weight / √(mean(x²) + eps), in fp32 and rounded once: one kernel on CUDA, not six."""
+    """x · weight / √(mean(x²) + eps), in fp32 and rounded once: one kernel on CUDA, not six.
+
+    Plain twin: Hugging Face's forward.
+    """
     return F.rms_norm(x, x.shape[-1:], weight, eps)
 
 
@@ -403,7 +417,7 @@ class Policy(nn.Module):
     That makes it the FSDP root: vision tower, decoder and chunked lm_head run inside,
     log-probabilities come out, and the loss is computed outside in fp32. checkpointing: of every
     n-th layer what lies between its input and output is computed again in the backward pass;
-    keep_attention: but for what `attention_kernels` gave, which is kept.
+    keep_attention: but for what `attention_kernels` gave, which is kept. Twin: without either.
     compile: by `compiled` functions, in the decoder's layers and of log-probabilities.
     Plain twin: Hugging Face's forward on one completion at a time.
     """

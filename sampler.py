@@ -222,6 +222,7 @@ class Sampler:
         """Each row attends to S = [its group's prompt | its own tokens]: one softmax over both.
 
         A prompt's keys are read once a group, not once a row. Returns [P, G, H, d].
+        Plain twin: the policy's attention, by the log-probabilities that come of both.
         """
         keys_PKLd, values_PKLd = prompt
         keys_PKGTd, values_PKGTd = own

@@ -1,6 +1,7 @@
 """All that only a GPU can show, in one go: equalities, ten tiny steps, Qwen2.5-VL-3B's shape.
 
-  python benchmarks/gpu.py > results/gpu.jsonl               one GPU of 120 GB or more, 9 minutes
+  python benchmarks/gpu.py > results/gpu.jsonl       one GPU of 141 GB, 9 minutes; --plan counts 73
+                                                     GiB for bench_3b and 112 for lean_3b
   python benchmarks/gpu.py --only machine graphs_are_eager
   python benchmarks/gpu.py --cpu                             what a CPU can do of it, the 3B tiny
 
@@ -24,7 +25,8 @@ bench_3b            bench_step.py's step: share of a copy's bandwidth in decodin
 steps_3b            two steps at 3B, prompts of mixed length, --eval-every 1
 lora_3b             a step at 3B with --lora 32
 offload_3b          a step at 3B with --offload
-lean_3b             bench_3b with --checkpoint-every 2 --keep-attention --entropy-every 0
+lean_3b             bench_3b with --checkpoint-every 2 --keep-attention --entropy-every 0, in
+                    micro-batches of half the size
 """
 import argparse
 import json
@@ -38,6 +40,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -57,6 +60,7 @@ from sampler import Sampler
 
 HERE = Path(__file__).parent
 PEAK_TFLOPS = {"H200": 989, "H100": 989, "A100": 312}  # of bf16 products, without sparsity
+LEAN = dict(checkpoint_every=2, keep_attention=True, entropy_every=0, micro_tokens=8192)
 MIXED = ("synthetic:counting?size=644x476&objects=2-10", "synthetic:grounding?size=280x196")
 
 
@@ -72,7 +76,7 @@ def small_world(device, dtype, **options):
     prompts = []
     for width, height in ((84, 84), (280, 28), (252, 140), (448, 336)):
         pixels = torch.randint(256, (height, width, 3), generator=generator, dtype=torch.uint8)
-        image = bench_step.Image.fromarray(pixels.numpy())
+        image = Image.fromarray(pixels.numpy())
         prompts.append(encode_chat(tokenizer, special, "red circle 12", [image]))
     return policy, special, prompts
 
@@ -282,7 +286,7 @@ def bench_3b(device, folder, **lean) -> dict:
 
 
 def lean_3b(device, folder) -> dict:
-    return bench_3b(device, folder, checkpoint_every=2, keep_attention=True, entropy_every=0)
+    return bench_3b(device, folder, **LEAN)
 
 
 def card(device) -> str:

@@ -25,6 +25,7 @@ def source(name):
 
 
 def test_arrows_only_run_downward():
+    assert set(SCRIPTS) == {path.stem for path in ROOT.glob("*.py")}
     below = set()
     for level in ORDER:
         for name in set(level) & set(SCRIPTS):
@@ -130,6 +131,7 @@ def test_speed_is_the_kept_bench():
     small, large, *_ = against
     said = " ".join(README.split())
     assert f"{small['ratio']:.1f} times as fast at 256 image tokens, {large['ratio']:.1f} times at 1,024" in said
+    assert "{:.1f} and {:.1f} times".format(*(row["ratio"] for row in against[2:])) in said
     assert f"with {small['memory_ratio']:.2f} and {large['memory_ratio']:.2f} of the memory" in said
 
 

@@ -39,8 +39,8 @@ def run_script(*arguments, ranks=0):
     return done.stdout, done.stderr
 
 
-def test_every_option_has_a_place_in_the_help(capsys):
-    for command in ("demo", "run", "metrics", "behaviours", "plot", "show", "average"):
+def test_every_command_has_help_and_what_is_unknown_is_refused(capsys):
+    for command in ("demo", "run", "metrics", "behaviours", "plot", "show", "average", "curriculum"):
         with pytest.raises(SystemExit) as stop:
             evaluation.main([command, "--help"])
         assert stop.value.code == 0 and command in capsys.readouterr().out

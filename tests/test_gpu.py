@@ -10,6 +10,9 @@ import pytest
 import torch
 from conftest import ROOT
 
+import grpo_vl
+import plan
+
 SCRIPT = ROOT / "benchmarks" / "gpu.py"
 ALL = ["machine", "varlen_is_mask", "graphs_are_eager", "compiled_is_eager", "sampler_is_trainer", "deterministic", "tiny_steps",
        "bench_3b", "steps_3b", "lora_3b", "offload_3b", "lean_3b"]
@@ -20,6 +23,14 @@ def lines(*arguments):
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     shown = subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout
     return [json.loads(line) for line in shown.splitlines()]
+
+
+@pytest.fixture
+def gpu():
+    spec = importlib.util.spec_from_file_location("gpu_benchmark", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -54,17 +65,21 @@ def test_speed_adapters_and_offloading_are_measured():
         assert step["step"] == 0 and step["grad_norm"] > 0 and row["measured"]["peak_gib"] > 0
 
 
+@pytest.mark.parametrize("lean, gib", [(False, 73), (True, 112)])
+def test_the_steps_at_3b_fit_a_card_of_141_gb_by_the_plan(gpu, lean, gib):
+    """As bench_3b asks for: 8 prompts of 400 image tokens, 8 answers of 256. A card has 139 GiB."""
+    config = grpo_vl.Config(
+        prompts=8, group=8, max_tokens=256, max_pixels=400 * 28**2, max_prompt=440, **gpu.LEAN if lean else {})
+    model = plan.bare_model("Qwen/Qwen2.5-VL-3B-Instruct")
+    sizes = plan.sizes_of(config, model)
+    moments = plan.held_at_moments(config, model, sizes, 1, 256)
+    peak = sum(plan.kept_by_a_rank(config, sizes, 1).values()) + max(sum(terms.values()) for terms in moments.values())
+    assert round(peak / 2**30) == gib
+
+
 def test_time_that_is_over_is_said():
     (row,) = lines("--cpu", "--only", "tiny_steps", "--seconds", "1")
     assert (row["result"], row["why"]) == ("not run", "1 s are over")
-
-
-@pytest.fixture
-def gpu():
-    spec = importlib.util.spec_from_file_location("gpu_benchmark", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_a_sampler_as_exact_as_the_trainer_passes_in_bf16_and_one_that_is_off_does_not(gpu, monkeypatch):

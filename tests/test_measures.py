@@ -15,6 +15,7 @@ def history(**metrics):
     ("entropy", (2.0, 0.5), (2.0, 0.1), "--clip-high"),
     ("sampler_gap", (0.05, 0.08), (0.02, 0.07), "--tis"),
     ("truncated", (0.9, 0.1), (0.1, 0.6), "--max-tokens"),
+    ("undecided", (0.001, 0.009), (0.001, 0.02), "samples/"),
     ("kl", (0.01, 0.5), (0.01, 1.5), "--beta"),
     ("reward/format", (0.5, 0.9), (0.9, 0.6), "samples/"),
 ])

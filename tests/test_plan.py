@@ -262,6 +262,8 @@ def test_the_plan_prints_its_terms_and_the_peak(capsys):
     assert lines[-2] == "peak, of 80 GiB              47.79 GiB"
     plan.show(grpo_vl.Config(model="Qwen/Qwen2.5-VL-7B-Instruct", plan="8x50"), 768)
     assert capsys.readouterr().out.splitlines()[-1].startswith("does not fit: lower --micro-tokens")
+    plan.show(grpo_vl.Config(plan="8x80", sharding="by-hand", save_every=501), 768)
+    assert "counted as PyTorch shards; by hand no unit is gathered ahead of its turn" in capsys.readouterr().out
 
 
 def test_the_plan_prints_adapters_and_what_the_host_keeps(capsys):

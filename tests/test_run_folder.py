@@ -16,6 +16,7 @@ import sft_coldstart
 import training
 from data import DataError
 from qwen_vl import Completion, Group
+from sampler import Interrupted
 from sources import Sample
 
 
@@ -146,7 +147,7 @@ def test_the_model_before_the_first_step_is_evaluated_once(alone, tmp_path, monk
 
 def test_told_to_stop_in_the_evaluation_before_the_first_step(alone, tmp_path, monkeypatch, capsys):
     def interrupted(run, tokens):
-        raise training.Interrupted
+        raise Interrupted
 
     run = ranks.make_run(alone, steps=2, eval_every=1, out=str(tmp_path))
     monkeypatch.setattr(training, "evaluate", interrupted)

@@ -16,7 +16,7 @@ import grpo_vl
 import packing
 import sft_coldstart
 import training
-from qwen_vl import Group
+from qwen_vl import Completion, Group
 
 MIXED = (f"{ranks.WORLD}:0.5", "synthetic:math?text=1:0.5")
 
@@ -83,7 +83,7 @@ def test_samples_do_not_see_each_other(alone):
     groups = []
     for draw in range(4):
         sample = run.data[draw]
-        response = sft_coldstart.Completion(sft_coldstart.response_tokens(run, sample))
+        response = Completion(sft_coldstart.response_tokens(run, sample))
         groups.append(Group(training.make_prompt(run, sample), [response]))
     def logps(chosen):
         (pack,) = packing.pack_for_ranks(chosen, 10**6, run.special, alone)
