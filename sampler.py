@@ -22,7 +22,7 @@ import torch.nn.functional as F
 
 from kv_cache import Batch, Cache
 from noise import inverse_cdf
-from policy import rms_norm, vision_features
+from policy import compiled, rms_norm, vision_features
 from qwen_vl import Completion, Prompt, SpecialIds
 from weight_copy import WeightCopy
 
@@ -38,6 +38,16 @@ def product_fp32(a, b) -> torch.Tensor:
     b = b.flatten(0, -3)
     out = torch.bmm(a, b, out_dtype=torch.float32)
     return out.unflatten(0, batch)
+
+
+def joint_softmax(to_prompt, to_own, mask, scale: float, dtype: torch.dtype) -> torch.Tensor:
+    """softmax(scale·scores + mask) over the scores of both, [… | …], in fp32 and rounded once.
+
+    Plain twin: itself, not compiled.
+    """
+    scores = torch.cat([to_prompt, to_own], dim=-1)
+    scores = torch.add(mask, scores, alpha=scale)
+    return scores.softmax(-1).to(dtype)
 
 
 class Interrupted(Exception):
@@ -87,6 +97,7 @@ class Sampler:
         self.banned_V = special.banned_V.to(device)
         self.stops = torch.tensor(special.stops, device=device)
 
+        self.joint_softmax = compiled(joint_softmax, compile)
         self.copy = WeightCopy(model, device=self.device, dtype=dtype, compile=compile)
         self.cache = Cache(
             layers=len(self.copy.layers),
@@ -232,11 +243,9 @@ class Sampler:
         to_own = product_fp32(q_PKGRd, keys_PKGTd.mT).flatten(2, 3)
         sizes = [to_prompt.shape[-1], to_own.shape[-1]]
 
-        # softmax(q·kᵀ/√d + mask)
+        # softmax(q·kᵀ/√d + mask), [P, K, G·R, S]
         scale = self.copy.head_width**-0.5
-        scores = torch.cat([to_prompt, to_own], dim=-1)  # [P, K, G·R, S]
-        scores = torch.add(mask_P11S, scores, alpha=scale)
-        weights = scores.softmax(-1).to(q_PGHd.dtype)
+        weights = self.joint_softmax(to_prompt, to_own, mask_P11S, scale, q_PGHd.dtype)
 
         of_prompt, of_own = weights.split(sizes, dim=-1)
         out = of_prompt @ values_PKLd

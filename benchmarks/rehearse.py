@@ -7,7 +7,9 @@ ranks, and of a decoding step. A row's columns:
 
 kernels    that are started, and how many more each decoder layer brings
 GB         that they read and write: each tensor once a kernel, as if nothing stayed in a cache
-waits      of the host for the device, and copies from the host
+waits      of the host for the device, and copies from the host. With --compile: in a compiled
+           function all operations between two products are taken for one kernel, as inductor is
+           meant to make of them
 GiB        that tensors hold at their fullest, and what --plan says of the same sizes; it looks at
            moments that may be the fullest alone. Of training without keys and values
 
@@ -72,7 +74,9 @@ import lora
 import packing
 import plan
 import policy
+import sampler as sampler_module
 import training
+import weight_copy
 from packing import Pack
 from policy import Policy
 from qwen_vl import Completion, Group, Prompt, rope_positions
@@ -97,8 +101,13 @@ PUT_ROWS = {"index_copy_", "index_put_", "scatter_add_"}  # and write no more th
 OVERWRITE = {"copy_", "_foreach_copy_", "fill_", "zero_"}  # what they write to is not read
 
 
+PRODUCTS = {"mm", "addmm", "addmm_", "bmm", "baddbmm_"}
+
+
 class Count(TorchDispatchMode):
     """What the operations on CUDA tensors ask of the device."""
+
+    before = None  # the last kernel of the compiled function that is running, "" at its beginning
 
     def __init__(self):
         super().__init__()
@@ -115,9 +124,17 @@ class Count(TorchDispatchMode):
         if name in ("_to_copy", "copy_") and any(x.device.type == "cpu" for x in inputs):
             self.copies += 1
         elif function.namespace in KERNELS and name not in NO_KERNEL:
-            self.kernels[name] += 1
+            if not self.joins(name):
+                self.kernels[name] += 1
             self.touched += bytes_touched(function, name, args, kwargs or {}, out)
         return out
+
+    def joins(self, name: str) -> bool:
+        """Whether it is part of the kernel before it."""
+        if Count.before is None:
+            return False
+        before, Count.before = Count.before, name
+        return before not in PRODUCTS | {""} and name not in PRODUCTS
 
     def total(self) -> int:
         return sum(self.kernels.values())
@@ -127,6 +144,20 @@ class Count(TorchDispatchMode):
         return {
             "kernels": self.total(), "waits": self.waits, "copies": self.copies,
             "touched": self.touched, "peak": memory.peak}
+
+
+def as_if_compiled(function, on: bool):
+    """In place of `policy.compiled`."""
+    if not on:
+        return function
+
+    def call(*args):
+        Count.before = ""
+        out = function(*args)
+        Count.before = None
+        return out
+
+    return call
 
 
 def tensors_of(tree) -> list[torch.Tensor]:
@@ -319,13 +350,14 @@ def fake_pack(groups: list[Group], mode: FakeTensorMode) -> Pack:
     return on_host.to(CUDA)
 
 
-def rehearse_decoding(config, banned_V, memory: Memory) -> dict:
+def rehearse_decoding(config, banned_V, memory: Memory, compile: bool = False) -> dict:
     """8 prompts of 8 rows: prefill, a step, a token for each row, the first growth."""
     with torch.device("meta"):
         model = Qwen2_5_VLForConditionalGeneration(config)
     special = SimpleNamespace(banned_V=banned_V, stops=(1, 2), pad=0)
     sampler = Sampler(
-        model, special, device=CUDA, dtype=torch.bfloat16, graphs=True, keep_features=True)
+        model, special, device=CUDA, dtype=torch.bfloat16, graphs=True, keep_features=True,
+        compile=compile)
     prompts = [group.prompt for group in make_groups(8, 8, 1)]
     shape = sampler.cache.first_shape([len(prompt.ids) for prompt in prompts], 8, 2048)
     report = {}
@@ -350,9 +382,6 @@ def rehearse_decoding(config, banned_V, memory: Memory) -> dict:
         report["round"] = {"waits": count.waits, "copies": count.copies}
         report["logp"] = str(logp_PG.dtype)
         report["shapes"] = [batch.shape, grown.shape]
-    options = grpo_vl.Config(prompts=8, **LENGTHS)
-    moments = planned(model, options, 1, 2048)
-    report["step"]["planned"] = moments["always"]
     return report
 
 
@@ -431,14 +460,12 @@ def plan_of(model, options, ranks: int, max_tokens: int) -> tuple[dict, dict]:
 
 
 def planned(model, options, ranks: int, max_tokens: int) -> dict[str, float]:
-    """{moment: bytes} by plan.py, with what a rank keeps; and of what is there always, and of keys
-    and values alone."""
+    """{moment: bytes} by plan.py, with what a rank keeps; and of keys and values alone."""
     kept_terms, moments = plan_of(model, options, ranks, max_tokens)
     kept = sum(kept_terms.values())
     terms = moments["the sampler's refresh"]
     cache = terms["keys and values, bf16"]
-    found = {"always": terms["sampling copy, bf16"] + cache, "keys and values": cache}
-    return found | {moment: kept + sum(terms.values()) for moment, terms in moments.items()}
+    return {"keys and values": cache} | {moment: kept + sum(terms.values()) for moment, terms in moments.items()}
 
 
 def rehearse_adapters(config, banned_V, pack: Pack, memory: Memory, offload: bool) -> dict:
@@ -480,7 +507,8 @@ def planned_pass(model, pack: Pack, offload: bool) -> int:
 ROWS = {  # of the table: where the report has it
     "forward": ("training", "forward"), "backward": ("training", "backward"),
     "optimizer step": ("training", "step"), "refresh": ("training", "refresh"),
-    "decoding, a step": ("decoding", "step"), "adapters, a pass": ("adapters",),
+    "decoding, a step": ("decoding", "step"), "with --compile": ("compiled",),
+    "adapters, a pass": ("adapters",),
     "and --offload": ("offloaded",)}
 COLUMNS = {  # heading: name in the report, its unit, how it is printed
     "kernels": ("kernels", 1, ",.0f"), "a layer": ("a layer", 1, ".0f"),
@@ -511,6 +539,7 @@ def main() -> None:
     fuse_norms()
     dist.init_process_group("fake", rank=0, world_size=8, store=FakeStore())
     torch.nn.Module._apply = move_in_place
+    sampler_module.compiled = weight_copy.compiled = as_if_compiled
     dist.init_device_mesh = on_the_host(dist.init_device_mesh)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     config = true_config(arguments.layers)
@@ -525,6 +554,9 @@ def main() -> None:
         with Memory() as memory:
             decoding = rehearse_decoding(config, banned_V, memory)
         with Memory() as memory:
+            compiled = rehearse_decoding(config, banned_V, memory, compile=True)["step"]
+        compiled = {name: compiled[name] for name in ("kernels", "a layer")}
+        with Memory() as memory:
             trained = rehearse_training(config, banned_V, pack, memory)
         with Memory() as memory:
             shorter = rehearse_training(true_config(1), banned_V, pack, memory)
@@ -536,7 +568,7 @@ def main() -> None:
         with Memory() as memory:
             offloaded = rehearse_adapters(config, banned_V, seen, memory, offload=True)
     report = {
-        "decoding": decoding, "training": trained, "a layer of training": shorter,
+        "decoding": decoding, "compiled": compiled, "training": trained, "a layer of training": shorter,
         "attention kept": kept, "adapters": adapters, "offloaded": offloaded}
     print(table(report))
     if arguments.json:

@@ -43,8 +43,10 @@ def test_the_table_has_what_is_counted(rehearsed):
     assert heading.split() == ["kernels", "a", "layer", "GB", "waits", "copies", "GiB", "--plan's"]
     rows = {line[:18].strip(): line[18:].split() for line in lines}
     assert [*rows] == [
-        "forward", "backward", "optimizer step", "refresh", "decoding, a step", "adapters, a pass", "and --offload"]
+        "forward", "backward", "optimizer step", "refresh", "decoding, a step", "with --compile",
+        "adapters, a pass", "and --offload"]
     assert rows["decoding, a step"][1:2] + rows["decoding, a step"][3:5] == ["22", "0", "0"]
+    assert rows["with --compile"][1:] == ["16", *"–––––"]
     assert rows["forward"][0] == str(report["training"]["forward"]["kernels"]) and rows["forward"][-1] == "–"
     adapters = [f"{report['adapters'][name] / 2**30:.2f}" for name in ("peak", "planned")]
     assert rows["adapters, a pass"] == ["–"] * 5 + adapters
@@ -63,6 +65,12 @@ def test_a_layer_of_a_decoding_step_takes_22_kernels(report):
     Norms 2, rotating 3, queries in the order of keys 1, the cache 1, scores joined, scaled and masked 2, softmax and
     its rounding 2, the heads side by side 1, silu and its product 2."""
     assert report["decoding"]["step"]["a layer"] == 22
+
+
+def test_a_layer_compiled_takes_16(report):
+    """If what lies between two products is one kernel: rotating 1 instead of 3, silu and its product 1 instead of 2,
+    scores joined, scaled, masked, softmax and its rounding 1 instead of 4."""
+    assert report["compiled"]["a layer"] == 22 - 2 - 1 - 3
 
 
 def test_kernels_that_a_layer_brings_to_a_step_and_a_refresh(report):

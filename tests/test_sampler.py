@@ -195,8 +195,9 @@ def test_compiled_layers_change_no_rollout_and_are_compiled_before_a_capture(wor
                 for one, other in zip(completions, others):
                     assert one.logps == pytest.approx(other.logps, abs=1e-5)
             made.append(len(graphs))
-    # two functions, each for prefill and decoding, many rows and one; a third batch's shapes make nothing new
-    assert recorder.captured and made[2] == made[1] <= 8, made
+    # two functions for prefill and decoding, and the softmax for a first own place and later ones; each for many rows
+    # and one. A third batch's shapes make nothing new
+    assert recorder.captured and made[2] == made[1] <= 12, made
 
 
 def test_a_frozen_tower_is_run_once_for_sampling_and_training(world, monkeypatch):
