@@ -10,7 +10,7 @@ On a GPU it is Qwen2.5-VL-3B (not run): 60 GB of fp32 weights, gradients and Ada
 (1) … (10) are the README's ten lines. grpo_vl.py does the same fast and on many GPUs; a test holds
 it to this file. [DSM] DeepSeekMath, arXiv 2402.03300; [PR1] Perception-R1, 2504.07954.
 A tensor's last letters are its shape: G answers to a prompt, L tokens of a row, T tokens of an
-answer (in a batch: of the longest one), V vocabulary. π is what the model says, token by token.
+answer (in a batch: of the longest one), V vocabulary. π(o_t): how likely the model finds token o_t.
 """
 import random
 import statistics
