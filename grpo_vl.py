@@ -327,7 +327,7 @@ def kl_estimate(d: torch.Tensor, kind: str) -> torch.Tensor:
     """KL(π ‖ π_ref) estimated from d = log π − log π_ref at tokens drawn from π. Shape of d."""
     if kind == "k2":  # ½·d², whose gradient is that of the reverse KL
         return 0.5 * d.square()
-    if kind == "k3":  # e^(−d) + d − 1  [DSM Eq. 4]; d below −20 counts as −20, before e^(−d) is ∞
+    if kind == "k3":  # e^(−d) + d − 1  [DSM Eq. 4]; below −20, near e^(−d) = ∞, it has no gradient
         d = d.clamp(min=-20)
         return (-d).exp() + d - 1
     raise ValueError(f"kl={kind!r} in the loss: choose k2 or k3, k1's gradient has mean zero")

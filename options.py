@@ -126,7 +126,7 @@ def without_effect(config) -> list[str]:
     if config.eval_every == 0:
         asked = given(config, "eval_data", "eval_samples", "blind")
         found += [f"{flag}: no effect at --eval-every 0" for flag in asked]
-    if config.schedule == "constant" and config.warmup >= config.steps:
+    if config.schedule == "constant" and config.warmup > config.steps:
         found.append(f"--warmup {config.warmup}: --lr is not reached in {config.steps} steps")
     return found
 

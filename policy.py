@@ -118,6 +118,9 @@ def attention_kernels() -> list:
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
         torch.ops.torch_attn._varlen_attn.default]
     if flash_attn_varlen_func is not None:
+        if not hasattr(torch.ops.flash_attn, "_flash_attn_varlen_forward"):
+            raise ValueError("--keep-attention: this flash-attn registers no operation with "
+                             "PyTorch; install 2.8, or leave the option out")
         kernels.append(torch.ops.flash_attn._flash_attn_varlen_forward.default)
     return kernels
 
@@ -240,7 +243,8 @@ def vision_features(vision, pixels_ND, grids_I3, layout: dict | None = None) -> 
 
 
 def vision_layout(vision, grids_I3: torch.Tensor) -> dict:
-    """Windows and positions follow from the grids alone: on the host, for equal grids once a run.
+    """Windows and positions follow from the grids alone: on the host, once for each of the last
+    1,024 sizes.
 
     Hugging Face's forward takes them as keyword arguments; it would otherwise ask the device for
     them, and each block for its longest window. Plain twin: what that forward computes itself.
@@ -417,7 +421,7 @@ class Policy(nn.Module):
     That makes it the FSDP root: vision tower, decoder and chunked lm_head run inside,
     log-probabilities come out, and the loss is computed outside in fp32. checkpointing: of every
     n-th layer what lies between its input and output is computed again in the backward pass;
-    keep_attention: but for what `attention_kernels` gave, which is kept. Twin: without either.
+    keep_attention: attention's outputs are kept instead, see `attention_kernels`.
     compile: by `compiled` functions, in the decoder's layers and of log-probabilities.
     Plain twin: Hugging Face's forward on one completion at a time.
     """

@@ -277,7 +277,7 @@ class Protocol:
     max_tokens: int  # of the longest answer
     rows: str  # key in results/papers.json: metrics and source, then a row a benchmark
     samples: int = 1  # answers to a question; 1: greedy, more: T = 1
-    why_one: str = ""  # why only one answer to a question can be scored, if so
+    why_one: str = ""  # why several answers to a question go unscored; empty: they are scored
     penalty: float = 1.0  # on repetition
     prompt: str = ""  # where it is not that of training
     package: tuple[str, ...] = ()  # module that scoring needs, and its name to install

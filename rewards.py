@@ -69,7 +69,7 @@ class Task:
     needs_image: bool = False
     format_weight: float = 1.0
     options: dict = field(default_factory=dict)  # name: its values, default first
-    others: dict = field(default_factory=dict)  # name: other values in words, value -> is it one?
+    others: dict = field(default_factory=dict)  # name: (all it may be in words, value -> may it?)
 
 
 # ---- §1 prompts and references -------------------------------------------------------------------
@@ -343,7 +343,8 @@ def from_zero(value):
 
 
 def are_components(value):
-    return isinstance(value, (list, tuple)) and all(name in COMPONENTS for name in value)
+    listed = isinstance(value, (list, tuple)) and len(value) > 0
+    return listed and all(name in COMPONENTS for name in value)
 
 
 TABLE = {
@@ -371,7 +372,7 @@ TABLE = {
         },
         others={
             "penalty": ("any number from 0", from_zero),
-            "components": ("a list of some", are_components)},
+            "components": (f"a list of some of {', '.join(COMPONENTS)}", are_components)},
     ),
     "ocr": Task(
         prompt="{}", question="OCR this image.",  # [PR1 T8]
@@ -443,11 +444,10 @@ def fits(row: Task, name: str, value: object) -> bool:
 
 def values_of(row: Task, name: str) -> str:
     """What an option of the task can be."""
-    listed = str(row.options[name])
     if name in row.others:
         in_words, _ = row.others[name]
-        return f"{listed} or {in_words}"
-    return listed
+        return in_words
+    return str(row.options[name])
 
 
 def correct(

@@ -40,13 +40,12 @@ def product_fp32(a, b) -> torch.Tensor:
     return out.unflatten(0, batch)
 
 
-def joint_softmax(to_prompt, to_own, mask, scale: float, dtype: torch.dtype) -> torch.Tensor:
-    """softmax(scale·scores + mask) over the scores of both, [… | …], in fp32 and rounded once.
-
-    Plain twin: itself, not compiled.
+def joint_softmax(to_prompt, to_own, mask_P11S, scale: float, dtype: torch.dtype) -> torch.Tensor:
+    """softmax(scale·scores + mask) over scores to a prompt's places and to a row's own, fp32, of
+    [P, K, G·R, L] and [P, K, G·R, T]; rounded once. Plain twin: itself, not compiled.
     """
     scores = torch.cat([to_prompt, to_own], dim=-1)
-    scores = torch.add(mask, scores, alpha=scale)
+    scores = torch.add(mask_P11S, scores, alpha=scale)
     return scores.softmax(-1).to(dtype)
 
 

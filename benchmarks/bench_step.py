@@ -84,7 +84,7 @@ def options():
         add(f"--{name}", type=type(default), default=default, help=f"{text} [{default}]")
     add("--shape", choices=("tiny", *TEXT), default="tiny")
     add("--checkpointing", action=argparse.BooleanOptionalAction, default=True)
-    add("--keep-attention", action="store_true", help="ours: with --checkpointing, not again")
+    add("--keep-attention", action="store_true", help="ours: checkpointing does not compute attention again")
     add("--against", choices=("trl",))
     add("--trl-python", default=sys.executable, help="has TRL installed")
     add("--g-scaling", action="store_true")

@@ -5,13 +5,14 @@
 A table: of a training pass, an optimizer step and a refresh of the sampler under FSDP2, as one of 8
 ranks, and of a decoding step. A row's columns:
 
-kernels    that are started, and how many more each decoder layer brings
+kernels    that are started, and how many more each decoder layer brings. With --compile: in a
+           compiled function all operations between two products are taken for one kernel, as
+           inductor is meant to make of them
 GB         that they read and write: each tensor once a kernel, as if nothing stayed in a cache
-waits      of the host for the device, and copies from the host. With --compile: in a compiled
-           function all operations between two products are taken for one kernel, as inductor is
-           meant to make of them
+waits      of the host for the device, and copies from the host
 GiB        that tensors hold at their fullest, and what --plan says of the same sizes; it looks at
-           moments that may be the fullest alone. Of training without keys and values
+           moments that may be the fullest alone, of which decoding is none. Of training without
+           keys and values
 
 Then GiB of a pass of one card with adapters. --json FILE has all of it, and dtypes. Not rehearsed:
 values, NCCL, the allocator, and capture itself.
@@ -153,9 +154,10 @@ def as_if_compiled(function, on: bool):
 
     def call(*args):
         Count.before = ""
-        out = function(*args)
-        Count.before = None
-        return out
+        try:
+            return function(*args)
+        finally:
+            Count.before = None
 
     return call
 

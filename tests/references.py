@@ -2,6 +2,7 @@
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 import packing
@@ -11,6 +12,19 @@ from policy import Policy
 from qwen_vl import Completion, Group, SpecialIds, encode_chat
 
 CPU = torch.device("cpu")
+ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+
+class Operations(TorchDispatchMode):
+    """Which operations run, in order."""
+
+    def __init__(self):
+        super().__init__()
+        self.ran = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.ran.append(function)
+        return function(*args, **(kwargs or {}))
 
 
 def prepared(pack):

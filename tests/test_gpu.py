@@ -66,15 +66,22 @@ def test_speed_adapters_and_offloading_are_measured():
 
 
 @pytest.mark.parametrize("lean, gib", [(False, 73), (True, 112)])
-def test_the_steps_at_3b_fit_a_card_of_141_gb_by_the_plan(gpu, lean, gib):
-    """As bench_3b asks for: 8 prompts of 400 image tokens, 8 answers of 256. A card has 139 GiB."""
+def test_the_steps_at_3b_fit_the_card_by_the_plan(gpu, monkeypatch, lean, gib):
+    """An H200 has 139 GiB; a tenth is left to what the plan does not know. A prompt has 40 tokens beside its image's."""
+    asked = {}
+    monkeypatch.setattr(gpu.bench_step, "ours", lambda a: asked.update(vars(a)) or {"seconds": {"refresh": 1, "step": 2}})
+    monkeypatch.setattr(gpu, "build_3b", lambda folder, device: folder)
+    monkeypatch.setattr(gpu, "card", lambda device: "NVIDIA H200")
+    (gpu.lean_3b if lean else gpu.bench_3b)(torch.device("cuda"), "folder")
+    same = ("prompts", "group", "micro_tokens", "checkpointing", "checkpoint_every", "keep_attention", "entropy_every", "beta")
     config = grpo_vl.Config(
-        prompts=8, group=8, max_tokens=256, max_pixels=400 * 28**2, max_prompt=440, **gpu.LEAN if lean else {})
+        max_tokens=asked["length"], max_pixels=asked["image_tokens"] * 28**2, max_prompt=asked["image_tokens"] + 40,
+        **{name: asked[name] for name in same})
     model = plan.bare_model("Qwen/Qwen2.5-VL-3B-Instruct")
     sizes = plan.sizes_of(config, model)
-    moments = plan.held_at_moments(config, model, sizes, 1, 256)
+    moments = plan.held_at_moments(config, model, sizes, 1, config.max_tokens)
     peak = sum(plan.kept_by_a_rank(config, sizes, 1).values()) + max(sum(terms.values()) for terms in moments.values())
-    assert round(peak / 2**30) == gib
+    assert round(peak / 2**30) == gib < 0.9 * 139
 
 
 def test_time_that_is_over_is_said():
@@ -82,7 +89,7 @@ def test_time_that_is_over_is_said():
     assert (row["result"], row["why"]) == ("not run", "1 s are over")
 
 
-def test_a_sampler_as_exact_as_the_trainer_passes_in_bf16_and_one_that_is_off_does_not(gpu, monkeypatch):
+def test_sampler_and_trainer_of_like_error_pass_in_bf16_and_one_that_is_off_does_not(gpu, monkeypatch):
     """Rounding alone puts both about 0.005 off; 0.03 more is an error, though bf16 has gaps of that size elsewhere."""
     policy, special, prompts = gpu.small_world(torch.device("cpu"), torch.bfloat16)
     found = gpu.gap(policy, special, prompts)
@@ -95,7 +102,10 @@ def test_a_sampler_as_exact_as_the_trainer_passes_in_bf16_and_one_that_is_off_do
             completion.logps = [logp + 0.03 for logp in completion.logps]
         return groups
 
-    monkeypatch.setattr(gpu, "rollouts", off)
+    with monkeypatch.context() as patched, pytest.raises(AssertionError):
+        patched.setattr(gpu, "rollouts", off)
+        gpu.gap(policy, special, prompts)
+    policy.register_forward_hook(lambda module, inputs, out: (out[0] + 0.03, out[1]))  # the trainer is off
     with pytest.raises(AssertionError):
         gpu.gap(policy, special, prompts)
 

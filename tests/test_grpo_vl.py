@@ -6,6 +6,7 @@ import pytest
 import ranks
 import torch
 from ranks import by_length, full_weights, make_run
+from references import ATTENTION, Operations
 from small import write
 from test_training import close
 
@@ -113,6 +114,17 @@ def test_checkpointing_does_not_matter(alone):
     _, plain = ranks.steps(alone, count=1)
     _, recomputed = ranks.steps(alone, count=1, checkpointing=True)
     assert close(plain, recomputed, 1e-6)
+
+
+def test_a_step_that_keeps_attention_computes_it_as_often_as_one_without_checkpointing(alone):
+    calls, weights = [], []
+    for options in (dict(), dict(checkpointing=True), dict(checkpointing=True, keep_attention=True)):
+        with Operations() as operations:
+            weights.append(ranks.steps(alone, count=1, **options)[1])
+        calls.append(operations.ran.count(ATTENTION))
+    plain, again, kept = calls
+    assert plain == kept < again
+    assert close(weights[0], weights[2], 1e-6)
 
 
 def test_the_entropy_is_measured_in_the_steps_asked_for(alone, monkeypatch):

@@ -133,6 +133,7 @@ def test_k3_far_below_the_reference_is_finite_and_never_pushes_further_down():
     kl = kl_estimate(d, "k3")
     kl.sum().backward()
     assert kl.isfinite().all() and kl[0].item() == pytest.approx(math.e - 2, rel=1e-6)
+    assert kl[3].item() == kl[2].item() == pytest.approx(math.exp(20) - 21, rel=1e-6)
     assert d.grad.tolist() == pytest.approx([1 - math.e, 1 - math.exp(19), 0.0, 0.0], rel=1e-5)
 
 

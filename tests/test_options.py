@@ -84,7 +84,7 @@ def test_check_prints_what_the_data_holds_and_the_first_prompt(tmp_path, capsys)
     (dict(checkpoint_every=2, checkpointing=False), "--checkpoint-every: no effect with --no-checkpointing"),
     (dict(lora_alpha=8.0), "--lora-alpha: no effect without --lora"),
     (dict(freeze_vision=True, lora=4), "--freeze-vision: no effect beside --lora"),
-    (dict(warmup=500), "--warmup 500: --lr is not reached in 500 steps"),
+    (dict(warmup=501), "--warmup 501: --lr is not reached in 500 steps"),
 ])
 def test_options_that_act_only_with_others_say_so(changes, said):
     config = grpo_vl.Config(**changes)
@@ -92,18 +92,23 @@ def test_options_that_act_only_with_others_say_so(changes, said):
     assert said in sentence
 
 
-def test_the_cold_start_says_so_too(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sft_coldstart.training, "one_run", lambda: pytest.exit("said before the run begins"))
-    config = ["--model", "tiny", "--data", "synthetic:math?text=1", "--eval-samples", "9", "--out", str(tmp_path / "run")]
+@pytest.mark.parametrize("module, options, said", [
+    (sft_coldstart, ["--eval-samples", "9"], ["--eval-samples: no effect at --eval-every 0"]),
+    (grpo_vl, ["--eval-samples", "9", "--kl", "k2"],
+     ["--eval-samples: no effect at --eval-every 0", "--kl: no effect at --beta 0"])])
+def test_both_scripts_say_so_before_the_run_begins(tmp_path, monkeypatch, capsys, module, options, said):
+    monkeypatch.setattr(module.training, "one_run", lambda: pytest.exit("here the run begins"))
     with pytest.raises(pytest.exit.Exception):
-        sft_coldstart.main(config)
-    assert "note: --eval-samples: no effect at --eval-every 0" in capsys.readouterr().err
+        module.main(["--model", "tiny", "--data", "synthetic:math?text=1", "--out", str(tmp_path / "run"), *options])
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert notes == [f"note: {sentence}" for sentence in said]
 
 
 @pytest.mark.parametrize("changes", [
     {}, dict(clip_high=0.28, ratio="sequence", inner_steps=4), dict(kl="k2", beta=0.1), dict(std="population"),
     dict(overlong="soft", overlong_buffer=64), dict(eval_every=5, eval_samples=9, blind=True),
     dict(keep_attention=True, checkpoint_every=2), dict(lora=4, lora_alpha=8.0), dict(freeze_vision=True),
+    dict(warmup=500),  # reached by the last step
 ])
 def test_options_that_act_are_not_complained_of(changes):
     config = grpo_vl.Config(**changes)

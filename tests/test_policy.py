@@ -3,6 +3,8 @@ import pytest
 import ranks
 import torch
 from references import (
+    ATTENTION,
+    Operations,
     gradients,
     noise_image,
     packed_logps,
@@ -42,18 +44,6 @@ def test_checkpointing_changes_nothing(world, every, again):
     assert len(ran) == 4 + 3 + again
 
 
-class Operations(TorchDispatchMode):
-    """Which operations run, in order."""
-
-    def __init__(self):
-        super().__init__()
-        self.ran = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.ran.append(function)
-        return function(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("options, times", [
     (dict(), 1), (dict(checkpointing=True), 2), (dict(checkpointing=True, keep_attention=True), 1)])
 def test_attention_that_is_kept_is_not_computed_again_and_gradients_are_the_same(world, options, times):
@@ -64,16 +54,24 @@ def test_attention_that_is_kept_is_not_computed_again_and_gradients_are_the_same
     want = gradients(policy)
     model, _ = qwen_vl.load("tiny" if policy.model.config.tie_word_embeddings else "tiny-untied")
     twin = Policy(model, policy.banned_V, **options).train()
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
     with Operations() as forward:
         logp_S = packed_logps(twin, groups)[0]
     with Operations() as backward:
         logp_S.sum().backward()
-    once = forward.ran.count(kernel)
+    once = forward.ran.count(ATTENTION)
     assert once >= 4 + 3  # one a layer and a block, or more
-    assert once + backward.ran.count(kernel) == times * once
+    assert once + backward.ran.count(ATTENTION) == times * once
     for name, got in gradients(twin).items():
         assert torch.equal(got, want[name])
+
+
+def test_attention_that_is_kept_with_flash_attn_is_its_registered_operation(monkeypatch):
+    monkeypatch.setattr(policy_module, "flash_attn_varlen_func", lambda *given, **options: None)
+    with pytest.raises(ValueError, match="--keep-attention: this flash-attn registers no operation"):
+        policy_module.attention_kernels()
+    library = torch.library.Library("flash_attn", "DEF")  # as flash-attn 2.8 does
+    library.define("_flash_attn_varlen_forward(Tensor q) -> Tensor")
+    assert torch.ops.flash_attn._flash_attn_varlen_forward.default in policy_module.attention_kernels()
 
 
 @pytest.mark.parametrize("keep_attention", [False, True])

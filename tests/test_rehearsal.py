@@ -42,6 +42,11 @@ def test_the_table_has_what_is_counted(rehearsed):
     heading, *lines = printed.splitlines()
     assert heading.split() == ["kernels", "a", "layer", "GB", "waits", "copies", "GiB", "--plan's"]
     rows = {line[:18].strip(): line[18:].split() for line in lines}
+    for shape in ("3b", "7b"):
+        kept_heading, *kept = (ROOT / "results" / f"rehearsal_{shape}.txt").read_text().splitlines()
+        assert kept_heading == heading and [line[:18].strip() for line in kept] == [*rows]
+        assert [line[18:].split()[1] for line in kept if line[18:].split()[1] != "–"] == [
+            row[1] for row in rows.values() if row[1] != "–"]  # what a layer brings
     assert [*rows] == [
         "forward", "backward", "optimizer step", "refresh", "decoding, a step", "with --compile",
         "adapters, a pass", "and --offload"]

@@ -197,7 +197,7 @@ def test_compiled_layers_change_no_rollout_and_are_compiled_before_a_capture(wor
             made.append(len(graphs))
     # two functions for prefill and decoding, and the softmax for a first own place and later ones; each for many rows
     # and one. A third batch's shapes make nothing new
-    assert recorder.captured and made[2] == made[1] <= 12, made
+    assert recorder.captured and 9 <= made[2] == made[1] <= 12, made
 
 
 def test_a_frozen_tower_is_run_once_for_sampling_and_training(world, monkeypatch):
