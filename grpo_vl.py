@@ -391,8 +391,8 @@ def train_step(run: Run, step: int) -> dict:
             (loss * ranks.world).backward()
             add_sums(sums, stats | {"entropy": sum_and_count(entropy_S)})
             total_loss += loss.detach()
-        # (8) Clip the gradient's norm; (9) AdamW, unless the gradient is not finite (training.py).
-        grad_norm = optimizer_step(run, step)
+        grad_norm = fsdp.clip_gradients(run.policy, config.max_norm).item()  # (8)
+        optimizer_step(run, step, grad_norm)  # (9) AdamW, unless the gradient is not finite
     clock.append(time.perf_counter())
 
     # (10) Copy the new weights to the sampler, but for frozen ones.

@@ -87,7 +87,8 @@ def sft_step(run: Run, step: int) -> dict:
         loss = -logp_S.sum() / targets
         (loss * ranks.world).backward()  # FSDP averages over ranks; targets counts them all
         total += loss.detach()
-    grad_norm = training.optimizer_step(run, step)
+    grad_norm = fsdp.clip_gradients(run.policy, config.max_norm).item()
+    training.optimizer_step(run, step, grad_norm)
     return {"step": step, "loss": sum(ranks.gather(total.item())), "tokens": targets,
             "grad_norm": grad_norm, "lr": training.learning_rate(config, step),
             "cursor": run.cursor}

@@ -284,15 +284,13 @@ def make_optimizer(config, parameters: list, *, on_gpu: bool) -> torch.optim.Opt
     return torch.optim.AdamW(parameters, betas=(0.9, config.beta2), weight_decay=0, fused=fused)
 
 
-def optimizer_step(run: Run, step: int) -> float:
-    """Clip, step, clear; a gradient that is not finite is dropped. Returns the norm before."""
-    norm = fsdp.clip_gradients(run.policy, run.config.max_norm).item()
+def optimizer_step(run: Run, step: int, grad_norm: float) -> None:
+    """AdamW at this step's learning rate, unless the gradient is not finite; then it is cleared."""
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(run.config, step)
-    if math.isfinite(norm):
+    if math.isfinite(grad_norm):
         run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
-    return norm
 
 
 # §5 ────────────────────────────────────── around a step ─────────────────────────────────────

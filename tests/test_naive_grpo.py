@@ -135,11 +135,13 @@ def fast_side(ranks, folder, other, groups, *, beta, inner_steps, optimizer_clas
         own = rollouts[ranks.rank :: ranks.world]
         return own[::-1], dict(zip(DRAWS, REWARDS)), {}
 
-    def step_on(run, step):
-        gradients.append(gradients_of(run.policy.model))
-        return training.optimizer_step(run, step)
+    clip_gradients = fsdp.clip_gradients
 
-    with mock.patch.object(grpo_vl, "collect_groups", given), mock.patch.object(grpo_vl, "optimizer_step", step_on):
+    def clip(policy, max_norm):
+        gradients.append(gradients_of(policy.model))
+        return clip_gradients(policy, max_norm)
+
+    with mock.patch.object(grpo_vl, "collect_groups", given), mock.patch.object(fsdp, "clip_gradients", clip):
         metrics = grpo_vl.train_step(run, 0)
     return Trained(metrics["loss"], gradients, before, weights_of(run.policy.model), metrics, [])
 
