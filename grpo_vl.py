@@ -9,9 +9,9 @@ Its slow twin, one file and no flags, is naive_grpo.py: a test holds the two tog
 [PR1] Perception-R1, arXiv 2504.07954 · [OVR] Open-Vision-Reasoner, 2507.05255 · [DSM] DeepSeekMath,
 2402.03300 · [DAPO] 2503.14476 · [DRG] Dr. GRPO, 2503.20783 · [GSPO] 2507.18071 · [RLOO] 2402.14740
 A tensor's last letters are its shape: P prompts of all ranks, G completions per prompt, B rollouts
-of this rank, S all completion tokens of one micro-batch. A rollout is a completion; all ranks have
-N = P·G. Prompts are numbered through a run, 0, 1, 2, …: a prompt's number is its draw. A group
-is a prompt and, once they are sampled, its G completions (qwen_vl.Group).
+of this rank, S all completion tokens of one micro-batch. A rollout is a completion, an answer; all
+ranks together have N = P·G. Prompts are numbered through a run: a prompt's number is its draw. A
+group is a prompt and, once they are sampled, its G completions (qwen_vl.Group).
 
 DEVIATION D1: OVR trains with PPO and a critic (γ = λ = 1, so A_t = R − V(s_t)). Here the mean of
 the group stands in V's place, as in GRPO, and no critic is trained.
@@ -58,7 +58,7 @@ class Config(Options):
     temperature: float = 1.0  # of π, sampled from and trained [PR1 §4.3, OVR §4.1: 1.0]
     reward: str = ""  # path.py:function in place of rewards.score, same arguments
     reward_options: str = "{}"  # JSON for the reward, e.g. {"iou_power": 2}
-    overlong: Literal["zero", "keep", "mask", "soft"] = "zero"  # truncated ones [OVR: zero]
+    overlong: Literal["zero", "keep", "mask", "soft"] = "zero"  # for answers cut [OVR: zero]
     overlong_buffer: int = 128  # soft: tokens over which the penalty grows [DAPO §3.4]
     # A is divided by the std of its group, by that of the whole batch [OVR], or not at all [DRG]
     scale: Literal["group", "batch", "none"] = "group"
@@ -120,7 +120,8 @@ def collect_groups(run: Run, step: int) -> tuple[list[Group], dict[int, list[flo
     rewards_of: dict[int, list[float]] = {}
     for attempt in range(config.dynamic_sampling + 1):
         # `together`: a signal or a bad sample on one rank stops all of them, and none hangs.
-        new = training.together(run, partial(draw_groups, run, config.prompts))  # (1) prompts
+        # (1) This rank's share of the next P prompts.
+        new = training.together(run, partial(draw_groups, run, config.prompts))
         # {draw: how many earlier draws of this batch have the same sample}
         repeat_of = repeats(ranks.merge({group.draw: group.sample.id for group in new}))
         sampling = partial(sample_groups, run, step, new, repeat_of, attempt)
@@ -239,10 +240,10 @@ def std_of(rewards: torch.Tensor, kind: str) -> torch.Tensor | None:
 def token_weights(lengths_B, *, loss: str, max_tokens: int, norm: float | None = None):
     """(7) weight_B, float64: how much each token of rollout i counts. All that --loss changes.
 
-    lengths_B: how many tokens of each rollout are trained on. One that is masked or undecided has
-    0: its tokens weigh nothing, and it counts in N (grpo, dr_grpo) but not in Σ|o| (dapo).
-    norm: what is divided by, of all ranks, so that ranks and micro-batches add up to one gradient:
-    N, the number of rollouts, or for dapo Σ|o|, that of tokens. Default: counted in lengths_B.
+    lengths_B: how many tokens of each rollout are trained on. A masked or undecided rollout has 0;
+    it still counts in N (grpo, dr_grpo), but adds no tokens to Σ|o| (dapo).
+    norm: the divisor, counted over all ranks, so that micro-batches add up to one gradient: N = P·G
+    rollouts (1/G and the mean over prompts at once) or, for dapo, Σ|o| tokens. Default: B's.
     """
     lengths_B = lengths_B.double()
     trained_B = (lengths_B > 0).double()
@@ -327,7 +328,7 @@ def kl_estimate(d: torch.Tensor, kind: str) -> torch.Tensor:
     """KL(π ‖ π_ref) estimated from d = log π − log π_ref at tokens drawn from π. Shape of d."""
     if kind == "k2":  # ½·d², whose gradient is that of the reverse KL
         return 0.5 * d.square()
-    if kind == "k3":  # e^(−d) + d − 1  [DSM Eq. 4]; below −20, near e^(−d) = ∞, it has no gradient
+    if kind == "k3":  # e^(−d) + d − 1  [DSM Eq. 4]; no gradient below −20 (5·10⁸)
         d = d.clamp(min=-20)
         return (-d).exp() + d - 1
     raise ValueError(f"kl={kind!r} in the loss: choose k2 or k3, k1's gradient has mean zero")
@@ -355,8 +356,8 @@ def train_step(run: Run, step: int) -> dict:
     sampler_logp = packing.sampled_logps(rollouts, packs, ranks.device)
     sums = {}  # of the step's metrics: name → [sum, count]
 
-    # (6) log π_ref, if β > 0. k2 and k3 join the loss, below. k1 = log π − log π_ref would have no
-    # gradient there in the mean. It lowers the reward, π being the sampler's: r_i −= β·Σ_t k1_t.
+    # (6) log π_ref, if β > 0. k2 and k3 join the loss, below, where k1's gradient would average to
+    # 0. So k1 lowers the reward: r_i −= β·Σ_t (log π_sampler − log π_ref).
     ref_logp = reference_logps(run, packs)
     rewards_PG = as_PG(rewards_of, config.group)
     kl_PG = sequence_kl(run, groups, packs, sampler_logp, ref_logp, sums)  # 0.0 but for k1
@@ -387,7 +388,7 @@ def train_step(run: Run, step: int) -> dict:
                 row_S=pack.row_S, ratio=config.ratio, clip_low=clip_low, clip_high=clip_high,
                 beta=0.0 if config.kl == "k1" else config.beta, kl=config.kl,
                 ref_logp_S=ref_logp[k], sampler_logp_S=sampler_logp[k], tis_cap=config.tis)
-            # (8) weight_B divides by all ranks' rollouts. FSDP takes the mean over ranks: undo it.
+            # (8) FSDP averages over ranks. weight_B has divided by all ranks' numbers: undo that.
             (loss * ranks.world).backward()
             add_sums(sums, stats | {"entropy": sum_and_count(entropy_S)})
             total_loss += loss.detach()

@@ -4,8 +4,8 @@ The model sees a picture of a number, is asked to read it, and is never shown th
 G times, a rule grades each answer, and answers better than the mean of their group become more
 likely, worse ones less likely. `python naive_grpo.py` trains a small model, base/, and prints the
 mean reward and the accuracy (the share of answers with every digit right) of ten steps at a time.
-On a GPU it is Qwen2.5-VL-3B (not run): 60 GB of fp32 weights, gradients and AdamW, and an estimated
-75 for the backward of eight answers; with SIZE = 224 and LARGEST = 10**12 it may fit in 80.
+On a GPU it is Qwen2.5-VL-3B (not run): 60 GB of fp32 weights, gradients and AdamW, plus by estimate
+75 for the backward of eight answers; with SIZE = 224 and LARGEST = 10**12 the sum may fit in 80.
 
 (1) … (10) are the README's ten lines. grpo_vl.py does the same fast and on many GPUs; a test holds
 it to this file. [DSM] DeepSeekMath, arXiv 2402.03300; [PR1] Perception-R1, 2504.07954.
@@ -23,14 +23,14 @@ from transformers import Qwen2_5_VLForConditionalGeneration as Qwen
 GPU = torch.cuda.is_available()
 MODEL = "Qwen/Qwen2.5-VL-3B-Instruct" if GPU else "base"
 SIZE = 448 if GPU else 84  # side of a picture in pixels; the model reads 28×28 of them as one token
-LARGEST = 10**24 if GPU else 9999  # numbers are from 10 to this, so most have as many digits
+LARGEST = 10**24 - 1 if GPU else 9999  # numbers are from 10 to this: most have as many digits
 MAX_TOKENS = 32 if GPU else 8  # longer answers are cut
 PROMPTS = 8  # pictures per step
 GROUP = 8  # G, answers per picture [PR1 §4.3: 8]
 STEPS = 100
 LR = 1e-6 if GPU else 1e-4  # AdamW's learning rate [PR1 §4.3: 1e-6]
 INNER_STEPS = 1  # µ, optimizer steps on the same answers [PR1: 1]
-CLIP = 0.2  # ε: a token has no gradient once π/π_old is past 1 ± ε the way its advantage asks
+CLIP = 0.2  # ε: no gradient where π/π_old > 1 + ε and the answer was good, or < 1 − ε and bad
 BETA = 0.0  # β, weight of the KL term; 0: no reference model is kept [PR1 §4.3: 0.04]
 TEMPERATURE = 1.0  # of π, sampled from and trained [PR1 §4.3: 1.0]
 
@@ -111,8 +111,8 @@ def sample(model, prompt):
 
 def token_logprobs(model, prompt, answers):
     """log π(o_t | q, o_<t) of each token o_t of each answer: one tensor [T] per answer."""
-    # A place's logits predict the next token: the prompt's last place predicts an answer's first
-    # one. They are kept from there on, but for the last place, which predicts nothing of ours.
+    # A place's logits predict the next token. So those of the prompt's last place and of all places
+    # of an answer are kept, and then the last place's dropped: nothing follows it.
     places = 1 + max(len(tokens) for tokens in answers)
     batch = make_batch(model, prompt, answers)
     logits_GTV = model(**batch, logits_to_keep=places, use_cache=False).logits[:, :-1]
