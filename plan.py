@@ -33,17 +33,24 @@ def bare_model(name: str) -> nn.Module:
             except (OSError, ValueError) as error:
                 reason = str(error).splitlines()[0]
                 raise SystemExit(f"--plan knows no shape of --model {name}: {reason}") from None
-        width, layers, heads, kv_heads, inner, rows, tied, vision_inner = SHAPES[name]
-        text = dict(
-            hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
-            num_key_value_heads=kv_heads, intermediate_size=inner, vocab_size=rows,
-            tie_word_embeddings=tied)
-        vision = dict(
-            depth=32, hidden_size=1280, num_heads=16, intermediate_size=vision_inner,
-            out_hidden_size=width)
+        text, vision = published(name)
         config = Qwen2_5_VLConfig(
-            text_config=text, vision_config=vision, tie_word_embeddings=tied)
+            text_config=text, vision_config=vision, tie_word_embeddings=text["tie_word_embeddings"])
         return Qwen2_5_VLForConditionalGeneration(config)
+
+
+def published(name: str) -> tuple[dict, dict]:
+    """(text_config, vision_config) of a name in SHAPES; the rest is Hugging Face's default."""
+    width, layers, heads, kv_heads, inner, rows, tied, vision_inner = SHAPES[name]
+    text = dict(
+        hidden_size=width, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, intermediate_size=inner, vocab_size=rows,
+        tie_word_embeddings=tied, rms_norm_eps=1e-6,
+        rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24]))
+    vision = dict(
+        depth=32, hidden_size=1280, num_heads=16, intermediate_size=vision_inner, window_size=112,
+        fullatt_block_indexes=[7, 15, 23, 31], out_hidden_size=width)
+    return text, vision
 
 
 # §2 ──────────────────────────────────────── the terms ───────────────────────────────────────

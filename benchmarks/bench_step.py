@@ -44,21 +44,15 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import fsdp
 import grpo_vl
+import plan
 import qwen_vl
 import rewards
 import tiny
 import training
 from sources import Sample
 
-TEXT = {"3b": dict(  # text_config of Qwen2.5-VL-3B-Instruct
-    hidden_size=2048, num_hidden_layers=36, num_attention_heads=16, num_key_value_heads=2,
-    intermediate_size=11008, vocab_size=151_936, tie_word_embeddings=True, rms_norm_eps=1e-6,
-    rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[16, 24, 24]))}
-TEXT["7b"] = TEXT["3b"] | dict(
-    hidden_size=3584, num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4,
-    intermediate_size=18944, vocab_size=152_064, tie_word_embeddings=False)
-VISION = dict(depth=32, hidden_size=1280, num_heads=16, intermediate_size=3420, window_size=112,
-              fullatt_block_indexes=[7, 15, 23, 31])
+SHAPES = {
+    "3b": "Qwen/Qwen2.5-VL-3B-Instruct", "7b": "Qwen/Qwen2.5-VL-7B-Instruct"}  # plan.published
 TEMPLATE = (  # Qwen's chat format, as qwen_vl.encode_chat writes it
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for part in m.content %}{% if part.text %}"
     "{{ part.text }}{% else %}<|vision_start|><|image_pad|><|vision_end|>{% endif %}{% endfor %}"
@@ -82,7 +76,7 @@ def options():
     add = parse.add_argument
     for name, (default, text) in NUMBERS.items():
         add(f"--{name}", type=type(default), default=default, help=f"{text} [{default}]")
-    add("--shape", choices=("tiny", *TEXT), default="tiny")
+    add("--shape", choices=("tiny", *SHAPES), default="tiny")
     add("--checkpointing", action=argparse.BooleanOptionalAction, default=True)
     add("--keep-attention", action="store_true", help="ours: checkpointing does not compute attention again")
     add("--against", choices=("trl",))
@@ -99,15 +93,15 @@ def build(a) -> None:
     config = tiny.tiny_model(tokenizer, hidden=256, layers=4).config
     config.text_config.vocab_size = 2048
     config.text_config.rope_parameters["mrope_section"] = [8, 12, 12]  # half a head: 256 / 4 / 2
-    if text := TEXT.get(a.shape):
+    if a.shape in SHAPES:
         ids = {k: v for k, v in config.to_dict().items() if k.endswith("_token_id")}
-        vision = VISION | dict(out_hidden_size=text["hidden_size"])
+        text, vision = plan.published(SHAPES[a.shape])
         config = type(config)(text_config=text, vision_config=vision,
                               tie_word_embeddings=text["tie_word_embeddings"], **ids)
     torch.manual_seed(a.seed)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = Qwen2_5_VLForConditionalGeneration(config)
-    model.to(torch.bfloat16 if text else torch.float32).save_pretrained(a.folder)
+    model.to(torch.bfloat16 if a.shape in SHAPES else torch.float32).save_pretrained(a.folder)
     tokenizer.save_pretrained(a.folder)
 
 

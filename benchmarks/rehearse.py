@@ -316,11 +316,11 @@ def on_the_host(function):
 
 def true_config(layers: int | None) -> Qwen2_5_VLConfig:
     """Of the published shape, but for the number of layers and blocks if they are given."""
-    text, vision = dict(bench_step.TEXT[arguments.shape]), dict(bench_step.VISION)
+    text, vision = plan.published(bench_step.SHAPES[arguments.shape])
     text["num_hidden_layers"] = layers or text["num_hidden_layers"]
     vision["depth"] = arguments.depth or vision["depth"]
     return Qwen2_5_VLConfig(
-        text_config=text, vision_config=vision | dict(out_hidden_size=text["hidden_size"]),
+        text_config=text, vision_config=vision,
         image_token_id=151_655, video_token_id=151_656, vision_start_token_id=151_652,
         vision_end_token_id=151_653, tie_word_embeddings=text["tie_word_embeddings"])
 
