@@ -243,7 +243,7 @@ def token_weights(lengths_B, *, loss: str, max_tokens: int, norm: float | None =
     lengths_B: how many tokens of each rollout are trained on. A masked or undecided rollout has 0;
     it still counts in N (grpo, dr_grpo), but adds no tokens to Σ|o| (dapo).
     norm: the divisor, counted over all ranks, so that micro-batches add up to one gradient: N = P·G
-    rollouts (1/G and the mean over prompts at once) or, for dapo, Σ|o| tokens. Default: B's.
+    rollouts (1/G and the mean over prompts at once) or, for dapo, Σ|o| tokens; by default of B.
     """
     lengths_B = lengths_B.double()
     trained_B = (lengths_B > 0).double()
@@ -328,7 +328,7 @@ def kl_estimate(d: torch.Tensor, kind: str) -> torch.Tensor:
     """KL(π ‖ π_ref) estimated from d = log π − log π_ref at tokens drawn from π. Shape of d."""
     if kind == "k2":  # ½·d², whose gradient is that of the reverse KL
         return 0.5 * d.square()
-    if kind == "k3":  # e^(−d) + d − 1  [DSM Eq. 4]; no gradient below −20 (5·10⁸)
+    if kind == "k3":  # e^(−d) + d − 1  [DSM Eq. 4]; flat below −20, before e^(−d) is ∞
         d = d.clamp(min=-20)
         return (-d).exp() + d - 1
     raise ValueError(f"kl={kind!r} in the loss: choose k2 or k3, k1's gradient has mean zero")

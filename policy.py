@@ -52,9 +52,11 @@ def compiled(function, on: bool):
     """
     if not on:
         return function
-    options = {"recompile_limit": 64}
-    if "recompile_limit" not in COMPILE_KEYWORDS:  # torch 2.11: one for all
-        torch._dynamo.config.recompile_limit = options.pop("recompile_limit")
+    options = {}
+    if "recompile_limit" in COMPILE_KEYWORDS:
+        options["recompile_limit"] = 64
+    else:  # torch 2.11: one limit for all functions
+        torch._dynamo.config.recompile_limit = 64
     return torch.compile(function, fullgraph=True, dynamic=True, **options)
 
 

@@ -285,7 +285,7 @@ def make_optimizer(config, parameters: list, *, on_gpu: bool) -> torch.optim.Opt
 
 
 def optimizer_step(run: Run, step: int, grad_norm: float) -> None:
-    """AdamW at this step's learning rate, unless the gradient is not finite; then it is cleared."""
+    """AdamW at this step's learning rate, unless the gradient is not finite. Clears it."""
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(run.config, step)
     if math.isfinite(grad_norm):
