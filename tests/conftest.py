@@ -71,8 +71,8 @@ def pair(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def alone():
-    """This process as a world of one."""
-
+    """This process as a world of one, with one thread as each of the pair: two would cut sums otherwise, and round."""
+    torch.set_num_threads(1)
     if not dist.is_initialized():
         dist.init_process_group(fsdp.register_gloo(), rank=0, world_size=1, store=dist.HashStore())
     return fsdp.Processes(0, 1, torch.device("cpu"))
